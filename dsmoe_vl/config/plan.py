@@ -1,0 +1,76 @@
+"""The run plan: what a recipe, a DeepSpeed JSON and a world size come to. Written to `plan.json` of every run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsmoe_vl.config.load import recipe_from_table
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.planner.flops import Flops
+from dsmoe_vl.planner.memory import MemoryEstimate
+from dsmoe_vl.planner.parameters import ParameterCounts
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that is known before a process group or a model exists. Made by `resolve`."""
+
+    recipe: Recipe
+    deepspeed: dict[str, Any]  # for `deepspeed.initialize`: complete, without `expert_parallel` and `tensorboard`
+    device: Literal["cpu", "cuda"]
+    world_size: int
+    dp_size: int  # data-parallel ranks: all of them
+    ep_size: int  # ranks that share one set of experts
+    zero_stage: int
+    precision: Literal["fp32", "bf16"]
+    activation_checkpointing: bool  # recompute every decoder layer in the backward
+    micro_batch: int  # packs a rank and micro-step
+    accumulation: int  # micro-steps an optimizer step
+    packs_per_step: int  # over all ranks
+    tokens_per_step: int  # over all ranks, padding included
+    run_dir: Path
+    tensorboard_enabled: bool
+    tensorboard_dir: Path  # of the event files
+    parameters: ParameterCounts
+    flops: Flops
+    flops_per_step: float  # training, over all ranks, of packs full of pictures
+    memory: MemoryEstimate  # of one rank
+    notes: tuple[str, ...]  # where the plan differs from what was asked for
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward, of an average position of a full pack: its share of the patches and labels included."""
+        return self.flops_per_step / 3 / self.tokens_per_step
+
+    @property
+    def ep_groups(self) -> list[range]:
+        """Ranks that exchange tokens: each group holds every expert once."""
+        return [range(start, start + self.ep_size) for start in range(0, self.world_size, self.ep_size)]
+
+    @property
+    def expert_data_groups(self) -> list[range]:
+        """Ranks that hold the same experts and average their gradients."""
+        return [range(start, self.world_size, self.ep_size) for start in range(self.ep_size)]
+
+
+def plan_to_json(plan: RunPlan) -> str:
+    """The plan as JSON text; `recipe_from_json` reads the recipe back exactly."""
+    counts = {"total": plan.parameters.total, "active": plan.parameters.active, **asdict(plan.parameters)}
+    return json.dumps({**asdict(plan), "parameters": counts}, indent=2, default=str) + "\n"
+
+
+def recipe_from_json(path: Path) -> Recipe:
+    """The recipe in a run's `plan.json`. Raises ConfigError for a missing, broken or foreign file."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except OSError as error:
+        raise ConfigError(
+            f"run plan {path} cannot be read: {error.strerror}. Name a run directory, such as runs/quickstart."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"run plan {path} is not a plan.json as training writes it. Name another run.") from None
+    return recipe_from_table(table, str(path))

@@ -1,0 +1,77 @@
+"""Floating-point operations of the model, K of E experts only.
+
+A matrix product costs 2 a parameter and row; attention scores and their product with the values cost 4 D a visible
+position (2 D each). Norms, softmax, rotations, gathers and the router's biases are left out. Training costs three times
+the forward: once more for the gradient of the inputs, once for that of the weights (Kaplan et al. 2020, section 2.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.planner.parameters import TIME_FEATURES, sparse_layers
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward costs by unit of input, for the stated attention contexts."""
+
+    per_token: float  # one token through the decoder layers
+    per_label: float  # one position through the output projection; only positions with a label pay it
+    per_patch: float  # one patch through the encoder, with its share of the connector
+    token_context: float  # positions that an average token attends to
+    patch_context: float  # patches that an average patch attends to
+
+    def training(self, tokens: float, patches: float, labels: float) -> float:
+        """Forward and backward of that many tokens, patches and labels."""
+        return 3 * (tokens * self.per_token + patches * self.per_patch + labels * self.per_label)
+
+
+def estimate_flops(recipe: Recipe, token_context: float | None = None, patch_context: float | None = None) -> Flops:
+    """Costs for given average contexts.
+
+    By default a picture has `image_max_patches`, and a segment as many tokens as that picture: a token sees half of its
+    segment on average (causal), a patch its whole picture.
+    """
+    data, merge = recipe.data, recipe.model.vision.merge
+    if patch_context is None:
+        patch_context = float(data.image_max_patches)
+    if token_context is None:
+        token_context = min(data.image_max_patches / merge**2, data.pack_length) / 2
+    return Flops(
+        per_token=_per_token(recipe, token_context),
+        per_label=2.0 * recipe.model.width * recipe.tokenizer.vocab_size,
+        per_patch=_per_patch(recipe, patch_context),
+        token_context=token_context,
+        patch_context=patch_context,
+    )
+
+
+def labels_of_full_pack(recipe: Recipe) -> int:
+    """Positions of a pack that is full of pictures where no vision token stands."""
+    return max(recipe.data.pack_length - recipe.data.pack_patches // recipe.model.vision.merge**2, 0)
+
+
+def full_step_flops(recipe: Recipe, flops: Flops, packs: int) -> float:
+    """Training cost of `packs` full packs: L tokens, P patches, and a label wherever there can be one."""
+    data = recipe.data
+    return flops.training(packs * data.pack_length, packs * data.pack_patches, packs * labels_of_full_pack(recipe))
+
+
+def _per_token(recipe: Recipe, context: float) -> float:
+    model, moe = recipe.model, recipe.moe
+    width = model.width
+    attention = 2 * width * width + 2 * width * width * model.kv_heads / model.heads
+    dense = 3 * width * model.ffn_width
+    sparse = width * moe.experts + 3 * width * (moe.top_k * moe.ffn_width + moe.shared_ffn_width)
+    products = model.layers * attention + moe.first_dense_layers * dense + sparse_layers(recipe) * sparse
+    return 2 * products + model.layers * 4 * width * context
+
+
+def _per_patch(recipe: Recipe, context: float) -> float:
+    vision, width = recipe.model.vision, recipe.model.width
+    layer = 4 * vision.width**2 + 3 * vision.width * vision.ffn_width
+    cell = vision.merge**2 * vision.width * width + width * width + TIME_FEATURES * width
+    products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer + cell / vision.merge**2
+    return 2 * products + vision.layers * 4 * vision.width * context

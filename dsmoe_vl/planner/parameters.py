@@ -1,0 +1,99 @@
+"""Parameter counts of a recipe's model, by part.
+
+Symbols: D decoder width, H heads, Hkv key/value heads, d = D / H, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsmoe_vl.config.recipe import MoEConfig, Recipe, VisionConfig
+
+TIME_FEATURES = 32  # sinusoids of a frame's time, the input of the connector's time embedding
+_TASKS = 3  # rows of the router's task bias
+_MODALITIES = 3  # rows of its modality bias
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trainable parameters of each part. The output projection is the token embedding and counts once."""
+
+    vision: int
+    connector: int
+    embedding: int
+    attention: int  # of the decoder, QK-norms included
+    dense_ffn: int  # the dense decoder layers' feed-forwards
+    routers: int
+    experts: int  # all routed experts
+    shared_experts: int
+    norms: int  # of the decoder
+    active_experts: int  # of `experts`, those that one token passes through: K of E
+
+    @property
+    def total(self) -> int:
+        """Every trainable parameter."""
+        return (
+            self.vision
+            + self.connector
+            + self.embedding
+            + self.attention
+            + self.dense_ffn
+            + self.routers
+            + self.experts
+            + self.shared_experts
+            + self.norms
+        )
+
+    @property
+    def active(self) -> int:
+        """The same with K instead of E experts a layer."""
+        return self.total - self.experts + self.active_experts
+
+
+def sparse_layers(recipe: Recipe) -> int:
+    """Decoder layers whose feed-forward is MoE."""
+    return recipe.model.layers - recipe.moe.first_dense_layers
+
+
+def count_parameters(recipe: Recipe) -> ParameterCounts:
+    """The parameters of the model that `recipe` describes."""
+    model, moe = recipe.model, recipe.moe
+    width, sparse = model.width, sparse_layers(recipe)
+    return ParameterCounts(
+        vision=_vision(model.vision),
+        connector=_connector(model.vision, width),
+        embedding=recipe.tokenizer.vocab_size * width,
+        attention=model.layers * _attention(width, model.heads, model.kv_heads),
+        dense_ffn=moe.first_dense_layers * _swiglu(width, model.ffn_width),
+        routers=sparse * moe.experts * (width + _TASKS + _MODALITIES),
+        experts=sparse * _experts(moe, width, moe.experts),
+        shared_experts=sparse * _swiglu(width, moe.shared_ffn_width),
+        norms=(2 * model.layers + 1) * width,
+        active_experts=sparse * _experts(moe, width, moe.top_k),
+    )
+
+
+def _swiglu(width: int, hidden: int) -> int:
+    return 3 * width * hidden
+
+
+def _experts(moe: MoEConfig, width: int, experts: int) -> int:
+    return experts * _swiglu(width, moe.ffn_width)
+
+
+def _attention(width: int, heads: int, kv_heads: int) -> int:
+    """q and o: D x D; k and v: D x (Hkv d); one QK-norm weight of d for q and one for k."""
+    head_width = width // heads
+    return 2 * width * width + 2 * width * kv_heads * head_width + 2 * head_width
+
+
+def _vision(vision: VisionConfig) -> int:
+    width = vision.width
+    patch_embedding = 3 * vision.patch_size**2 * width + width
+    layer = 2 * width + _attention(width, vision.heads, vision.heads) + _swiglu(width, vision.ffn_width)
+    return patch_embedding + vision.layers * layer + width
+
+
+def _connector(vision: VisionConfig, width: int) -> int:
+    cell = vision.merge**2 * vision.width
+    return (cell * width + width) + (width * width + width) + TIME_FEATURES * width

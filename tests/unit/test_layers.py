@@ -1,0 +1,138 @@
+"""The architecture as a test: who may import whom, and how long a file may be. Read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dsmoe_vl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LINES_AT_MOST = 400
+
+LEVELS = {
+    "errors": 0,
+    "planner": 0,
+    "config": 0,
+    "parallel": 1,
+    "data": 1,
+    "model": 2,
+    "moe": 2,
+    "optim": 2,
+    "tasks": 3,
+    "objective": 3,
+    "checkpoint": 3,
+    "inference": 3,
+    "evaluation": 3,
+    "training": 4,
+}
+
+# What a folder may import from its own level, besides itself. Anything not listed is refused.
+SIDEWAYS = {
+    "config": {"errors", "planner"},
+    "model": {"moe"},  # a decoder layer holds a sparse feed-forward
+    "objective": {"tasks"},  # it weighs the tasks' outputs
+    "inference": {"tasks", "checkpoint"},  # it loads weights and builds a task's prompt
+    "evaluation": {"tasks", "inference"},  # it generates what it scores
+}
+# The one import against the order inside level 0: the planner counts what a recipe describes.
+MODULE_EXCEPTIONS = {("planner", "dsmoe_vl.config.recipe")}
+
+MAY_IMPORT_DEEPSPEED = (
+    "moe/layer.py",
+    "moe/capacity.py",
+    "training/engine.py",
+    "optim/adamw.py",
+    "parallel/launch.py",
+    "checkpoint/*",
+)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of every imported module, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively; write dsmoe_vl.{module}"
+            # `from dsmoe_vl import data` names a folder only in its list of names.
+            bare = module in ("dsmoe_vl", "data_tools", "launch")
+            yield from ((node.lineno, f"{module}.{alias.name}" if bare else module) for alias in node.names)
+
+
+def folder(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def allowed(importer: str, module: str) -> bool:
+    """Whether a file of the folder `importer` may import `module` of this package."""
+    imported = module.split(".")[1]
+    if imported == importer or (importer, module) in MODULE_EXCEPTIONS:
+        return True
+    if imported not in LEVELS:
+        return False
+    return LEVELS[imported] < LEVELS[importer] or imported in SIDEWAYS.get(importer, set())
+
+
+def test_every_folder_has_a_level():
+    assert {folder(path) for path in FILES} - {"__init__"} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_downwards(path):
+    wrong = [
+        f"{name(path)}:{line} imports {module}"
+        for line, module in imports(path)
+        if module.split(".")[0] == "dsmoe_vl" and not allowed(folder(path), module)
+    ]
+    assert not wrong
+
+
+def test_exceptions_do_not_form_a_cycle():
+    for importer, others in SIDEWAYS.items():
+        for other in others:
+            assert LEVELS[importer] == LEVELS[other]
+            assert importer not in SIDEWAYS.get(other, set())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_package_does_not_import_the_tools_on_top_of_it(path):
+    assert not [module for _, module in imports(path) if module.split(".")[0] in ("launch", "data_tools", "tests")]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if folder(path) in ("config", "planner")], ids=name)
+def test_planning_needs_no_torch(path):
+    heavy = {"torch", "deepspeed", "numpy"}
+    assert not [module for _, module in imports(path) if module.split(".")[0] in heavy]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_deepspeed_is_imported_in_few_files(path):
+    if any(module.split(".")[0] == "deepspeed" for _, module in imports(path)):
+        inside = path.relative_to(PACKAGE).as_posix()
+        assert any(fnmatch(inside, pattern) for pattern in MAY_IMPORT_DEEPSPEED)
+
+
+def test_files_stay_short():
+    folders = (PACKAGE, ROOT / "data_tools", ROOT / "launch", ROOT / "tests", ROOT / "benchmarks")
+    lengths = {name(path): len(path.read_text().splitlines()) for top in folders for path in top.rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > LINES_AT_MOST} == {}
+
+
+def test_the_rule_itself():
+    assert allowed("training", "dsmoe_vl.data.segment")
+    assert allowed("planner", "dsmoe_vl.config.recipe") and not allowed("planner", "dsmoe_vl.config.plan")
+    assert not allowed("data", "dsmoe_vl.model.vlm")
+    assert not allowed("moe", "dsmoe_vl.model.vlm")
+    assert not allowed("tasks", "dsmoe_vl.objective.objective")
+    assert not allowed("data", "dsmoe_vl.parallel.ranks")
