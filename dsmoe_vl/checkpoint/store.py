@@ -1,0 +1,125 @@
+"""Checkpoints on disk: which are complete, which is the newest, which may go.
+
+runs/NAME/checkpoints/
+  latest                      the name of the newest complete checkpoint
+  step_00000100/              DeepSpeed's files, model.safetensors, tokenizer.model, data.json, trainer.json, rng_*.pt
+    manifest.json             written last and atomically: a folder without it does not count
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmoe_vl.errors import CheckpointError
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What DeepSpeed's own files depend on."""
+
+    world_size: int
+    ep_size: int
+    zero_stage: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete checkpoint says of itself. `files` maps a relative path to its size in bytes."""
+
+    step: int
+    topology: Topology
+    tokenizer_sha256: str
+    files: dict[str, int]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of an optimizer step."""
+    return f"step_{step:08d}"
+
+
+def complete(folder: Path, manifest: Manifest) -> None:
+    """Declare `folder` complete: manifest last, then `latest`. `manifest.files` is filled here."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(_MANIFEST, None)
+    write_json(folder / _MANIFEST, {**asdict(manifest), "files": files})
+    latest = folder.parent / "latest.tmp"
+    latest.write_text(folder.name + "\n")
+    latest.replace(folder.parent / "latest")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a complete checkpoint; None where it is missing, or a file is missing or cut short."""
+    try:
+        raw = json.loads((folder / _MANIFEST).read_text())
+        manifest = Manifest(raw["step"], Topology(**raw["topology"]), raw["tokenizer_sha256"], raw["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for name, size in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return None
+    return manifest
+
+
+def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
+    """The newest complete checkpoint, whatever `latest` says; None where there is none."""
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            return folder, manifest
+    return None
+
+
+def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
+    """As `newest_complete` for a run. Raises CheckpointError where there is none."""
+    found = newest_complete(run_dir / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"no complete checkpoint under {run_dir / 'checkpoints'}: train first, or name another run with --run"
+        )
+    return found
+
+
+def require_fit(folder: Path, manifest: Manifest, topology: Topology, tokenizer_sha256: str) -> None:
+    """Raise CheckpointError unless a checkpoint can be resumed with this topology and tokenizer."""
+    if manifest.tokenizer_sha256 != tokenizer_sha256:
+        raise CheckpointError(
+            f"{folder} was trained with another tokenizer (pieces {manifest.tokenizer_sha256[:12]}, now "
+            f"{tokenizer_sha256[:12]}): set tokenizer.path to {folder / 'tokenizer.model'}, or start a new run.name"
+        )
+    for name, saved in asdict(manifest.topology).items():
+        now = getattr(topology, name)
+        if saved != now:
+            raise CheckpointError(
+                f"{folder} was written with {name}={saved}, this run has {name}={now}: "
+                f"resume with {name}={saved}, or start a new run.name"
+            )
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the `keep` newest complete checkpoints, and the incomplete ones that are older than these."""
+    folders = sorted(checkpoints.glob("step_*"), reverse=True)
+    kept = 0
+    for folder in folders:
+        if kept >= keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif read_manifest(folder) is not None:
+            kept += 1

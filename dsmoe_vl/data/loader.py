@@ -1,0 +1,297 @@
+"""Packs from worker processes, in one global order for every number of ranks and workers.
+
+Pack n of the run (n = 0, 1, ...) comes from lane n % lanes. A step of G packs takes the next G of them; rank r takes
+every ranks-th. With each pack travels its lane's state after it, so what a rank has consumed is all that a checkpoint
+needs: packs that workers made ahead are made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts, ReadReport
+from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
+from dsmoe_vl.data.segment import Batch, Pack, Sample, Segment
+from dsmoe_vl.data.shards import ShardIndex, read_sample
+from dsmoe_vl.data.state import check_order, merge_states, order_identity
+from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
+from dsmoe_vl.errors import ConfigError, DataError
+
+Encode = Callable[[Sample], list[Segment]]
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """What a worker sends: a pack and what was read for it, or the message of the error that ended the stream."""
+
+    pack: Pack | None = None
+    counts: ReadCounts | None = None
+    failure: str = ""
+
+
+class _Reader:
+    """Reads, encodes and logs samples by reference."""
+
+    def __init__(self, indexes: dict[str, ShardIndex], encode: Encode, shape: PackShape, log: ErrorLog) -> None:
+        self._sources = list(indexes.items())
+        self._encode = encode
+        self._shape = shape
+        self._log = log
+
+    def read(self, ref: SampleRef) -> Encoded | None:
+        """None for a bad sample, which is logged. Raises DataError once there are too many of them."""
+        source, index = self._sources[ref.source]
+        try:
+            sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
+            item = encoded(ref, sample.key, self._encode(sample), self._shape)
+        except DataError as error:
+            self._log.bad(BadSample(source, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
+            return None
+        self._log.good(source)
+        return item
+
+
+class _LanePacks:
+    """The endless packs of one lane, each with the lane's state after it."""
+
+    def __init__(self, number: int, lane: Lane, reader: _Reader, packer: Packer, shape: PackShape) -> None:
+        self._number = number
+        self._lane = lane
+        self._reader = reader
+        self._packer = packer
+        self._shape = shape
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._lane.restore(state)
+        waiting = [self._reader.read(SampleRef(*ref)) for ref in state["pending"]]
+        self._packer.pending = [item for item in waiting if item is not None]
+
+    def next(self) -> Pack:
+        pack = _to_pack(self._packer.fill(self._draw), self._shape)
+        pack.lane = self._number
+        pack.lane_state = {**self._lane.state(), "pending": [list(item.ref) for item in self._packer.pending]}
+        return pack
+
+    def _draw(self) -> Encoded:
+        while (item := self._reader.read(self._lane.next())) is None:
+            pass
+        return item
+
+
+class PackStream(IterableDataset[_Delivery]):
+    """The packs of one rank from the `start`-th pack of the run on; worker w of W makes every W-th of them."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        sources: tuple[SourceConfig, ...],
+        indexes: dict[str, ShardIndex],
+        encode: Encode,
+        shape: PackShape,
+        seed: int,
+        rank: int,
+        ranks: int,
+        start: int,
+        lane_states: dict[str, Any],
+    ) -> None:
+        self._data, self._sources, self._indexes = data, sources, indexes
+        self._encode, self._shape, self._seed = encode, shape, seed
+        self._rank, self._ranks = rank, ranks
+        self._start, self._lane_states = start, lane_states
+
+    def __iter__(self) -> Iterator[_Delivery]:
+        worker = get_worker_info()
+        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        log = ErrorLog(self._data.max_bad_fraction)
+        reader = _Reader(self._indexes, self._encode, self._shape, log)
+        orders = [
+            SourceOrder(name, index, self._data.lanes, self._data.shuffle_block, self._seed)
+            for name, index in self._indexes.items()
+        ]
+        lanes: dict[int, _LanePacks] = {}
+        try:
+            for pack in itertools.count(self._start + self._rank + first * self._ranks, self._ranks * workers):
+                number = pack % self._data.lanes
+                if number not in lanes:
+                    lanes[number] = self._open_lane(number, orders, reader)
+                yield _Delivery(lanes[number].next(), log.drain())
+        except DataError as error:
+            yield _Delivery(counts=log.drain(), failure=str(error))
+
+    def _open_lane(self, number: int, orders: list[SourceOrder], reader: _Reader) -> _LanePacks:
+        lane = Lane(number, self._data.lanes, orders, [source.weight for source in self._sources])
+        packs = _LanePacks(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
+        if str(number) in self._lane_states:
+            packs.restore(self._lane_states[str(number)])
+        return packs
+
+
+class Loader:
+    """The training data of one rank.
+
+    Iterating yields one optimizer step's batches: a list of `accumulation` batches of `micro_batch` packs. It never
+    ends; a new iteration continues after the last step that was yielded.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        sources: tuple[SourceConfig, ...],
+        encode: Encode,
+        patch_size: int,
+        merge: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        micro_batch: int,
+        accumulation: int,
+        quarantine: Path | None = None,
+    ) -> None:
+        """Bad samples are appended to the file `quarantine`, which is this rank's own.
+
+        Raises ConfigError where lanes cannot be dealt evenly or there is nothing to draw from, and DataError where
+        shards are unusable. `encode` may raise DataError for a sample that it cannot use.
+        """
+        self._data, self._sources, self._encode = data, sources, encode
+        self._shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
+        self._seed, self._rank, self._ranks = seed, rank, ranks
+        self._micro_batch, self._accumulation = micro_batch, accumulation
+        _check_lanes(data, ranks)
+        _check_sources(sources)
+        self._indexes = {source.name: ShardIndex.load(source.path) for source in sources}
+        self._order = order_identity(data.lanes, data.shuffle_block, seed, self._indexes)
+        self._packs = 0  # consumed, over all ranks
+        self._lane_states: dict[str, Any] = {}
+        self._report = ReadReport(quarantine)
+        self._tokens = self._slots = 0  # real ones, all
+        self._stream: Iterator[_Delivery] | None = None
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        self.close()
+        stream = self._open_stream()
+        # The workers' packs are received and flattened by a thread, one step ahead of the caller.
+        self._thread = ThreadPoolExecutor(1) if self._data.workers else None
+        step = self._thread.submit(self._next_step, stream) if self._thread else None
+        while True:
+            deliveries, batches = step.result() if step else self._next_step(stream)
+            step = self._thread.submit(self._next_step, stream) if self._thread else None
+            self._account(deliveries)
+            yield batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's position after the last step that was yielded; JSON."""
+        return {"order": self._order, "packs": self._packs, "lanes": dict(self._lane_states)}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue from the states of all ranks at one step, of however many. Takes effect at the next `iter()`.
+
+        Raises CheckpointError where they do not belong together, or the data or a setting of its order has changed.
+        """
+        state = merge_states(states)
+        check_order(state, self._order)
+        self._packs = state["packs"]
+        first_lane = self._packs + self._rank
+        self._lane_states = {
+            lane: saved for lane, saved in state["lanes"].items() if (int(lane) - first_lane) % self._ranks == 0
+        }
+
+    def report(self) -> dict[str, float]:
+        """Of this rank since it started: `ReadReport.values` and "real_token_fraction" of its packs."""
+        return {**self._report.values(), "real_token_fraction": self._tokens / max(1, self._slots)}
+
+    def close(self) -> None:
+        """End the thread and, with the last reference to the iteration, the worker processes."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+
+    def _open_stream(self) -> Iterator[_Delivery]:
+        stream = PackStream(
+            self._data,
+            self._sources,
+            self._indexes,
+            self._encode,
+            self._shape,
+            self._seed,
+            self._rank,
+            self._ranks,
+            self._packs,
+            dict(self._lane_states),
+        )
+        workers = self._data.workers
+        # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
+        ahead = -(-per_step // workers) + 1 if workers else None
+        own = torch.Generator()  # a draw from the global one would set a resumed run apart from an unbroken one
+        return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=ahead, generator=own))
+
+    def _account(self, delivery: _Delivery) -> Pack:
+        if delivery.counts is not None:
+            self._report.add(delivery.counts)
+        if delivery.pack is None:
+            raise DataError(delivery.failure)
+        self._tokens += delivery.pack.counts["tokens"]
+        self._slots += self._shape.length
+        return delivery.pack
+
+
+def evaluation_packs(
+    data: DataConfig,
+    source: SourceConfig,
+    encode: Encode,
+    patch_size: int,
+    merge: int,
+    rank: int = 0,
+    ranks: int = 1,
+    maximum: Callable[[int], int] = int,
+) -> Iterator[Pack]:
+    """One pass over `source`: every sample once over all ranks, the same number of packs on each.
+
+    `maximum` reduces a number over the ranks and is called once before each pack; a rank that has run out yields packs
+    without labels until all have. Raises DataError where too many samples are bad.
+    """
+    index = ShardIndex.load(source.path)
+    shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
+    log = ErrorLog(data.max_bad_fraction)
+    reader = _Reader({source.name: index}, encode, shape, log)
+    numbers = ((shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples))
+    refs = (SampleRef(0, 0, *number) for number in itertools.islice(numbers, rank, None, ranks))
+    items = (item for ref in refs if (item := reader.read(ref)) is not None)
+    packer = Packer(shape, data.lookahead)
+    while True:
+        chosen = packer.fill(lambda: next(items, None))
+        if not maximum(len(chosen)):
+            return
+        yield _to_pack(chosen, shape)
+
+
+def _to_pack(items: list[Encoded], shape: PackShape) -> Pack:
+    segments = [segment for item in items for segment in item.segments]
+    return assemble(segments, shape, [item.key for item in items])
+
+
+def _check_lanes(data: DataConfig, ranks: int) -> None:
+    readers = ranks * max(1, data.workers)
+    if data.lanes % readers:
+        raise ConfigError(
+            f"data.lanes = {data.lanes} is not a multiple of {ranks} data-parallel ranks x {max(1, data.workers)} "
+            f"workers; set data.lanes to {-(-data.lanes // readers) * readers}, or change data.workers"
+        )
+
+
+def _check_sources(sources: tuple[SourceConfig, ...]) -> None:
+    names = [source.name for source in sources]
+    if not sources or len(set(names)) < len(names):
+        raise ConfigError(f"data.sources must have at least one source and unique names, has {names}")
+    for source in sources:
+        if not source.weight > 0:
+            raise ConfigError(
+                f"data.sources: weight of {source.name} is {source.weight}, must be above 0; or remove it"
+            )

@@ -1,0 +1,146 @@
+"""What flows from tar to model: sample -> segments -> pack -> batch.
+
+Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes a patch, L tokens a pack, P patches a pack,
+Q = P / merge**2 cells a pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
+Patches are ordered so that the merge**2 patches of a cell are adjacent; cells run row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100  # label of a position without a language-model target
+
+
+class TaskId(IntEnum):
+    """Rows of the router's task bias."""
+
+    CAPTION = 0
+    RETRIEVAL = 1
+    SUMMARY = 2
+
+
+class Modality(IntEnum):
+    """Rows of the router's modality bias; of a token."""
+
+    TEXT = 0
+    IMAGE = 1
+    VIDEO = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One dict from a tar, media still encoded. `text` is KEY.txt, `meta` KEY.json ({} where there is none)."""
+
+    key: str
+    source: str
+    epoch: int  # of its source
+    media: bytes | None
+    media_type: str  # extension: "jpg", "mp4", ...; "" where there is no media
+    text: str
+    meta: dict[str, Any]
+
+
+@dataclass
+class Picture:
+    """One image or one frame, cut into patches.
+
+    `patches` uint8 [p, C]; `grid` patch rows and columns, both multiples of merge; `time_seconds` is -1 for a still
+    image; `cell_token` int32 [p / merge**2]: the token of the segment that receives each cell (several cells on one
+    token are averaged).
+    """
+
+    patches: np.ndarray
+    grid: tuple[int, int]
+    time_seconds: float
+    cell_token: np.ndarray
+
+
+@dataclass
+class Segment:
+    """A run of tokens that attend only to each other: `tokens`, `labels`, `modality` int32 [n].
+
+    `labels[i]` is the target that is predicted *at* position i (already shifted), or IGNORE.
+    """
+
+    task: TaskId
+    tokens: np.ndarray
+    labels: np.ndarray
+    modality: np.ndarray
+    pictures: list[Picture] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def patch_count(self) -> int:
+        return sum(len(picture.patches) for picture in self.pictures)
+
+
+@dataclass
+class Pack:
+    """One fixed-shape row of a batch, as numpy arrays.
+
+    tokens, labels, positions, task_ids, modality_ids int64 [L]; real bool [L]; segment_lengths: their sum <= L, the
+    tail is padding. patches uint8 [P, C]; patch_positions int64 [P, 2] (row, column); picture_lengths: their sum <= P.
+    cell_position int64 [Q] in 0..L, L meaning "padding, goes nowhere"; cell_weight float32 [Q] (1 / cells on the same
+    token, 0 in padding); cell_time float32 [Q] seconds, -1 for still images and padding.
+    counts: label counts per task name and "tokens" (real tokens), python ints, for the global normalisation.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    task_ids: np.ndarray
+    modality_ids: np.ndarray
+    real: np.ndarray
+    segment_lengths: list[int]
+    patches: np.ndarray
+    patch_positions: np.ndarray
+    picture_lengths: list[int]
+    cell_position: np.ndarray
+    cell_weight: np.ndarray
+    cell_time: np.ndarray
+    counts: dict[str, int]
+    keys: list[str]
+    lane: int = 0
+    lane_state: dict[str, Any] = field(default_factory=dict)  # the lane's state after this pack
+
+
+@dataclass
+class Batch:
+    """B packs, flattened: every index is into T = B * L tokens, B * P patches, B * Q cells. Shapes as in `Pack`.
+
+    cu_segments int32 [S + 1] and cu_pictures int32 [N + 1] are cumulative lengths from 0 to T and to B * P; the padding
+    tail of a pack is a segment (a picture) of its own, so that every kernel sees the same total on every rank.
+    max_segment, max_picture: longest length, a python int. cell_position is in 0..T, T meaning padding.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    task_ids: torch.Tensor
+    modality_ids: torch.Tensor
+    real: torch.Tensor
+    cu_segments: torch.Tensor
+    max_segment: int
+    patches: torch.Tensor
+    patch_positions: torch.Tensor
+    cu_pictures: torch.Tensor
+    max_picture: int
+    cell_position: torch.Tensor
+    cell_weight: torch.Tensor
+    cell_time: torch.Tensor
+    counts: dict[str, int]
+    keys: list[str]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

@@ -1,0 +1,159 @@
+"""Attention inside the segments of a packed sequence, never across them.
+
+Shapes: T tokens of all packs, S segments, H query heads, G key/value heads, d head width, D width.
+On CUDA one variable-length kernel serves a whole batch. On a CPU segments of similar length are padded into a few dense
+batches, which PyTorch's fused attention takes; `tests/parity/test_attention.py` holds both to a masked reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsmoe_vl.model.layers import RMSNorm, rotate
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of similar length: `rows` int64 [S * longest] gathers them, `valid` int64 selects the real rows."""
+
+    segments: int
+    longest: int
+    rows: Tensor
+    valid: Tensor
+    key_mask: Tensor | None  # bool [S, 1, 1, longest], None where all lengths are equal
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Where segments begin and end; made once a batch and used by every layer."""
+
+    cumulative: Tensor  # int32 [S + 1]
+    longest: int
+    buckets: tuple[_Bucket, ...] = ()
+    inverse: Tensor | None = None  # int64 [T]: from bucket order back to packed order; None: they are the same
+
+    @classmethod
+    def build(cls, cumulative: Tensor, longest: int) -> SegmentLayout:
+        """From cumulative lengths int32 [S + 1] and the longest length."""
+        if cumulative.device.type != "cpu":
+            return cls(cumulative, longest)
+        starts = cumulative[:-1].numpy().astype(np.int64)
+        lengths = np.diff(cumulative.numpy()).astype(np.int64)
+        # Lengths of one bucket differ by less than a quarter, so that little of the dense batch is padding.
+        bucket_of = np.ceil(np.log2(np.maximum(lengths, 8)) * 3).astype(np.int64)
+        buckets, order = [], []
+        for bucket_id in np.unique(bucket_of):
+            members = np.flatnonzero(bucket_of == bucket_id)
+            width = int(lengths[members].max())
+            offsets = np.arange(width)
+            real = offsets[None, :] < lengths[members][:, None]
+            rows = starts[members][:, None] + np.where(real, offsets[None, :], 0)
+            order.append(rows[real])
+            mask = None if real.all() else torch.from_numpy(real)[:, None, None, :]
+            valid = torch.from_numpy(np.flatnonzero(real.ravel()))
+            buckets.append(_Bucket(len(members), width, torch.from_numpy(rows.ravel()), valid, mask))
+        flat_order = np.concatenate(order)
+        if np.array_equal(flat_order, np.arange(len(flat_order))):
+            return cls(cumulative, longest, tuple(buckets))
+        return cls(cumulative, longest, tuple(buckets), torch.from_numpy(np.argsort(flat_order)))
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:
+    """Scaled dot-product attention within segments. q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
+    if q.device.type == "cuda":
+        return _varlen_attention(q, k, v, layout, causal)
+    heads, groups = q.shape[1], k.shape[1]
+    packed = torch.cat((q, k, v), dim=1)  # gathered once: three gathers and their backwards cost more
+    only, *others = layout.buckets
+    in_place = not others and only.key_mask is None  # all segments of one length: the packed order is dense already
+    outputs = []
+    for bucket in layout.buckets:
+        dense = packed if in_place else packed.index_select(0, bucket.rows)
+        dense = dense.view(bucket.segments, bucket.longest, heads + 2 * groups, -1).transpose(1, 2)
+        queries, keys, values = dense.split((heads, groups, groups), dim=1)
+        keys, values = (x.repeat_interleave(heads // groups, dim=1) for x in (keys, values))
+        # Padding stands behind the real tokens: a causal mask alone keeps it out of every real token's view.
+        mask = None if causal else bucket.key_mask
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
+        out = out.transpose(1, 2).reshape(bucket.segments * bucket.longest, heads, -1)
+        outputs.append(out if bucket.key_mask is None else out.index_select(0, bucket.valid))
+    result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return result if layout.inverse is None else result.index_select(0, layout.inverse)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:
+    """The CUDA kernel: FlashAttention over cumulative lengths; half precision only."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    half = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    repeat = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeat, dim=1).to(half) for x in (k, v))
+    window = (-1, 0) if causal else (-1, -1)
+    cumulative, longest = layout.cumulative, layout.longest
+    out: Tensor = varlen_attn(q.to(half), k, v, cumulative, cumulative, longest, longest, window_size=window)
+    return out.type_as(q)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one layer for S sequences that are being generated: [S, capacity, G, d]."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor  # int64 [S]: tokens stored so far; shared by the layers
+
+    def prefill(self, k: Tensor, v: Tensor, layout: SegmentLayout) -> None:
+        """Store the packed keys and values [T, G, d] of the prompts, one segment a sequence."""
+        bounds = layout.cumulative.tolist()
+        for row, (start, end) in enumerate(pairwise(bounds)):
+            self.keys[row, : end - start] = k[start:end]
+            self.values[row, : end - start] = v[start:end]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store one new token a sequence: k and v [S, G, d]."""
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[rows, self.lengths] = k
+        self.values[rows, self.lengths] = v
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention of the newest token of each sequence, itself included. q [S, H, d] -> [S, H, d]."""
+        used = int(self.lengths.max()) + 1
+        keys, values = self.keys[:, :used].transpose(1, 2), self.values[:, :used].transpose(1, 2)
+        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        mask = torch.arange(used, device=q.device) <= self.lengths[:, None]
+        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask[:, None, None]).squeeze(2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with QK-norm (Dehghani et al. 2023) and rotary positions."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width, self.causal = heads, kv_heads, width // heads, causal
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
+        self.q_norm = RMSNorm(self.head_width)
+        self.k_norm = RMSNorm(self.head_width)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, layout: SegmentLayout | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """x [T, D] -> [T, D]. With a cache: `layout` of the prompts fills it; None appends one token a sequence."""
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_width)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if layout is not None:
+            if cache is not None:
+                cache.prefill(k, v, layout)
+            attended = segment_attention(q, k, v, layout, self.causal)
+        else:
+            assert cache is not None, "one token a sequence needs a cache"
+            cache.append(k, v)
+            attended = cache.attend(q)
+        return self.out(attended.flatten(1))

@@ -1,0 +1,43 @@
+"""The one place that gives parameters their first values."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from dsmoe_vl.model.layers import RMSNorm
+from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.moe.router import Router
+
+_EMBEDDING_STD = 0.02
+_ROUTER_STD = 0.02  # near-even routing at the start
+
+
+@torch.no_grad()
+def initialise(model: VisionLanguageModel, seed: int) -> None:
+    """Fill every parameter. Matrices: normal with variance 1 / fan-in; those that write into the residual stream are
+    divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3). Biases zero, norm weights one.
+
+    A parameter's values depend on the seed and its name alone, not on what else the model holds.
+    """
+    depth = {"vision": len(model.vision.layers), "layers": len(model.layers)}
+    routers = {id(m.weight) for m in model.modules() if isinstance(m, Router)}
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in norms:
+            nn.init.ones_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            std = parameter.shape[-1] ** -0.5
+            if id(parameter) in routers:
+                std = _ROUTER_STD
+            elif parameter is model.embedding.weight:
+                std = _EMBEDDING_STD
+            elif name.endswith(("attention.out.weight", "down.weight", "experts.w2")) and "layers" in name:
+                std /= (2 * depth[name.split(".")[0]]) ** 0.5
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,154 @@
+"""The vision-language transformer: pictures and text in one packed sequence, hidden states out.
+
+Shapes: T tokens of all packs, N patches, Q cells, D width, V vocabulary, X target positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.data.segment import Batch, Modality, TaskId
+from dsmoe_vl.model.attention import Attention, KeyValueCache, SegmentLayout
+from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_1d
+from dsmoe_vl.model.vision import Connector, VisionEncoder
+from dsmoe_vl.moe.experts import Experts
+from dsmoe_vl.moe.feed_forward import MoEFeedForward
+from dsmoe_vl.moe.router import Router
+from dsmoe_vl.moe.stats import RouterStats
+
+_LOSS_CHUNK_TOKENS = 2048  # targets whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What every decoder layer must know of the tokens. int64 [T], except rotation complex64 and real bool."""
+
+    rotation: Tensor
+    task_ids: Tensor
+    modality_ids: Tensor
+    real: Tensor
+    layout: SegmentLayout | None  # None: one new token a sequence, from the cache
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal attention, then a dense or sparse feed-forward."""
+
+    def __init__(self, recipe: Recipe, index: int) -> None:
+        super().__init__()
+        model, moe = recipe.model, recipe.moe
+        self.attention_norm = RMSNorm(model.width)
+        self.attention = Attention(model.width, model.heads, model.kv_heads, causal=True)
+        self.feed_forward_norm = RMSNorm(model.width)
+        self.sparse = index >= moe.first_dense_layers
+        self.feed_forward: nn.Module
+        if self.sparse:
+            self.feed_forward = MoEFeedForward(
+                Router(model.width, moe.experts, moe.top_k, len(TaskId), len(Modality)),
+                Experts(moe.experts, model.width, moe.ffn_width),
+                SwiGLU(model.width, moe.shared_ffn_width) if moe.shared_ffn_width else None,
+            )
+        else:
+            self.feed_forward = SwiGLU(model.width, model.ffn_width)
+
+    def forward(
+        self, x: Tensor, context: TokenContext, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """x [T, D] -> ([T, D], this layer's routing; None where dense)."""
+        x = x + self.attention(self.attention_norm(x), context.rotation, context.layout, cache)
+        inner = self.feed_forward_norm(x)
+        if not self.sparse:
+            return x + self.feed_forward(inner), None
+        out, stats = self.feed_forward(inner, context.task_ids, context.modality_ids, context.real)
+        return x + out, stats
+
+
+class LanguageHead(nn.Module):
+    """The output projection, tied to the token embedding, and its loss. Chunked: all logits never exist at once."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden [X, D] -> logits [X, V]; with targets int64 [X] -> the *sum* of their cross entropies, fp32, nats."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows, wanted in zip(hidden.split(_LOSS_CHUNK_TOKENS), targets.split(_LOSS_CHUNK_TOKENS), strict=True):
+            if len(hidden) > _LOSS_CHUNK_TOKENS:
+                total = total + checkpoint(self._loss_sum, rows, wanted, use_reentrant=False)
+            else:
+                total = total + self._loss_sum(rows, wanted)
+        return total
+
+    def _loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, self.weight).float(), targets, reduction="sum")
+
+
+class VisionLanguageModel(nn.Module):
+    """Vision encoder, connector, decoder."""
+
+    def __init__(self, recipe: Recipe, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        model = recipe.model
+        self.rope_base, self.head_width = model.rope_base, model.width // model.heads
+        self.activation_checkpointing = activation_checkpointing
+        self.vision = VisionEncoder(model.vision)
+        self.connector = Connector(model.vision, model.width)
+        self.embedding = nn.Embedding(recipe.tokenizer.vocab_size, model.width)
+        self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
+        self.norm = RMSNorm(model.width)
+        self.head = LanguageHead(self.embedding.weight)
+
+    def forward(self, batch: Batch, caches: list[KeyValueCache] | None = None) -> tuple[Tensor, RouterStats | None]:
+        """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers.
+
+        Every parameter takes part whatever the batch holds, so that collectives are the same on every rank.
+        """
+        context = TokenContext(
+            rotation=rotary_1d(batch.positions, self.head_width, self.rope_base),
+            task_ids=batch.task_ids,
+            modality_ids=batch.modality_ids,
+            real=batch.real,
+            layout=SegmentLayout.build(batch.cu_segments, batch.max_segment),
+        )
+        return self._decode(self.embedding(batch.tokens) + self._see(batch), context, caches)
+
+    def extend(self, tokens: Tensor, positions: Tensor, task_ids: Tensor, caches: list[KeyValueCache]) -> Tensor:
+        """One new text token for each of S sequences: int64 [S] each -> hidden states [S, D]."""
+        context = TokenContext(
+            rotation=rotary_1d(positions, self.head_width, self.rope_base),
+            task_ids=task_ids,
+            modality_ids=torch.full_like(task_ids, Modality.TEXT),
+            real=torch.ones_like(task_ids, dtype=torch.bool),
+            layout=None,
+        )
+        hidden, _ = self._decode(self.embedding(tokens), context, caches)
+        return hidden
+
+    def _see(self, batch: Batch) -> Tensor:
+        """What the pictures add to the token embeddings: [T, D], zero where there is no vision token."""
+        layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
+        features = self.vision(batch.patches, batch.patch_positions, layout)
+        cells = self.connector(features, batch.cell_time) * batch.cell_weight.unsqueeze(-1).type_as(features)
+        placed = cells.new_zeros(len(batch.tokens) + 1, cells.shape[-1])  # the last row takes the padding cells
+        return placed.index_add(0, batch.cell_position, cells)[:-1]
+
+    def _decode(
+        self, x: Tensor, context: TokenContext, caches: list[KeyValueCache] | None
+    ) -> tuple[Tensor, RouterStats | None]:
+        collected = []
+        for index, layer in enumerate(self.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, stats = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x, stats = layer(x, context, None if caches is None else caches[index])
+            if stats is not None:
+                collected.append(stats)
+        return self.norm(x), RouterStats.stack(collected)

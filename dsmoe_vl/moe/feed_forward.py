@@ -1,0 +1,60 @@
+"""The sparse feed-forward of a decoder layer on one process; `layer.py` spreads the same computation over ranks.
+
+    1. route      x [T, D] -> K experts and gates a token
+    2. sort       T * K assignments by expert:   experts  [1 0, 0 2, 1 2]  (three tokens, K = 2)
+                                                 order    [1 2, 0 4, 3 5]  -> expert 0: tokens 0, 1; 1: 0, 2; 2: 1, 2
+    3. compute    every expert on its run of rows
+    4. combine    back to token order, weighted by the gates, summed over K
+    5. shared     plus the always-on expert, where there is one
+
+Shapes: T tokens, D width, E experts, K experts a token, R = T * K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_vl.moe.experts import Experts
+from dsmoe_vl.moe.router import Router
+from dsmoe_vl.moe.stats import RouterStats
+
+
+class MoEFeedForward(nn.Module):
+    """Router, experts and an optional shared expert. Dropless: every assignment is computed."""
+
+    def __init__(self, router: Router, experts: Experts, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+
+    def forward(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor) -> tuple[Tensor, RouterStats]:
+        """x [T, D]; task_ids, modality_ids int64 [T]; real bool [T] -> ([T, D], statistics of this layer)."""
+        return sparse_forward(self.router, self.experts, self.shared, x, task_ids, modality_ids, real)
+
+
+def sparse_forward(
+    router: Router,
+    run_experts: Callable[[Tensor, Tensor], Tensor],
+    shared: nn.Module | None,
+    x: Tensor,
+    task_ids: Tensor,
+    modality_ids: Tensor,
+    real: Tensor,
+) -> tuple[Tensor, RouterStats]:
+    """The five steps. `run_experts(rows [R, D] sorted by expert, counts int64 [E]) -> [R, D]` may cross ranks."""
+    routing = router(x, task_ids, modality_ids)
+    stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)
+    top_k = routing.experts.shape[-1]
+    order = routing.experts.flatten().argsort(stable=True)
+    counts = torch.zeros(routing.logits.shape[-1], dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, routing.experts.flatten(), torch.ones_like(order))
+    rows = x.index_select(0, order // top_k)
+    rows = run_experts(rows, counts)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    per_choice = rows.index_select(0, inverse).view(x.shape[0], top_k, -1)
+    out = (per_choice * routing.gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)
+    return (out if shared is None else out + shared(x)), stats

@@ -1,0 +1,102 @@
+"""The sparse feed-forward over ranks: DeepSpeed's AutoEP layer with our own forward.
+
+From DeepSpeed come the process groups, the marking of expert parameters (which decides how their gradients are reduced,
+partitioned by ZeRO and saved), and the differentiable all-to-all. The router, the statistics and the products are ours.
+The private names that this file leans on are checked by `tests/unit/test_deepspeed_contract.py`.
+
+Shapes: T tokens, D width, E experts, L = E / ep_size experts of this rank, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
+from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from torch import Tensor, nn
+
+from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
+from dsmoe_vl.moe.stats import RouterStats
+
+
+class ExpertParallelMoE(AutoEPMoELayer):
+    """`MoEFeedForward` whose experts are divided among `ep_size` ranks. Same parameters' names, same results."""
+
+    def __init__(self, source: MoEFeedForward, ep_size: int, ep_rank: int) -> None:
+        super().__init__(_spec(source), source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size))
+        del self.tokens_per_expert  # counts that evaluation and recomputation would distort: RouterStats replaces them
+        ours, marked = source.experts, self.experts
+        ours.w1, ours.w2, ours.w3 = marked.w1, marked.w2, marked.w3  # this rank's slices, with DeepSpeed's marks
+        self.experts = ours
+        self.router = source.router
+        for parameter in self.router.parameters():
+            parameter.allreduce = True
+            parameter.ds_zero_placement_family = "replicated"
+            mark_autoep_folding_router_parameter(parameter)
+        self.shared = source.shared
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor
+    ) -> tuple[Tensor, RouterStats]:
+        """As `MoEFeedForward.forward`."""
+        return sparse_forward(self.router, self._exchange, self.shared, x, task_ids, modality_ids, real)
+
+    def _exchange(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Send each row to its expert's rank, compute there, bring it back. rows [R, D] by expert, counts int64 [E]."""
+        if self.ep_size == 1:
+            return self.experts(rows, counts)
+        plan = compute_split_plan(
+            rows, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts.to(torch.int32)
+        )
+        received = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
+        # Arrivals stand by source rank, then by expert; the products want them by expert.
+        by_source = plan.local_counts_by_source.long()
+        local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
+        owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
+        order = owner.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
+        computed = self.experts(received.index_select(0, order), by_source.sum(0)).index_select(0, inverse)
+        return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
+
+
+def spread_experts(model: nn.Module, ep_size: int, ep_rank: int) -> None:
+    """Replace every `MoEFeedForward` of `model` by its expert-parallel form, in place, before the engine is built.
+
+    Holds the invariant that exactly the expert tensors are marked: an unmarked one is reduced like a dense one.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MoEFeedForward):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, ExpertParallelMoE(module, ep_size, ep_rank))
+    for name, parameter in model.named_parameters():
+        marked = getattr(parameter, "allreduce", True) is False
+        assert marked == (".experts." in name), f"{name}: marked as expert: {marked}"
+
+
+def _spec(source: MoEFeedForward) -> MoELayerSpec:
+    """What DeepSpeed's detection would have found; written down, since we know our own layer."""
+    experts, _, hidden = source.experts.w2.shape[0], source.experts.w2.shape[1], source.experts.w2.shape[2]
+    return MoELayerSpec(
+        moe_module_name="feed_forward",
+        model_family="custom",
+        router_name="router",
+        experts_name="experts",
+        expert_storage="fused_3d",
+        expert_w1_name="w1",
+        expert_w2_name="w2",
+        expert_w3_name="w3",
+        num_experts=experts,
+        top_k=source.router.top_k,
+        hidden_size=source.experts.w2.shape[1],
+        ffn_hidden_size=hidden,
+        score_func="softmax",
+        score_apply="post",
+        route_norm=True,
+        gate_bias=False,
+        return_router_logits=False,
+        router_logits_capture_target="none",
+        router_logits_capture_index=None,
+        router_logits_capture_layer_name=None,
+        has_shared_experts=False,
+        shared_experts_name="",
+    )

@@ -1,0 +1,49 @@
+"""What this machine computes with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+_LOCAL_SIZES = (
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
+
+
+def device_name() -> Literal["cpu", "cuda"]:
+    """The kind of device that training uses here. Tells DeepSpeed too, which must agree."""
+    name: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", name)
+    return name
+
+
+def has_bf16_unit(device: str) -> bool:
+    """Whether matrix products in bf16 are at least as fast as in fp32: any recent GPU; a CPU by its flags."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return bool(_BF16_FLAGS & set(flags.split()))
+
+
+def use_device(name: str, local_rank: int, environment: Mapping[str, str] = os.environ) -> torch.device:
+    """Make this rank's device current. On a CPU the ranks of a host share its cores evenly, unless OMP_NUM_THREADS is
+    set: two ranks with a thread a core each run two to four times slower than with half of the cores."""
+    if name == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if "OMP_NUM_THREADS" not in environment:
+        local_ranks = next((int(environment[key]) for key in _LOCAL_SIZES if key in environment), 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    return torch.device("cpu")

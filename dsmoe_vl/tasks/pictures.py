@@ -1,0 +1,52 @@
+"""From encoded media to the pictures of a segment, under the recipe's budgets."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from dsmoe_vl.config.recipe import DataConfig, VisionConfig
+from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
+from dsmoe_vl.data.segment import Modality, Picture, Sample
+from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
+from dsmoe_vl.errors import DataError
+
+
+class PictureReader:
+    """Decodes a sample's image, or samples its video's frames, and cuts them into patches."""
+
+    def __init__(self, data: DataConfig, vision: VisionConfig) -> None:
+        self.data, self.vision = data, vision
+
+    def read(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
+        """Modality, pictures, and the number of vision tokens that they fill. Raises DataError."""
+        if sample.media is None:
+            raise DataError("no image or video")
+        if sample.media_type not in VIDEO_EXTENSIONS:
+            image = decode_image(sample.media, self.data.image_max_patches * self.vision.patch_size**2)
+            grid = self._grid(image.size, self.data.image_max_patches)
+            cells = np.arange(self._cells(grid), dtype=np.int32)
+            return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)
+        pictures: list[Picture] = []
+        used = 0
+        for seconds, frame in decode_video(sample.media, self.data.video_frames):
+            grid = self._grid(frame.size, self.data.frame_max_patches)
+            tokens = self._pooled_tokens(grid)
+            pictures.append(Picture(self._cut(frame, grid), grid, seconds, tokens + used))
+            used += int(tokens[-1]) + 1
+        return Modality.VIDEO, pictures, used
+
+    def _grid(self, size: tuple[int, int], budget: int) -> tuple[int, int]:
+        return fit_grid(size[0], size[1], self.vision.patch_size, self.vision.merge, budget)
+
+    def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+        return to_patches(image, grid, self.vision.patch_size, self.vision.merge)
+
+    def _cells(self, grid: tuple[int, int]) -> int:
+        return grid[0] * grid[1] // self.vision.merge**2
+
+    def _pooled_tokens(self, grid: tuple[int, int]) -> np.ndarray:
+        """The token of each cell when pool x pool neighbouring cells share one: int32 [cells], row by row."""
+        pool = self.data.frame_pool
+        rows, columns = (np.arange(side // self.vision.merge) // pool for side in grid)
+        return (rows[:, None] * (columns[-1] + 1) + columns[None, :]).ravel().astype(np.int32)

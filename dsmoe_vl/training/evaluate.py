@@ -1,0 +1,62 @@
+"""Held-out losses during training."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.data.loader import evaluation_packs
+from dsmoe_vl.data.pack import collate
+from dsmoe_vl.data.segment import Batch
+from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.tasks.registry import Encoder
+
+
+class HeldOut:
+    """The first packs of every held-out source, `run.evaluate_packs` in all; encoded once, then kept in memory."""
+
+    def __init__(self, plan: RunPlan, ranks: Ranks, encode: Encoder, terms: tuple[str, ...], host: HostGroup) -> None:
+        recipe = plan.recipe
+        self.terms = terms
+        self.batches: dict[str, list[Batch]] = {}
+        sources = recipe.data.evaluation
+        for source in sources:
+            packs = evaluation_packs(
+                recipe.data,
+                source,
+                encode,
+                patch_size=recipe.model.vision.patch_size,
+                merge=recipe.model.vision.merge,
+                rank=ranks.rank,
+                ranks=ranks.world_size,
+                maximum=host.max,
+            )
+            share = max(1, recipe.run.evaluate_packs // (len(sources) * ranks.world_size))
+            self.batches[source.name] = [collate([pack]) for pack in islice(packs, share)]
+
+    @torch.no_grad()
+    def losses(self, engine: Any, device: torch.device) -> dict[str, float]:
+        """Mean loss per target of every term: over all sources (`eval_loss_TERM`) and per source. Collective."""
+        engine.eval()
+        sums = {name: torch.zeros(2, len(self.terms), device=device, dtype=torch.float64) for name in self.batches}
+        for name, batches in self.batches.items():
+            for batch in batches:
+                output, _ = engine(batch.to(device))
+                for column, term in enumerate(self.terms):
+                    sums[name][0, column] += output.loss_sums[term]
+                    sums[name][1, column] += batch.counts[term]
+        engine.train()
+        stacked = torch.stack(list(sums.values()))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(stacked)
+        totals = {"": stacked.sum(0), **{f"_{name}": stacked[row] for row, name in enumerate(sums)}}
+        return {
+            f"eval_loss_{term}{suffix}": float(total[0, column] / total[1, column].clamp(min=1))
+            for suffix, total in totals.items()
+            for column, term in enumerate(self.terms)
+        }

@@ -1,0 +1,135 @@
+"""Train: `deepspeed launch/train.py --deepspeed ds_configs/moe.json [--recipe FILE] [section.key=value ...]`.
+
+Parsing and wiring only. Every check that needs no model runs before a process group exists, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from dsmoe_vl.config.deepspeed_json import load_deepspeed
+from dsmoe_vl.config.describe import describe
+from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.config.plan import RunPlan, plan_to_json
+from dsmoe_vl.config.resolve import resolve
+from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.parallel.device import device_name, has_bf16_unit
+from dsmoe_vl.parallel.ranks import Ranks
+
+_ROOT = Path(__file__).resolve().parent.parent
+_DEFAULT_RECIPE = _ROOT / "launch" / "recipes" / "quickstart.toml"
+_DEFAULT_DEEPSPEED = _ROOT / "ds_configs" / "moe.json"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train a sparse vision-language model.", allow_abbrev=False)
+    parser.add_argument("--deepspeed", "--deepspeed_config", type=Path, default=_DEFAULT_DEEPSPEED, metavar="JSON")
+    parser.add_argument("--recipe", type=Path, default=_DEFAULT_RECIPE, metavar="TOML")
+    parser.add_argument("--run-dir", type=Path, help="where the run is kept; overrides run.directory and run.name")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    parser.add_argument("--strict", action="store_true", help="fail where the plan would differ from what is asked for")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
+    return parser.parse_args()
+
+
+def plan_run(args: argparse.Namespace, world_size: int) -> RunPlan:
+    """The resolved plan. Raises ConfigError."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.run_dir is not None:
+        run = replace(recipe.run, directory=str(args.run_dir.parent), name=args.run_dir.name)
+        recipe = replace(recipe, run=run)
+    device = device_name()
+    return resolve(
+        recipe,
+        load_deepspeed(args.deepspeed),
+        world_size,
+        device=device,
+        bf16_unit=has_bf16_unit(device),
+        strict=args.strict,
+        recipe_file=str(args.recipe),
+        deepspeed_file=str(args.deepspeed),
+    )
+
+
+def main() -> int:
+    """Exit status: 0 trained or stopped on request, 2 a user's error."""
+    args = parse()
+    ranks = Ranks(0, 1, 0)
+    try:
+        ranks = Ranks.discover()
+        plan = plan_run(args, args.world_size if args.dry_run and args.world_size else ranks.world_size)
+        if args.dry_run:
+            if ranks.rank == 0:
+                print(describe(plan))
+            return 0
+    except DsmoeVlError as error:
+        if ranks.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(plan, ranks, uses_default_data=args.recipe.resolve() == _DEFAULT_RECIPE)
+    except BaseException as error:
+        # Other ranks may wait in a collective for this one: end at once, so that the launcher ends them.
+        sys.stdout.flush()
+        if isinstance(error, DsmoeVlError):
+            print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        os._exit(2 if isinstance(error, DsmoeVlError) else 1)
+    return 0
+
+
+def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
+    """Start the process group and run the trainer."""
+    quiet_deepspeed()
+    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+
+    start_process_group(ranks, plan.device)
+    if uses_default_data and not all(Path(source.path).exists() for source in plan.recipe.data.sources):
+        if ranks.local_rank == 0:
+            make_default_data(plan)
+        HostGroup().barrier()
+    if ranks.rank == 0:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        for note in plan.notes:
+            print(f"note: {note}", flush=True)
+
+    from dsmoe_vl.training.trainer import Trainer
+
+    trainer = Trainer(plan, ranks)
+    if ranks.rank == 0:
+        (plan.run_dir / "plan.json").write_text(plan_to_json(plan))
+    trainer.fit()
+    trainer.close()
+
+
+def make_default_data(plan: RunPlan) -> None:
+    """The quickstart's synthetic shards and tokenizer, on first use."""
+    from data_tools.synthetic import generate
+    from data_tools.tokenizer import train as train_tokenizer
+
+    tokenizer = Path(plan.recipe.tokenizer.path)
+    print(f"{tokenizer.parent} is missing: making the synthetic shards of the quickstart (once)", flush=True)
+    generate(tokenizer.parent)
+    sources = [Path(source.path) for source in plan.recipe.data.sources]
+    train_tokenizer(sources, tokenizer, vocab_size=plan.recipe.tokenizer.vocab_size)
+
+
+def quiet_deepspeed() -> None:
+    """DeepSpeed at warning level, unless DSMOE_VL_VERBOSE asks for all of it."""
+    if "DSMOE_VL_VERBOSE" not in os.environ:
+        import logging
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
