@@ -1,0 +1,74 @@
+"""COCO Captions: one JSON file of images and captions beside a folder of photos."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.formats import Record
+from dsmoe_vl.errors import DataError
+
+NAME = "coco"
+HELP = "COCO Captions (captions_train2017.json and the like)"
+DESCRIPTION = """\
+Expected files:
+
+    coco/
+      annotations/captions_train2017.json     {"images":      [{"id": 790, "file_name": "000000000790.jpg", ...}, ...],
+                                                "annotations": [{"image_id": 790, "caption": "A dog ...", ...}, ...]}
+      train2017/000000000790.jpg               one file an image, named by `file_name`
+
+Example:
+
+    python -m data_tools.convert coco --images coco/train2017 \\
+        --annotations coco/annotations/captions_train2017.json --output shards/coco_train
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--images` and `--annotations`."""
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the photos")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="captions_*.json")
+
+
+def records(arguments: argparse.Namespace) -> Iterator[Record]:
+    """One record an image, in the order of `images`, then those that only `annotations` know; captions in their order.
+
+    Raises DataError where the file is missing or is no COCO caption file, or the folder is missing.
+    """
+    path: Path = arguments.annotations
+    if not arguments.images.is_dir():
+        raise DataError(f"--images {arguments.images}: no such folder")
+    content = _read(path)
+    captions: dict[Any, list[Any]] = defaultdict(list)
+    try:
+        licences = {row["id"]: row["url"] for row in content.get("licenses", [])}
+        for row in content["annotations"]:
+            captions[row["image_id"]].append(row["caption"])
+        listed = [(row["id"], str(row["file_name"]), row) for row in content["images"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a COCO caption file ({error!r}): `images` needs id and file_name, `annotations` image_id and "
+            "caption; instances_*.json and person_keypoints_*.json have no captions"
+        ) from error
+    for identifier, name, row in listed:
+        meta = {"url": row.get("flickr_url") or row.get("coco_url"), "licence": licences.get(row.get("license"))}
+        yield Record(str(identifier), "image", arguments.images / name, captions.get(identifier, []), meta)
+    for identifier in sorted(captions.keys() - {identifier for identifier, *_ in listed}, key=str):
+        yield Record(str(identifier), "image", None, captions[identifier])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"--annotations {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"--annotations {path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"--annotations {path}: not a COCO caption file: a JSON object is expected")
+    return content

@@ -1,0 +1,232 @@
+"""Look at a folder of shards: what is in it, whether it is whole, and whether every sample can be read.
+
+The exit status is 0 for sound shards, 1 where problems were found, 2 where there is nothing to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.command import run
+from data_tools.contact_sheet import Cell, contact_sheet
+from data_tools.parallel import default_workers, ordered_map
+from dsmoe_vl.data.decode import decode_image, decode_video
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards import INDEX_NAME, VIDEO_EXTENSIONS, Shard, ShardIndex, read_sample
+from dsmoe_vl.data.tar import scan_shard
+from dsmoe_vl.errors import DataError
+
+FRAMES = 6  # decoded of a video, and shown
+SHEET_CELLS = 48
+EXAMPLES = 3  # shown of each kind of problem
+BAR = 40  # characters
+
+
+@dataclass
+class Report:
+    """What was found. `problems`: kind -> where, each time it was met."""
+
+    samples: int = 0
+    shards: int = 0
+    total_bytes: int = 0
+    media_types: Counter[str] = field(default_factory=Counter)
+    caption_words: list[int] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)  # pixels, the longer one of an image or video
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    cells: list[Cell] = field(default_factory=list)
+
+    def add_error(self, error: DataError, where: str = "") -> None:
+        """File an error under its message's first words, up to the colon."""
+        kind, _, detail = str(error).partition(": ")
+        self.problems[kind].append(": ".join(part for part in (where, detail) if part))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One sample as it was found: `sample` is None where `errors` has why it could not be read."""
+
+    sample: Sample | None
+    pictures: list[Image.Image]
+    errors: list[tuple[str, DataError]]  # where, what
+
+
+def inspect(folder: Path, limit: int | None = None) -> Report:
+    """Read and decode the samples of a shard folder, the first `limit` of them if given.
+
+    The tars themselves are compared with `index.json` in any case. Raises DataError where there are no tars.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit}: must be positive")
+    report = Report()
+    index = _scan(folder, report)
+    _compare_with_manifest(index, report)
+    places = [(shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples)][:limit]
+    sheet_every = -(-len(places) // SHEET_CELLS)
+    seen: set[str] = set()
+    looks = ordered_map(lambda place: _look(index, *place), places, default_workers())
+    for number, look in enumerate(tqdm(looks, total=len(places), desc=str(folder), unit="sample", disable=None)):
+        for where, error in look.errors:
+            report.add_error(error, where)
+        if look.sample is None:
+            continue
+        if look.sample.key in seen:
+            report.problems["duplicate key"].append(look.sample.key)
+        seen.add(look.sample.key)
+        report.samples += 1
+        report.media_types[look.sample.media_type or "text only"] += 1
+        report.caption_words.extend(len(caption.split()) for caption in _captions(look.sample))
+        if look.pictures:
+            report.sides.append(max(look.pictures[0].size))
+            if number % sheet_every == 0:
+                report.cells.append(Cell(_thumbnails(look.pictures), look.sample.text))
+    return report
+
+
+def _scan(folder: Path, report: Report) -> ShardIndex:
+    """The shards as they are on disk, whatever the manifest says of them."""
+    shards = []
+    for path in sorted(folder.glob("*.tar")):
+        scan = scan_shard(path)
+        if scan.damage:
+            report.problems["damaged shard"].append(f"{path.name}: {scan.damage}; {scan.samples} samples before that")
+        shards.append(Shard(path.name, scan.samples, path.stat().st_size, _file_sha256(path)))
+    if not shards:
+        raise DataError(f"{folder}: no such folder, or no *.tar in it")
+    report.shards, report.total_bytes = len(shards), sum(shard.bytes for shard in shards)
+    return ShardIndex(folder, "", tuple(shards))
+
+
+def _compare_with_manifest(index: ShardIndex, report: Report) -> None:
+    path = index.folder / INDEX_NAME
+    if not path.exists():
+        report.problems[f"no {INDEX_NAME}"].append(f"{path}: changed or lost shards cannot be noticed")
+        return
+    try:
+        rows = {row["name"]: row for row in json.loads(path.read_bytes())["shards"]}
+        expected = {name: Shard(name, row["samples"], row["bytes"], row["sha256"]) for name, row in rows.items()}
+    except (ValueError, TypeError, KeyError) as error:
+        report.problems[f"malformed {INDEX_NAME}"].append(f"{path}: {error!r}")
+        return
+    found = {shard.name: shard for shard in index.shards}
+    for name in sorted(expected.keys() - found.keys()):
+        report.problems["missing shard"].append(f"{name} is in {INDEX_NAME} only")
+    for name in sorted(found.keys() - expected.keys()):
+        report.problems["unlisted shard"].append(f"{name} is not in {INDEX_NAME}")
+    for name in sorted(found.keys() & expected.keys()):
+        for attribute in ("samples", "bytes", "sha256"):
+            is_now, was = getattr(found[name], attribute), getattr(expected[name], attribute)
+            if is_now != was:
+                report.problems[f"{attribute} differ from {INDEX_NAME}"].append(f"{name}: {is_now}, not {was}")
+
+
+def _look(index: ShardIndex, shard: int, number: int) -> Look:
+    place = f"{index.shards[shard].name}, sample {number}"
+    try:
+        sample = read_sample(index, shard, number)
+    except DataError as error:
+        return Look(None, [], [(place, error)])
+    errors = [DataError(problem) for problem in _incomplete(sample)]
+    pictures: list[Image.Image] = []
+    try:
+        if sample.media is not None and sample.media_type in VIDEO_EXTENSIONS:
+            pictures = [picture for _, picture in decode_video(sample.media, FRAMES)]
+        elif sample.media is not None:
+            pictures = [decode_image(sample.media)]
+    except DataError as error:
+        errors.append(error)
+    return Look(sample, pictures, [(f"{place}, {sample.key}", error) for error in errors])
+
+
+def _incomplete(sample: Sample) -> Iterator[str]:
+    """What a sample of this project's layout has and `sample` has not."""
+    if sample.media is None:
+        yield "no image or video"
+    if not sample.text.strip():
+        yield "missing or empty txt"
+    if not sample.meta:
+        yield "missing or empty json"
+    expected = sample.meta.get("sha256")
+    if expected and sample.media is not None and hashlib.sha256(sample.media).hexdigest() != expected:
+        yield "media differ from the sha256 in json"
+
+
+def _captions(sample: Sample) -> list[str]:
+    captions = sample.meta.get("captions")
+    return [str(caption) for caption in captions] if isinstance(captions, list) and captions else [sample.text]
+
+
+def _thumbnails(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Copies that are small enough to keep many of them."""
+    copies = [picture.copy() for picture in pictures]
+    for copy in copies:
+        copy.thumbnail((320, 320))
+    return copies
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(report: Report) -> Iterator[str]:
+    """The report as lines of text."""
+    yield f"{report.samples} samples read, {report.shards} shards, {report.total_bytes / 2**20:.1f} MiB"
+    yield "media: " + (", ".join(f"{count} {name}" for name, count in report.media_types.most_common()) or "none")
+    yield from _histogram("caption length, words", report.caption_words)
+    yield from _histogram("longer side, pixels", report.sides)
+    if not report.problems:
+        yield "no problems"
+    for kind, places in sorted(report.problems.items(), key=lambda item: -len(item[1])):
+        yield f"problem: {len(places)} x {kind}"
+        yield from (f"    {place}" for place in places[:EXAMPLES])
+
+
+def _histogram(title: str, values: list[int]) -> Iterator[str]:
+    """Counts in buckets that double: 0, 1, 2-3, 4-7, ..."""
+    if not values:
+        return
+    yield f"{title}: least {min(values)}, mean {sum(values) / len(values):.1f}, greatest {max(values)}"
+    buckets = Counter(value.bit_length() for value in values)
+    for bucket in range(min(buckets), max(buckets) + 1):
+        low, high = 2**bucket // 2, 2**bucket - 1
+        label = f"{low}-{high}" if high > low else f"{high}"
+        bar = "#" * round(BAR * buckets[bucket] / max(buckets.values()))
+        yield f"{label:>14} {buckets[bucket]:>8} {bar}".rstrip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of tars")
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help=f"draw up to {SHEET_CELLS} samples")
+    parser.add_argument("--limit", type=int, metavar="N", help="decode the first N samples only")
+    given = parser.parse_args(arguments)
+
+    def command() -> int:
+        if given.contact_sheet and given.contact_sheet.suffix.lower() not in (".png", ".jpg"):
+            raise DataError(f"--contact-sheet {given.contact_sheet}: the name must end in .png or .jpg")
+        report = inspect(given.shards, given.limit)
+        print(*describe(report), sep="\n")
+        if given.contact_sheet and report.cells:
+            given.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(report.cells).save(given.contact_sheet)
+            print(f"wrote {given.contact_sheet}: {len(report.cells)} samples")
+        return 1 if report.problems else 0
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

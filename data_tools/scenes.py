@@ -1,0 +1,198 @@
+"""The synthetic world: coloured shapes on a light background, and pictures of one or two of them with exact captions.
+
+Everything drawn from a numpy Generator, so that a scene is a pure function of its seed. Lengths are in
+cells of a grid, which scales with the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (215, 30, 35),
+    "blue": (35, 70, 215),
+    "green": (35, 150, 50),
+    "yellow": (240, 210, 20),
+    "purple": (135, 40, 175),
+    "orange": (245, 135, 20),
+    "black": (25, 25, 25),
+    "cyan": (25, 190, 210),
+}
+CELLS = 8  # of the grid that shapes stand on, along the longer side; it lets a small model learn them in minutes
+SIZES = {"small": 2, "large": 3}  # cells across
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # with their inverses
+MARGIN = 1  # cells between the two shapes of a scene, at least
+
+Combination = tuple[str, str, str]  # (shape, colour, and size in a picture or motion in a video)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape of a scene."""
+
+    shape: str
+    colour: str
+    size: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+def article(noun_phrase: str) -> str:
+    """`noun_phrase` after "a" or "an"."""
+    return ("an " if noun_phrase[0] in "aeiou" else "a ") + noun_phrase
+
+
+def combinations(third: Iterable[str], held_out: bool) -> list[Combination]:
+    """What a split may show, in a fixed order; `third` are the values of the third attribute, at most four.
+
+    Held out are combinations on the diagonals of a Latin square: (shape i, colour j, third k) where i + j and k agree
+    modulo 4. Training shows every value of every attribute and every coloured shape, yet no held-out combination.
+    """
+    return [
+        (shape, colour, value)
+        for i, shape in enumerate(SHAPES)
+        for j, colour in enumerate(COLOURS)
+        for k, value in enumerate(third)
+        if ((i + j) % 4 == k) == held_out
+    ]
+
+
+@cache
+def shape_mask(shape: str, diameter: int) -> Image.Image:
+    """The anti-aliased silhouette, mode "L", `diameter` x `diameter` pixels."""
+    scale = 8
+    side = diameter * scale
+    image = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(image)
+
+    def corners(count: int, *radii: float) -> list[tuple[float, float]]:
+        """`count` points around the centre, the first one at the top, radii in turn as fractions of the half side."""
+        return [
+            (
+                side / 2 * (1 + radii[i % len(radii)] * math.sin(2 * math.pi * i / count)),
+                side / 2 * (1 - radii[i % len(radii)] * math.cos(2 * math.pi * i / count)),
+            )
+            for i in range(count)
+        ]
+
+    if shape == "circle":
+        draw.ellipse((0, 0, side - 1, side - 1), fill=255)
+    elif shape == "square":
+        inset = side * 0.06
+        draw.rectangle((inset, inset, side - inset, side - inset), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(side / 2, 0), (side - 1, side * 0.92), (0, side * 0.92)], fill=255)
+    elif shape == "star":
+        draw.polygon(corners(10, 1.0, 0.42), fill=255)
+    elif shape == "cross":
+        low, high = side * 0.33, side * 0.67
+        draw.rectangle((low, 0, high, side - 1), fill=255)
+        draw.rectangle((0, low, side - 1, high), fill=255)
+    elif shape == "ring":
+        hole = side * 0.27
+        draw.ellipse((0, 0, side - 1, side - 1), fill=255)
+        draw.ellipse((hole, hole, side - hole, side - hole), fill=0)
+    else:
+        raise AssertionError(f"no drawing for {shape!r}")
+    return image.resize((diameter, diameter), Image.Resampling.BOX)
+
+
+def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """A light tint with faint noise, mode "RGB"."""
+    tint = rng.integers(222, 248, size=3)
+    noise = rng.normal(0.0, 2.5, size=(height, width, 3))
+    return Image.fromarray(np.clip(tint + noise, 0, 255).astype(np.uint8))
+
+
+def paint(canvas: Image.Image, shape: str, colour: str, diameter: int, centre: tuple[float, float], cell: int) -> None:
+    """Draw a shape onto `canvas`, its corner moved up and left to the grid of `cell` pixels.
+
+    `centre` (x, y) and `diameter` in pixels. Parts outside of the canvas are cut off.
+    """
+    left, top = (math.floor((middle - diameter / 2) / cell) * cell for middle in centre)
+    canvas.paste(COLOURS[colour], (left, top), shape_mask(shape, diameter))
+
+
+def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
+    """A JPEG and its KEY.json values: width, height, captions, `attributes` of each shape, and `relation`.
+
+    `relation` is that of the first shape of `attributes` to the second; absent for a single shape.
+    """
+    count = int(rng.integers(1, max_objects + 1))
+    choice = combinations(SIZES, held_out)
+    items = [Item(*choice[i]) for i in rng.choice(len(choice), size=count, replace=False)]
+    cell = size // CELLS
+    diameters = [SIZES[item.size] * cell for item in items]
+
+    short = size * 3 // 4 // 16 * 16
+    width, height = ((size, size), (size, short), (short, size))[rng.integers(3)]
+    canvas = background(rng, width, height)
+    relation = None
+    if count == 1:
+        centres = [_anywhere(rng, width, height, diameters[0])]
+    else:
+        relation, centres = _apart(rng, width, height, diameters, MARGIN * cell)
+    for item, diameter, centre in zip(items, diameters, centres, strict=True):
+        paint(canvas, item.shape, item.colour, diameter, centre, cell)
+
+    file = io.BytesIO()
+    canvas.save(file, "JPEG", quality=90, subsampling=0)  # full-resolution colour: it is what the captions are about
+    return file.getvalue(), {
+        "width": width,
+        "height": height,
+        "captions": _captions(rng, items, relation),
+        "attributes": [vars(item) for item in items],
+        "relation": relation,
+    }
+
+
+def _anywhere(rng: np.random.Generator, width: int, height: int, diameter: int) -> tuple[float, float]:
+    radius = diameter / 2
+    return rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+
+
+def _apart(
+    rng: np.random.Generator, width: int, height: int, diameters: list[int], margin: int
+) -> tuple[str, list[tuple[float, float]]]:
+    """A relation and two centres: a gap along the relation's axis, and less distance across it than along it."""
+    first, second = diameters
+    extents = (width, height)
+    reach = (first + second) / 2 + margin  # least distance between the centres
+    axis = int(rng.choice([i for i in (0, 1) if extents[i] >= first + second + margin]))
+    distance = rng.uniform(reach, extents[axis] - (first + second) / 2)
+    low, high = (second, first) if (reverse := bool(rng.integers(2))) else (first, second)
+    start = rng.uniform(low / 2, extents[axis] - distance - high / 2)
+    along = [start, start + distance]
+    across = [rng.uniform(d / 2, extents[1 - axis] - d / 2) for d in (low, high)]
+    limit = 0.5 * distance
+    across[1] = float(np.clip(across[1], across[0] - limit, across[0] + limit))
+    centres = [(a, b) if axis == 0 else (b, a) for a, b in zip(along, across, strict=True)]
+    relation = ("left of", "above")[axis]
+    return (RELATIONS[relation], centres[::-1]) if reverse else (relation, centres)
+
+
+def _captions(rng: np.random.Generator, items: list[Item], relation: str | None) -> list[str]:
+    """Every true sentence of the world about the scene, in random order."""
+    if relation is None:
+        item = article(str(items[0]))
+        sentences = [item, f"there is {item}", f"one {items[0]}"]
+    else:
+        first, second = (article(str(item)) for item in items)
+        inverse = RELATIONS[relation]
+        sentences = [
+            f"{first} {relation} {second}",
+            f"{second} {inverse} {first}",
+            f"there is {first} {relation} {second}",
+            f"{second} is {inverse} {first}",
+        ]
+    return [sentences[i] for i in rng.permutation(len(sentences))]

@@ -1,0 +1,137 @@
+"""Inspecting shards: sound ones pass, and every way of being unsound is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from data_tools.contact_sheet import PAGE_WIDTH, Cell, contact_sheet
+from data_tools.inspect import describe, inspect
+from data_tools.synthetic import generate
+from data_tools.writer import ShardWriter
+from dsmoe_vl.errors import DataError
+
+
+def photo(size=(64, 48)):
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def write(folder, samples, **limits):
+    """Shards of (key, media, media type, text, meta)."""
+    with ShardWriter(folder, "train", **limits) as writer:
+        for sample in samples:
+            writer.write(*sample)
+    return folder
+
+
+def problems(folder, **options):
+    return {kind: len(places) for kind, places in inspect(folder, **options).problems.items()}
+
+
+GOOD = [
+    (f"p{i}", photo(), "png", f"a red photo number {i}", {"captions": [f"a red photo number {i}"]}) for i in range(6)
+]
+
+
+def test_sound_shards(tmp_path):
+    generate(tmp_path, images=70, videos=5, eval_images=0, eval_videos=0)
+    report = inspect(tmp_path / "images_train")
+    assert (report.samples, report.shards, dict(report.media_types), dict(report.problems)) == (70, 1, {"jpg": 70}, {})
+    assert set(report.sides) == {64} and len(report.caption_words) >= 140 and 30 <= len(report.cells) <= 48
+    report = inspect(tmp_path / "videos_train", limit=3)
+    assert (report.samples, dict(report.media_types)) == (3, {"mp4": 3})
+    assert [len(cell.pictures) for cell in report.cells] == [6, 6, 6]
+    lines = list(describe(report))
+    assert lines[0].startswith("3 samples read, 1 shards") and lines[-1] == "no problems"
+
+
+def test_bad_samples_are_counted_by_reason(tmp_path):
+    bad = [
+        ("broken", photo()[:60], "png", "a caption", {"id": 1}),
+        ("noise", b"\0" * 5000, "mp4", "a caption", {"id": 1}),
+        ("mute", photo(), "png", " ", {"id": 1}),
+        ("text", None, "", "a caption", {"id": 1}),
+    ]
+    found = inspect(write(tmp_path, GOOD + bad))
+    assert {kind: len(places) for kind, places in found.problems.items()} == {
+        "image cannot be decoded": 1,
+        "video cannot be decoded": 1,
+        "missing or empty txt": 1,
+        "no image or video": 1,
+    }
+    assert found.problems["image cannot be decoded"][0].startswith("train-00000.tar, sample 6, broken: ")
+    assert any(line.startswith("problem: 1 x image cannot be decoded") for line in describe(found))
+
+
+def test_tars_of_others(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [
+            ("one.png", photo()), ("one.txt", b"a caption"),
+            ("two.png", photo()), ("two.json", b"{"),
+            ("three.json", json.dumps({"sha256": "0" * 64}).encode()), ("three.png", photo()), ("three.txt", b"a"),
+            ("one.png", photo()), ("one.txt", b"a caption"), ("one.json", b'{"a": 1}'),
+        ]:  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert problems(tmp_path) == {
+        "no index.json": 1,
+        "missing or empty json": 1,
+        "malformed text or JSON": 1,
+        "media differ from the sha256 in json": 1,
+        "duplicate key": 1,
+    }
+
+
+def test_shards_that_are_not_those_of_the_manifest(tmp_path):
+    folder = write(tmp_path, GOOD, samples_per_shard=2)
+    assert problems(folder) == {}
+    first = folder / "train-00000.tar"
+    data = first.read_bytes()
+    first.write_bytes(data[:2048].replace(b"a red", b"a bad") + data[2048:])
+    (folder / "train-00001.tar").rename(folder / "other.tar")
+    last = folder / "train-00002.tar"
+    last.write_bytes(last.read_bytes()[:3000])
+    found = problems(folder)
+    assert found.pop("damaged shard") == 1
+    assert found == {
+        "missing shard": 1,
+        "unlisted shard": 1,
+        "samples differ from index.json": 1,
+        "bytes differ from index.json": 1,
+        "sha256 differ from index.json": 2,
+    }
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"shards": [{"name": "a"}]}', '{"shards": 3}'])
+def test_a_manifest_that_is_none(tmp_path, content):
+    (write(tmp_path, GOOD) / "index.json").write_text(content)
+    assert problems(tmp_path) == {"malformed index.json": 1}
+
+
+def test_nothing_to_inspect(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        inspect(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"no \*.tar"):
+        inspect(tmp_path)
+    with pytest.raises(DataError, match="--limit 0"):
+        inspect(write(tmp_path, GOOD), limit=0)
+
+
+def test_contact_sheet_shows_every_cell():
+    cells = [Cell([Image.new("RGB", (64, 64), (i, 0, 0))], "a caption of some words") for i in range(20)]
+    cells += [Cell([Image.new("RGB", (640, 480), (0, 200, i)) for i in range(6)], "word " * 60)]
+    cells += [
+        Cell([Image.new("RGB", (3, 900), (0, 0, 100))], "x" * 500),
+        Cell([Image.new("RGB", (900, 3), (9, 9, 9))], ""),
+    ]
+    page = contact_sheet(cells)
+    assert page.width == PAGE_WIDTH
+    colours = {colour for _, colour in page.getcolors(maxcolors=2**20)}
+    assert {picture.getpixel((0, 0)) for cell in cells for picture in cell.pictures} <= colours
