@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+
+# Torch reads it when imported. Without it every rank prints a C++ stack for a connection that another one has closed.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.describe import describe
@@ -37,7 +41,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="fail where the plan would differ from what is asked for")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.world_size is not None and not args.dry_run:
+        parser.error("--world-size is for --dry-run: the launcher decides how many ranks there are")
+    return args
 
 
 def plan_run(args: argparse.Namespace, world_size: int) -> RunPlan:
@@ -65,7 +72,7 @@ def main() -> int:
     ranks = Ranks(0, 1, 0)
     try:
         ranks = Ranks.discover()
-        plan = plan_run(args, args.world_size if args.dry_run and args.world_size else ranks.world_size)
+        plan = plan_run(args, ranks.world_size if args.world_size is None else args.world_size)
         if args.dry_run:
             if ranks.rank == 0:
                 print(describe(plan))
@@ -77,14 +84,24 @@ def main() -> int:
     try:
         train(plan, ranks, uses_default_data=args.recipe.resolve() == _DEFAULT_RECIPE)
     except BaseException as error:
-        # Other ranks may wait in a collective for this one: end at once, so that the launcher ends them.
-        sys.stdout.flush()
+        report(error, ranks)
+        # Other ranks may wait in a collective for this one: end at once, so that they and the launcher see it.
+        os._exit(2 if isinstance(error, DsmoeVlError) else 1)
+    return 0
+
+
+def report(error: BaseException, ranks: Ranks) -> None:
+    """Print what ends this rank, unless another one has failed before it."""
+    from dsmoe_vl.parallel.launch import is_first_to_fail
+
+    sys.stdout.flush()
+    if is_first_to_fail(ranks):
         if isinstance(error, DsmoeVlError):
             print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
         else:
-            traceback.print_exc()
-        os._exit(2 if isinstance(error, DsmoeVlError) else 1)
-    return 0
+            traceback.print_exception(error)
+    if ranks.rank == 0:
+        time.sleep(1)  # those that fail at the same time ask this rank whether they are first
 
 
 def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
@@ -93,7 +110,7 @@ def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 
     start_process_group(ranks, plan.device)
-    if uses_default_data and not all(Path(source.path).exists() for source in plan.recipe.data.sources):
+    if uses_default_data:
         if ranks.local_rank == 0:
             make_default_data(plan)
         HostGroup().barrier()
@@ -112,15 +129,17 @@ def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
 
 
 def make_default_data(plan: RunPlan) -> None:
-    """The quickstart's synthetic shards and tokenizer, on first use."""
+    """The quickstart's synthetic shards and tokenizer, whichever of them is missing."""
     from data_tools.synthetic import generate
     from data_tools.tokenizer import train as train_tokenizer
 
     tokenizer = Path(plan.recipe.tokenizer.path)
-    print(f"{tokenizer.parent} is missing: making the synthetic shards of the quickstart (once)", flush=True)
-    generate(tokenizer.parent)
     sources = [Path(source.path) for source in plan.recipe.data.sources]
-    train_tokenizer(sources, tokenizer, vocab_size=plan.recipe.tokenizer.vocab_size)
+    if not any(source.exists() for source in sources):
+        print(f"{tokenizer.parent} has no shards: making the synthetic ones of the quickstart (once)", flush=True)
+        generate(tokenizer.parent)
+    if not tokenizer.exists():
+        train_tokenizer(sources, tokenizer, vocab_size=plan.recipe.tokenizer.vocab_size)
 
 
 def quiet_deepspeed() -> None:

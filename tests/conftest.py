@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import TinyProject, deepspeed_command, finish, start
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -16,3 +18,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data: real photos and videos were not checked")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    """Shards, tokenizer and recipe of a model that trains a step in a tenth of a second."""
+    return TinyProject.create(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: TinyProject) -> Path:
+    """The directory of a run of the tiny recipe, by the deepspeed launcher on two ranks. Not to be changed."""
+    run = tiny.folder / "runs" / "trained"
+    result = finish(start(deepspeed_command(tiny.arguments(run))))
+    (tiny.folder / "trained.out").write_text(result.out)
+    assert result.status == 0, result.out + result.err
+    return run

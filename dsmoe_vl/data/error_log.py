@@ -84,9 +84,9 @@ class ReadReport:
             with open(self._quarantine, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in counts.bad)
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, int]:
         """Of each source: SOURCE/samples read, SOURCE/errors among them, and SOURCE/errors/REASON."""
-        values: dict[str, float] = {}
+        values: dict[str, int] = {}
         for source, samples in sorted(self._samples.items()):
             reasons = self._reasons.get(source, Counter())
             values[f"{source}/samples"] = samples

@@ -8,8 +8,13 @@ needs: packs that workers made ahead are made again.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +37,12 @@ Encode = Callable[[Sample], list[Segment]]
 class _Delivery:
     """What a worker sends: a pack and what was read for it, or the message of the error that ended the stream."""
 
+    counts: ReadCounts
     pack: Pack | None = None
-    counts: ReadCounts | None = None
     failure: str = ""
+
+
+_Step = tuple[list[_Delivery], list[Batch]]
 
 
 class _Reader:
@@ -118,13 +126,14 @@ class PackStream(IterableDataset[_Delivery]):
         ]
         lanes: dict[int, _LanePacks] = {}
         try:
-            for pack in itertools.count(self._start + self._rank + first * self._ranks, self._ranks * workers):
-                number = pack % self._data.lanes
+            for n in itertools.count(self._start + self._rank + first * self._ranks, self._ranks * workers):
+                number = n % self._data.lanes
                 if number not in lanes:
                     lanes[number] = self._open_lane(number, orders, reader)
-                yield _Delivery(lanes[number].next(), log.drain())
+                pack = lanes[number].next()
+                yield _Delivery(log.drain(), pack)
         except DataError as error:
-            yield _Delivery(counts=log.drain(), failure=str(error))
+            yield _Delivery(log.drain(), failure=str(error))
 
     def _open_lane(self, number: int, orders: list[SourceOrder], reader: _Reader) -> _LanePacks:
         lane = Lane(number, self._data.lanes, orders, [source.weight for source in self._sources])
@@ -163,7 +172,7 @@ class Loader:
         self._data, self._sources, self._encode = data, sources, encode
         self._shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
         self._seed, self._rank, self._ranks = seed, rank, ranks
-        self._micro_batch, self._accumulation = micro_batch, accumulation
+        self._micro_batch, self._packs_per_step = micro_batch, micro_batch * accumulation
         _check_lanes(data, ranks)
         _check_sources(sources)
         self._indexes = {source.name: ShardIndex.load(source.path) for source in sources}
@@ -171,19 +180,18 @@ class Loader:
         self._packs = 0  # consumed, over all ranks
         self._lane_states: dict[str, Any] = {}
         self._report = ReadReport(quarantine)
-        self._tokens = self._slots = 0  # real ones, all
         self._stream: Iterator[_Delivery] | None = None
+        self._thread: ThreadPoolExecutor | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
-        stream = self._open_stream()
-        # The workers' packs are received and flattened by a thread, one step ahead of the caller.
+        self._stream = self._open_stream()
         self._thread = ThreadPoolExecutor(1) if self._data.workers else None
-        step = self._thread.submit(self._next_step, stream) if self._thread else None
-        while True:
-            deliveries, batches = step.result() if step else self._next_step(stream)
-            step = self._thread.submit(self._next_step, stream) if self._thread else None
+        step = self._begin_step()
+        while self._stream is not None:
+            deliveries, batches = step()
             self._account(deliveries)
+            step = self._begin_step()
             yield batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,15 +211,15 @@ class Loader:
             lane: saved for lane, saved in state["lanes"].items() if (int(lane) - first_lane) % self._ranks == 0
         }
 
-    def report(self) -> dict[str, float]:
-        """Of this rank since it started: `ReadReport.values` and "real_token_fraction" of its packs."""
-        return {**self._report.values(), "real_token_fraction": self._tokens / max(1, self._slots)}
+    def report(self) -> dict[str, int]:
+        """Counts of this rank since it started, as `ReadReport.values`; they add up over ranks."""
+        return self._report.values()
 
     def close(self) -> None:
-        """End the thread and, with the last reference to the iteration, the worker processes."""
+        """End the worker processes; a running iteration ends too."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-            self._thread = None
+        self._thread = self._stream = None
 
     def _open_stream(self) -> Iterator[_Delivery]:
         stream = PackStream(
@@ -228,18 +236,40 @@ class Loader:
         )
         workers = self._data.workers
         # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
-        ahead = -(-per_step // workers) + 1 if workers else None
+        ahead = -(-self._packs_per_step // workers) + 1 if workers else None
         own = torch.Generator()  # a draw from the global one would set a resumed run apart from an unbroken one
-        return iter(DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=ahead, generator=own))
+        return iter(
+            DataLoader(
+                stream,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=ahead,
+                generator=own,
+                worker_init_fn=_live_with_rank,
+            )
+        )
 
-    def _account(self, delivery: _Delivery) -> Pack:
-        if delivery.counts is not None:
+    def _begin_step(self) -> Callable[[], _Step]:
+        """What returns the next step. With workers, a thread receives and flattens it while the caller computes."""
+        return self._thread.submit(self._make_step).result if self._thread else self._make_step
+
+    def _make_step(self) -> _Step:
+        assert self._stream is not None
+        deliveries = list(itertools.islice(self._stream, self._packs_per_step))
+        packs = [delivery.pack for delivery in deliveries if delivery.pack is not None]
+        if len(packs) < self._packs_per_step:
+            return deliveries, []
+        batches = [collate(packs[i : i + self._micro_batch]) for i in range(0, len(packs), self._micro_batch)]
+        return deliveries, [_pinned(batch) for batch in batches] if torch.cuda.is_available() else batches
+
+    def _account(self, deliveries: list[_Delivery]) -> None:
+        for delivery in deliveries:
             self._report.add(delivery.counts)
-        if delivery.pack is None:
-            raise DataError(delivery.failure)
-        self._tokens += delivery.pack.counts["tokens"]
-        self._slots += self._shape.length
-        return delivery.pack
+            if delivery.failure:
+                raise DataError(delivery.failure)
+        for pack in (delivery.pack for delivery in deliveries if delivery.pack is not None):
+            self._lane_states[str(pack.lane)] = pack.lane_state
+        self._packs += self._packs_per_step * self._ranks
 
 
 def evaluation_packs(
@@ -270,6 +300,29 @@ def evaluation_packs(
         if not maximum(len(chosen)):
             return
         yield _to_pack(chosen, shape)
+
+
+def _live_with_rank(_worker: int) -> None:
+    """Make a worker process end when its rank does: not before it, and not after it.
+
+    Launchers signal the whole process tree, but a rank that is asked to stop needs data to end its step. A worker that
+    is left behind would hold the dead rank's connections open, and the other ranks would wait for it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _pinned(batch: Batch) -> Batch:
+    """In page-locked memory, from where the copy to the device is asynchronous."""
+    pinned: dict[str, Any] = {name: value.pin_memory() for name, value in vars(batch).items() if torch.is_tensor(value)}
+    return replace(batch, **pinned)
 
 
 def _to_pack(items: list[Encoded], shape: PackShape) -> Pack:

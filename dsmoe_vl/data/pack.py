@@ -147,19 +147,31 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
 
 
 def collate(packs: Sequence[Pack]) -> Batch:
-    """Flatten packs of one shape into a batch."""
-    length, patch_count = len(packs[0].tokens), len(packs[0].patches)
-    segments = _with_tails([pack.segment_lengths for pack in packs], length)
-    pictures = _with_tails([pack.picture_lengths for pack in packs], patch_count)
+    """Flatten packs of one shape into a batch, without their unused patches.
+
+    Where no pack holds a picture, the patches of one cell stay: the encoder runs on every rank at every step.
+    """
+    length = len(packs[0].tokens)
+    cell_size = len(packs[0].patches) // len(packs[0].cell_position)
+    segments = [n for pack in packs for n in [*pack.segment_lengths, length - sum(pack.segment_lengths)] if n]
+    pictures = [n for pack in packs for n in pack.picture_lengths] or [cell_size]
+    used = [sum(pack.picture_lengths) for pack in packs]
+    used[0] = max(used[0], cell_size if sum(used) == 0 else 0)
     cell_position = np.concatenate(
         [
-            np.where(pack.cell_position < length, pack.cell_position + b * length, len(packs) * length)
-            for b, pack in enumerate(packs)
+            np.where(position < length, position + b * length, len(packs) * length)
+            for b, position in enumerate(
+                pack.cell_position[: n // cell_size] for pack, n in zip(packs, used, strict=True)
+            )
         ]
     )
 
-    def flat(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(pack, name) for pack in packs]))
+    def flat(name: str, unit: int = 0) -> torch.Tensor:
+        """Tokens, or with a `unit` the used patches in units of that many."""
+        cuts = [n // unit if unit else length for n in used]
+        return torch.from_numpy(
+            np.concatenate([getattr(pack, name)[:cut] for pack, cut in zip(packs, cuts, strict=True)])
+        )
 
     return Batch(
         tokens=flat("tokens"),
@@ -170,13 +182,13 @@ def collate(packs: Sequence[Pack]) -> Batch:
         real=flat("real"),
         cu_segments=_cumulative(segments),
         max_segment=max(segments),
-        patches=flat("patches"),
-        patch_positions=flat("patch_positions"),
+        patches=flat("patches", 1),
+        patch_positions=flat("patch_positions", 1),
         cu_pictures=_cumulative(pictures),
-        max_picture=max(pictures, default=0),
+        max_picture=max(pictures),
         cell_position=torch.from_numpy(cell_position),
-        cell_weight=flat("cell_weight"),
-        cell_time=flat("cell_time"),
+        cell_weight=flat("cell_weight", cell_size),
+        cell_time=flat("cell_time", cell_size),
         counts={name: sum(pack.counts[name] for pack in packs) for name in packs[0].counts},
         keys=[key for pack in packs for key in pack.keys],
     )
@@ -191,11 +203,6 @@ def grid_positions(grid: tuple[int, int], merge: int) -> np.ndarray:
     positions = place.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
     positions.setflags(write=False)
     return positions
-
-
-def _with_tails(lengths: Sequence[list[int]], total: int) -> list[int]:
-    """The lengths of all packs in a row, each pack filled to `total` by a padding tail."""
-    return [n for pack in lengths for n in [*pack, total - sum(pack)] if n]
 
 
 def _cumulative(lengths: list[int]) -> torch.Tensor:

@@ -115,11 +115,12 @@ class Pack:
 
 @dataclass
 class Batch:
-    """B packs, flattened: every index is into T = B * L tokens, B * P patches, B * Q cells. Shapes as in `Pack`.
+    """B packs, flattened: every index is into T = B * L tokens, the used patches of all packs, and their cells.
 
-    cu_segments int32 [S + 1] and cu_pictures int32 [N + 1] are cumulative lengths from 0 to T and to B * P; the padding
-    tail of a pack is a segment (a picture) of its own, so that every kernel sees the same total on every rank.
-    max_segment, max_picture: longest length, a python int. cell_position is in 0..T, T meaning padding.
+    The number of tokens is fixed, so that every rank routes and exchanges equally many; patches that hold nothing are
+    left out, since no collective depends on their number (at least one cell stays). cu_segments int32 [S + 1] and
+    cu_pictures int32 [N + 1] are cumulative lengths of segments, a pack's padding tail being one of them, and of
+    pictures. max_segment, max_picture: longest length, a python int. cell_position is in 0..T, T meaning padding.
     """
 
     tokens: torch.Tensor
@@ -142,5 +143,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

@@ -54,6 +54,14 @@ class Tokenizer:
         """Rows of the vocabulary, control symbols included."""
         return self._model.get_piece_size()
 
+    def require_fit(self, vocab_size: int) -> None:
+        """Raise ConfigError unless an embedding table of `vocab_size` rows has one for every piece."""
+        if self.size > vocab_size:
+            raise ConfigError(
+                f"tokenizer.vocab_size = {vocab_size} in the recipe, but {self.path} has {self.size} pieces: "
+                f"set it to {self.size} or more, or train a tokenizer with --vocab-size {vocab_size}"
+            )
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; a literal "<image>" in it becomes ordinary pieces, never a control id."""
         well_formed = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8 form

@@ -68,8 +68,3 @@ def _empty_caches(trained: TrainedModel, prompts: list[Segment], max_tokens: int
 
 def _until(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
-
-
-def media_sample(path_name: str, media: bytes, media_type: str) -> Sample:
-    """A sample from a user's own file."""
-    return Sample(key=path_name, source="", epoch=0, media=media, media_type=media_type, text="", meta={})

@@ -38,7 +38,7 @@ def load_run(run_dir: Path, device: str = "cpu") -> TrainedModel:
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise CheckpointError(
             f"{checkpoint / 'tokenizer.model'} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "
-            f"checkpoint was trained with ({manifest.tokenizer_sha256[:12]}): restore the file from the run's tokenizer.path"
+            f"checkpoint was trained with ({manifest.tokenizer_sha256[:12]}): restore that file"
         )
     recipe = recipe_from_json(plan_file)
     recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(checkpoint / "tokenizer.model")))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
     k, v = (x.repeat_interleave(repeat, dim=1).to(half) for x in (k, v))
     window = (-1, 0) if causal else (-1, -1)
     cumulative, longest = layout.cumulative, layout.longest
-    out: Tensor = varlen_attn(q.to(half), k, v, cumulative, cumulative, longest, longest, window_size=window)
+    out: Any = varlen_attn(q.to(half), k, v, cumulative, cumulative, longest, longest, window_size=window)
     return out.type_as(q)
 
 

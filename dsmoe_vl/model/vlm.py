@@ -71,9 +71,9 @@ class DecoderLayer(nn.Module):
 class LanguageHead(nn.Module):
     """The output projection, tied to the token embedding, and its loss. Chunked: all logits never exist at once."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = embedding.weight
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """hidden [X, D] -> logits [X, V]; with targets int64 [X] -> the *sum* of their cross entropies, fp32, nats."""
@@ -104,7 +104,7 @@ class VisionLanguageModel(nn.Module):
         self.embedding = nn.Embedding(recipe.tokenizer.vocab_size, model.width)
         self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
         self.norm = RMSNorm(model.width)
-        self.head = LanguageHead(self.embedding.weight)
+        self.head = LanguageHead(self.embedding)
 
     def forward(self, batch: Batch, caches: list[KeyValueCache] | None = None) -> tuple[Tensor, RouterStats | None]:
         """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers.

@@ -9,6 +9,8 @@ Shapes: T tokens, D width, E experts, L = E / ep_size experts of this rank, R = 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
@@ -25,14 +27,12 @@ class ExpertParallelMoE(AutoEPMoELayer):
     def __init__(self, source: MoEFeedForward, ep_size: int, ep_rank: int) -> None:
         super().__init__(_spec(source), source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size))
         del self.tokens_per_expert  # counts that evaluation and recomputation would distort: RouterStats replaces them
-        ours, marked = source.experts, self.experts
+        ours, marked = source.experts, self.get_submodule("experts")
         ours.w1, ours.w2, ours.w3 = marked.w1, marked.w2, marked.w3  # this rank's slices, with DeepSpeed's marks
         self.experts = ours
         self.router = source.router
         for parameter in self.router.parameters():
-            parameter.allreduce = True
-            parameter.ds_zero_placement_family = "replicated"
-            mark_autoep_folding_router_parameter(parameter)
+            _mark_replicated(parameter)
         self.shared = source.shared
 
     def forward(  # type: ignore[override]
@@ -73,9 +73,16 @@ def spread_experts(model: nn.Module, ep_size: int, ep_rank: int) -> None:
         assert marked == (".experts." in name), f"{name}: marked as expert: {marked}"
 
 
+def _mark_replicated(parameter: Any) -> None:
+    """As DeepSpeed marks the router that it would have built: its gradient is averaged over all ranks."""
+    parameter.allreduce = True
+    parameter.ds_zero_placement_family = "replicated"
+    mark_autoep_folding_router_parameter(parameter)
+
+
 def _spec(source: MoEFeedForward) -> MoELayerSpec:
     """What DeepSpeed's detection would have found; written down, since we know our own layer."""
-    experts, _, hidden = source.experts.w2.shape[0], source.experts.w2.shape[1], source.experts.w2.shape[2]
+    experts, width, hidden = source.experts.w2.shape
     return MoELayerSpec(
         moe_module_name="feed_forward",
         model_family="custom",
@@ -87,7 +94,7 @@ def _spec(source: MoEFeedForward) -> MoELayerSpec:
         expert_w3_name="w3",
         num_experts=experts,
         top_k=source.router.top_k,
-        hidden_size=source.experts.w2.shape[1],
+        hidden_size=width,
         ffn_hidden_size=hidden,
         score_func="softmax",
         score_apply="post",

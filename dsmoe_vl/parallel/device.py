@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from dsmoe_vl.errors import ConfigError
+
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 _LOCAL_SIZES = (
     "LOCAL_SIZE",
@@ -20,10 +22,16 @@ _LOCAL_SIZES = (
 
 
 def device_name() -> Literal["cpu", "cuda"]:
-    """The kind of device that training uses here. Tells DeepSpeed too, which must agree."""
-    name: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", name)
-    return name
+    """The kind of device that training uses here: DS_ACCELERATOR's, which DeepSpeed reads too, or else what is there.
+
+    Raises ConfigError where the variable names anything but cpu or a cuda that is there.
+    """
+    name = os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        return "cuda"
+    raise ConfigError(f"DS_ACCELERATOR={name} in the environment: unset it, or set it to cpu; cuda needs a visible GPU")
 
 
 def has_bf16_unit(device: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.parallel.ranks import Ranks
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(
     minutes=20
@@ -41,6 +44,20 @@ def start_process_group(ranks: Ranks, device: str) -> None:
         )
 
 
+def is_first_to_fail(ranks: Ranks) -> bool:
+    """Whether this rank fails before all others. They fail alike, or because of it: one message tells everything.
+
+    Not a collective. The answer is kept by rank 0, which has to stay for a moment after it asked for itself.
+    """
+    world = dist.group.WORLD
+    if world is None:  # nothing connects the ranks yet
+        return ranks.rank == 0
+    try:
+        return world.get_group_store().add("failures", 1) == 1
+    except RuntimeError:  # rank 0 is gone already
+        return False
+
+
 class HostGroup:
     """Small integers over all ranks without touching the accelerator: counts before a forward, a request to stop."""
 
@@ -62,9 +79,9 @@ class HostGroup:
         dist.all_reduce(tensor, operation, group=self._group)
         return tensor.tolist()
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
-        values: list[object] = [None] * dist.get_world_size()
+        values: list[T] = [value] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
 

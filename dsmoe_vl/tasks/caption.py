@@ -26,8 +26,8 @@ _PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
 class CaptionTask:
     """See the module's drawing. One caption of a sample is learned an epoch, the next one in the next."""
 
-    task_id = TaskId.CAPTION
-    terms = ("caption",)
+    task_id: TaskId = TaskId.CAPTION
+    terms: tuple[str, ...] = ("caption",)
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -91,7 +91,9 @@ class Monitor:
         self._metrics.close()
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        self._metrics.write(json.dumps({"step": step, **{k: round(v, 8) for k, v in values.items()}}) + "\n")
+        # Nine digits tell any two fp32 numbers apart.
+        short = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
+        self._metrics.write(json.dumps({"step": step, **short}) + "\n")
         self._metrics.flush()
         if self._writer is not None:
             for name, value in values.items():

@@ -7,6 +7,7 @@ and backward of each -> the engine's update -> one small all-reduce of loss term
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ class Trainer:
         self.device = use_device(plan.device, ranks.local_rank)
         self.host = HostGroup()
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
+        self.tokenizer.require_fit(recipe.tokenizer.vocab_size)
         self.tasks = build_tasks(recipe, self.tokenizer)
         self.terms = tuple(term for task in self.tasks for term in task.terms)
         self.objective = Objective(plan)
@@ -80,22 +82,22 @@ class Trainer:
                 step_batches = next(batches)
                 waited = time.perf_counter() - started
                 *counts, stop_requests = self.host.sum([*self._local_counts(step_batches), int(stop.received)])
-                if stop_requests:
-                    break
                 self._train_step(step_batches, dict(zip(("tokens", "patches", *self.terms), counts, strict=True)))
                 self.window.time(time.perf_counter() - started, waited)
                 self.step += 1
                 self.monitor.advance()
                 if self.step % run.log_every == 0 or self.step == run.steps:
-                    self.monitor.log(self.step, self.window.close(self.loader))
+                    self.monitor.log(self.step, {**self.window.close(), **self._samples_read()})
                 last = self.step == run.steps
                 if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
                     self.evaluate()
                 if last or self.step % run.checkpoint_every == 0:
                     self.save()
                     saved = self.step
-        if saved != self.step:
-            self.save()
+                if stop_requests:
+                    break
+            if saved != self.step:
+                self.save()
         if self.step < run.steps:
             self.monitor.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
 
@@ -128,6 +130,13 @@ class Trainer:
         require_fit(folder, manifest, state.topology_of(self.plan), self.tokenizer.sha256)
         self.step, self.load_fraction, data = state.restore(folder, self.ranks, self.engine, self.device)
         self.loader.load_state_dict(data)
+
+    def _samples_read(self) -> dict[str, int]:
+        """Samples and errors of every source, over all ranks."""
+        total: Counter[str] = Counter()
+        for report in self.host.gather(self.loader.report()):
+            total.update(report)
+        return dict(total)
 
     def _local_counts(self, batches: list[Batch]) -> list[int]:
         patches = sum(len(batch.patches) for batch in batches)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
-from dsmoe_vl.data.loader import Loader
 
 
 class Window:
@@ -53,7 +52,7 @@ class Window:
         self.seconds += seconds
         self.waited += waited
 
-    def close(self, loader: Loader) -> dict[str, float]:
+    def close(self) -> dict[str, float]:
         """Means over the interval, in the units that their names say."""
         values = {name: float(total) / self.steps for name, total in self.terms.items()}
         values["lr"] = self.learning_rate
@@ -71,6 +70,5 @@ class Window:
             values["max_violation"] = float(share.max() - 1)  # the busiest expert over an even share, of any layer
             values["dead_fraction"] = float((share < 0.01).float().mean())
             values["entropy"] = float(torch.mean(self.entropy)) / tokens
-        values.update(loader.report())
         self._begin()
         return values

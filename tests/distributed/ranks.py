@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,14 +21,26 @@ def free_port() -> int:
 
 
 def cpu_environment(**extra: str) -> dict[str, str]:
-    """The environment of a test process: one thread, CPU, loopback, no launcher's variables."""
+    """The environment of a test process: one thread, CPU, loopback, our programs first, no launcher's variables."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    return {**inherited, **fixed, **extra}
+    return {**inherited, "PATH": path, **fixed, **extra}
 
 
-def run_ranks(script: Path, arguments: list[str], world_size: int, timeout_seconds: int = 150) -> str:
-    """Standard output of rank 0. Fails with every rank's output when one fails or takes too long."""
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def try_ranks(
+    script: Path, arguments: list[str], world_size: int, timeout_seconds: int = 150, **extra: str
+) -> list[Finished]:
+    """Every rank, after each has ended by itself; one that takes too long prints its stacks and ends with status 1."""
     port = free_port()
     processes, logs = [], []
     for rank in range(world_size):
@@ -40,28 +53,30 @@ def run_ranks(script: Path, arguments: list[str], world_size: int, timeout_secon
             MASTER_PORT=str(port),
             PYTHONPATH=str(REPOSITORY),
             TEST_TIMEOUT_SECONDS=str(timeout_seconds),
+            **extra,
         )
-        out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         logs.append((out, err))
         command = [sys.executable, "-m", "tests.distributed.with_stacks", str(script), *arguments]
         processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=REPOSITORY))
-    failed = False
-    for process in processes:
+    finished = []
+    for process, files in zip(processes, logs, strict=True):
         try:
-            failed |= process.wait(timeout_seconds + 15) != 0
+            process.wait(timeout_seconds + 15)
         except subprocess.TimeoutExpired:
-            failed = True
-        if failed:
-            for other in processes:
-                other.kill()
-    texts = []
-    for out, err in logs:
-        out.seek(0)
-        err.seek(0)
-        texts.append((out.read(), err.read()))
-        out.close()
-        err.close()
-    if failed:
-        report = "\n".join(f"--- rank {i}\n{out[-3000:]}\n{err[-6000:]}" for i, (out, err) in enumerate(texts))
-        raise AssertionError(f"{script.name} failed on {world_size} ranks\n{report}")
-    return texts[0][0]
+            process.kill()
+        texts = []
+        for file in files:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        finished.append(Finished(process.wait(), *texts))
+    return finished
+
+
+def run_ranks(script: Path, arguments: list[str], world_size: int, timeout_seconds: int = 150, **extra: str) -> str:
+    """Standard output of rank 0. Fails with every rank's output when one fails or takes too long."""
+    ranks = try_ranks(script, arguments, world_size, timeout_seconds, **extra)
+    report = "\n".join(f"--- rank {i}: {r.status}\n{r.out[-3000:]}\n{r.err[-6000:]}" for i, r in enumerate(ranks))
+    assert not any(rank.status for rank in ranks), f"{script.name} failed on {world_size} ranks\n{report}"
+    return ranks[0].out

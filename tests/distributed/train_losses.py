@@ -22,6 +22,7 @@ from dsmoe_vl.config.recipe import (
 )
 from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.objective.objective import Objective, uniform_load
+from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.tasks.caption import CaptionTask
@@ -55,12 +56,13 @@ def main() -> None:
     parser.add_argument("--zero", type=int, required=True)
     parser.add_argument("--ep", type=int, required=True)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args()
     ranks = Ranks.discover()
-    torch.set_num_threads(1)
-    start_process_group(ranks, "cpu")
+    device = use_device(args.device, ranks.local_rank)
+    start_process_group(ranks, args.device)
     accumulation = PACKS_PER_STEP // ranks.world_size
     deepspeed = {
         "train_micro_batch_size_per_gpu": 1,
@@ -74,20 +76,20 @@ def main() -> None:
         deepspeed["bf16"] = {"enabled": True}
     if args.checkpointing:
         deepspeed["activation_checkpointing"] = {}
-    plan = resolve(RECIPE, deepspeed, ranks.world_size, device="cpu", bf16_unit=True)
+    plan = resolve(RECIPE, deepspeed, ranks.world_size, device=args.device, bf16_unit=True)
     assert plan.ep_size == args.ep
     task = CaptionTask.__new__(CaptionTask)  # its loss needs no tokenizer
     engine = build_engine(plan, ranks, (task,))
     objective, host = Objective(plan), HostGroup()
-    load_fraction = uniform_load(2, RECIPE.moe.experts, "cpu")
+    load_fraction = uniform_load(2, RECIPE.moe.experts, device)
     losses, norms = [], []
     for step in range(args.steps):
         batches = [pack(step, ranks.rank + micro * ranks.world_size) for micro in range(accumulation)]
         names = ("tokens", "caption")
         counts = dict(zip(names, host.sum([sum(b.counts[n] for b in batches) for n in names]), strict=True))
-        total, load = torch.zeros(4), torch.zeros(2, RECIPE.moe.experts)
+        total, load = torch.zeros(4, device=device), torch.zeros(2, RECIPE.moe.experts, device=device)
         for batch in batches:
-            output, stats = engine(batch)
+            output, stats = engine(batch.to(device))
             loss = objective(output, stats, counts, load_fraction)
             engine.backward(loss.scalar)
             engine.step()

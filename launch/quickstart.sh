@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From nothing to a trained model that describes pictures it has not seen: set-up, shards, tokenizer, training, evaluation.
+# Runs again without doing anything twice; delete data/synthetic and runs/quickstart to begin anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+step() { printf '\n== %s\n' "$*"; }
+
+data=data/synthetic
+run=runs/quickstart
+if [ ! -d "$data/videos_eval" ]; then
+  step "Shards: small scenes with known truth, images and videos ($data)"
+  python -m data_tools.synthetic --output "$data"
+fi
+if [ ! -f "$data/tokenizer.model" ]; then
+  step "Tokenizer ($data/tokenizer.model)"
+  python -m data_tools.tokenizer train --data "$data/images_train" "$data/videos_train" \
+    --output "$data/tokenizer.model" --vocab-size 1024
+fi
+
+gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
+ranks=$(( gpus > 0 ? gpus : 2 ))
+step "Training on $ranks ranks ($run)"
+[ "$gpus" -gt 0 ] || echo "No GPU: on a CPU, DeepSpeed first builds its communication (some 30 seconds, once)."
+deepspeed --num_accelerators "$ranks" launch/train.py --deepspeed ds_configs/moe.json
+
+step "Captions of held-out scenes"
+python launch/evaluate.py --run "$run"
+
+step "Where to look"
+echo "run directory:  $run"
+echo "TensorBoard:    .venv/bin/tensorboard --logdir runs/"
+echo "one picture:    .venv/bin/python launch/generate.py caption --run $run --image FILE"

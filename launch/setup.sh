@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes .venv with the tested versions, once. Usage: bash launch/setup.sh [test]
+# Everything is installed in .venv; delete the folder to begin anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras="${1:+[$1]}"
+stamp=".venv/.installed-${1:-run}"
+wanted="$(cat constraints.txt pyproject.toml | cksum)"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+  exit 0
+fi
+
+python=""
+for candidate in python3.11 python3.12 python3.13 python3; do
+  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$candidate"; break; fi
+done
+[ -n "$python" ] || { echo "error: Python 3.11 or newer is needed; install it, then run this again" >&2; exit 1; }
+command -v c++ >/dev/null || command -v g++ >/dev/null || {
+  echo "error: a C++ compiler is needed, because DeepSpeed builds its CPU communication on first use; install g++" >&2
+  exit 1
+}
+
+echo "setup: installing into .venv with $("$python" --version)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
+# Without an NVIDIA GPU the CPU build of torch is enough, and saves gigabytes of CUDA packages where it is offered.
+if [ -e /proc/driver/nvidia ] || command -v nvidia-smi >/dev/null; then
+  "${pip[@]}" install -c constraints.txt torch
+else
+  torch="$(grep '^torch==' constraints.txt)"
+  "${pip[@]}" install "$torch+cpu" 2>/dev/null || "${pip[@]}" install -c constraints.txt torch
+fi
+# DeepSpeed reads torch while it is built, so it cannot be built in isolation from it.
+"${pip[@]}" install -c constraints.txt setuptools wheel ninja numpy
+"${pip[@]}" install -c constraints.txt --no-build-isolation deepspeed
+"${pip[@]}" install -c constraints.txt -e ".$extras"
+echo "$wanted" > "$stamp"
+echo "setup: done"

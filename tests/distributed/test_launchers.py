@@ -1,0 +1,64 @@
+"""The same run under every launcher: the same losses, whoever started the ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed.ranks import free_port
+from tests.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
+
+BIN = Path(python()[0]).parent
+
+
+def mpirun(*arguments):
+    """Open MPI on this machine, over loopback."""
+    options = "--allow-run-as-root --oversubscribe --bind-to none -np 2".split()
+    return [str(BIN / "mpirun"), *options, *python(TRAIN, *arguments)]
+
+
+def torchrun(*arguments):
+    options = ["--nproc_per_node", "2", "--master_port", str(free_port())]
+    return [str(BIN / "torchrun"), *options, str(TRAIN), *arguments]
+
+
+@pytest.mark.parametrize("launcher", [mpirun, torchrun])
+def test_two_ranks_train_as_under_deepspeed(launcher, tiny, trained):
+    run = tiny.folder / "runs" / launcher.__name__
+    environment = {"MASTER_PORT": str(free_port())} if launcher is mpirun else {}
+    result = finish(start(launcher(*tiny.arguments(run)), **environment))
+    assert result.status == 0, result.out + result.err
+    assert curve(run) == curve(trained)
+
+
+def test_one_process_trains_without_a_launcher(tiny):
+    """Expert parallelism falls back to one rank, with a note."""
+    run = tiny.folder / "runs" / "alone"
+    result = finish(start(python(TRAIN, *tiny.arguments(run, "run.steps=6"))))
+    assert result.status == 0, result.out + result.err
+    assert "note: expert_parallel.autoep_size = 2" in result.out and "using 1" in result.out
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_strict_refuses_what_one_process_cannot_have(tiny):
+    result = finish(start(python(TRAIN, *tiny.arguments(tiny.folder / "runs" / "strict"), "--strict")))
+    assert result.status == 2 and result.out == ""
+    assert result.err.startswith("error: expert_parallel.autoep_size = 2 in ") and result.err.count("\n") == 1
+
+
+def test_a_rank_that_is_killed_ends_the_job(tiny):
+    """Also its loader processes, which would hold its connections open and keep the other rank waiting."""
+    run = tiny.folder / "runs" / "killed"
+    process = start(deepspeed_command(tiny.arguments(run, "data.workers=1", "run.steps=100000")))
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    victims = [child for child in started if "--local_rank=1" in child.cmdline() and child.name() != "pt_data_worker"]
+    os.kill(victims[0].pid, signal.SIGKILL)
+    assert finish(process).status != 0
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in started)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up .venv where needed and runs every check: format, lint, types, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh test
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== pytest"
+pytest "$@"

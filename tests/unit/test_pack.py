@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+import torch
+
+from dsmoe_vl.data.decode import to_patches
+from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded, grid_positions
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment, TaskId
+from dsmoe_vl.data.stream import SampleRef
+from dsmoe_vl.errors import DataError
+from tests.tars import picture
+
+SHAPE = PackShape(length=32, patches=48, patch_size=4, merge=2)
+
+
+def segment(length: int, first_token: int = 10, task: TaskId = TaskId.CAPTION, pictures: int = 0) -> Segment:
+    """Tokens count up; each picture has 2 x 3 cells, of which the last two share a token; half of it is labelled."""
+    tokens = np.arange(first_token, first_token + length, dtype=np.int32)
+    labels = np.where(np.arange(length) < length // 2, IGNORE, tokens + 1).astype(np.int32)
+    cells = np.array([0, 1, 2, 3, 4, 4], np.int32)
+    return Segment(
+        task,
+        tokens,
+        labels,
+        np.full(length, Modality.IMAGE, np.int32),
+        [
+            Picture(to_patches(picture(24, 16, i), (4, 6), 4, 2), (4, 6), float(i), cells)
+            for i in range(pictures)
+        ],
+    )  # fmt: skip
+
+
+def sample(number: int, length: int, patches: int = 0) -> Encoded:
+    return Encoded(SampleRef(0, 0, 0, number), str(number), [], length, patches)
+
+
+def test_assemble_lays_segments_one_after_another() -> None:
+    pack = assemble([segment(7, 10, pictures=1), segment(9, 100, TaskId.SUMMARY)], SHAPE, ["a", "b"])
+    assert pack.tokens.tolist() == [*range(10, 17), *range(100, 109), *[0] * 16]
+    assert pack.positions.tolist() == [*range(7), *range(9), *[0] * 16]
+    assert pack.real.tolist() == [True] * 16 + [False] * 16
+    assert pack.labels.tolist() == [*[IGNORE] * 3, *range(14, 18), *[IGNORE] * 4, *range(105, 110), *[IGNORE] * 16]
+    assert pack.task_ids[:16].tolist() == [0] * 7 + [2] * 9
+    assert pack.modality_ids.tolist() == [Modality.IMAGE] * 16 + [Modality.TEXT] * 16
+    assert (pack.segment_lengths, pack.picture_lengths, pack.keys) == ([7, 9], [24], ["a", "b"])
+    assert pack.counts == {"tokens": 16, "caption": 4, "retrieval": 0, "summary": 5}
+
+
+def test_assemble_places_cells() -> None:
+    pack = assemble([segment(6), segment(5, pictures=1), segment(5, pictures=1)], SHAPE)
+    assert pack.cell_position.tolist() == [6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15]
+    assert pack.cell_weight.tolist() == [1, 1, 1, 1, 0.5, 0.5] * 2
+    assert pack.cell_time.tolist() == [0.0] * 12
+    single = assemble([segment(5, pictures=1)], SHAPE)
+    assert single.cell_position[6:].tolist() == [SHAPE.length] * 6
+    assert single.cell_weight[6:].tolist() == [0] * 6
+    assert single.cell_time[6:].tolist() == [-1] * 6
+    assert not single.patches[24:].any()
+    with_times = segment(5, pictures=2)
+    with_times.pictures[1].cell_token = with_times.pictures[1].cell_token * 0
+    assert assemble([with_times], SHAPE).cell_time.tolist() == [0.0] * 6 + [1.0] * 6
+
+
+def test_patch_positions_point_at_the_pixels() -> None:
+    image = picture(24, 16)
+    pixels = np.asarray(image)
+    patches = to_patches(image, (4, 6), 4, 2)
+    positions = grid_positions((4, 6), 2)
+    assert sorted(map(tuple, positions.tolist())) == [(row, column) for row in range(4) for column in range(6)]
+    for patch, (row, column) in zip(patches, positions, strict=True):
+        square = pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        np.testing.assert_array_equal(patch.reshape(3, 4, 4).transpose(1, 2, 0), square)
+
+
+def test_empty_pack_has_no_labels() -> None:
+    pack = assemble([], SHAPE)
+    assert not pack.real.any()
+    assert (pack.labels == IGNORE).all()
+    assert set(pack.counts.values()) == {0}
+    batch = collate([pack])
+    assert batch.cu_segments.tolist() == [0, 32]
+    assert batch.cu_pictures.tolist() == [0, 4]
+    assert batch.cell_position.tolist() == [32] and batch.cell_weight.tolist() == [0]
+
+
+def test_collate_offsets_every_index() -> None:
+    full = assemble([segment(16, pictures=1), segment(16, 50, pictures=1)], SHAPE, ["a", "b"])
+    half = assemble([segment(10, 90, pictures=1)], SHAPE, ["c"])
+    batch = collate([full, half])
+    assert batch.cu_segments.tolist() == [0, 16, 32, 42, 64]
+    assert (batch.cu_segments.dtype, batch.max_segment) == (torch.int32, 22)
+    assert batch.cu_pictures.tolist() == [0, 24, 48, 72]
+    assert batch.max_picture == 24
+    assert batch.tokens.tolist() == [*full.tokens, *half.tokens]
+    assert batch.patches.shape == (72, 48)
+    assert batch.patch_positions.shape == (72, 2)
+    assert batch.cell_position.tolist() == [0, 1, 2, 3, 4, 4, 16, 17, 18, 19, 20, 20, 32, 33, 34, 35, 36, 36]
+    assert batch.keys == ["a", "b", "c"]
+    assert batch.counts == {"tokens": 42, "caption": 21, "retrieval": 0, "summary": 0}
+    assert batch.real.sum() == 42
+
+
+def test_collate_without_pictures() -> None:
+    batch = collate([assemble([segment(8)], PackShape(8, 16, 4, 2))] * 2)
+    assert (batch.cu_pictures.tolist(), batch.max_picture) == ([0, 4], 4)  # one cell, which goes nowhere
+    assert (batch.cell_position.tolist(), batch.cell_weight.tolist()) == ([16], [0])
+    assert batch.cu_segments.tolist() == [0, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths"), [(512, (20, 100)), (1024, (20, 100)), (4096, (20, 100)), (4096, (40, 1200))]
+)
+def test_packs_are_full(length: int, lengths: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    packer = Packer(PackShape(length, 8192, 16, 2), lookahead=32)
+    used = [
+        sum(item.length for item in packer.fill(lambda: sample(0, int(rng.integers(*lengths))))) for _ in range(100)
+    ]
+    assert max(used) <= length
+    assert np.mean(used) / length >= 0.97
+
+
+def test_every_sample_is_packed_once_and_soon() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample(i, int(rng.integers(1, 33)), int(rng.integers(0, 49))) for i in range(500)]
+    source = iter(samples)
+    packer = Packer(SHAPE, lookahead=8)
+    packs: list[list[Encoded]] = []
+    while chosen := packer.fill(lambda: next(source, None)):
+        packs.append(chosen)
+        assert sum(item.length for item in chosen) <= SHAPE.length
+        assert sum(item.patches for item in chosen) <= SHAPE.patches
+        assert len(packer.pending) <= 8
+    assert sorted(int(item.key) for chosen in packs for item in chosen) == list(range(500))
+    # The first sample of a pack is the oldest that waits, so a sample waits for at most `lookahead` packs.
+    firsts = [int(chosen[0].key) for chosen in packs]
+    assert firsts == sorted(firsts)
+
+
+def test_packing_depends_on_the_waiting_samples_alone() -> None:
+    samples = [sample(i, 5 + i * 7 % 19) for i in range(60)]
+    whole, resumed = Packer(SHAPE, 8), Packer(SHAPE, 8)
+    source = iter(samples)
+    for _ in range(6):
+        whole.fill(lambda: next(source))
+    rest = list(source)
+    resumed.pending = list(whole.pending)
+    first, second = iter(rest), iter(rest)
+    for _ in range(6):
+        expected = [item.key for item in whole.fill(lambda: next(first, None))]
+        assert [item.key for item in resumed.fill(lambda: next(second, None))] == expected
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    ref = SampleRef(0, 0, 0, 0)
+    with pytest.raises(DataError, match=r"longer than pack: k has 33 tokens and 0 patches, data\.pack_length is 32"):
+        encoded(ref, "k", [segment(16), segment(17)], SHAPE)
+    with pytest.raises(DataError, match="longer than pack: k has 5 tokens and 72 patches"):
+        encoded(ref, "k", [segment(5, pictures=3)], SHAPE)
+    with pytest.raises(DataError, match="empty sample: k"):
+        encoded(ref, "k", [], SHAPE)
+    assert encoded(ref, "k", [segment(32, pictures=2)], SHAPE).patches == 48
