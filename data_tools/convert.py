@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(options)
         options.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="folder; must hold no shards")
         options.add_argument("--split", default="train", metavar="NAME", help="names the shards (%(default)s)")
-        options.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")
+        options.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="at most (%(default)s)")
         options.add_argument(
             "--max-rejected", type=float, default=0.1, metavar="F", help="fraction that may be skipped (%(default)s)"
         )

@@ -87,7 +87,7 @@ def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) 
     cell = size // CELLS
     diameter = DIAMETER * cell
     plots = (_move, _turn, _collide)[: 2 + (max_objects > 1)]
-    plot = plots[rng.integers(len(plots))](rng, combinations(VECTORS, held_out), size, diameter, duration)
+    plot = plots[rng.integers(len(plots))](rng, combinations(list(VECTORS), held_out), size, diameter, duration)
 
     still = background(rng, size, size)
     times = [i / FRAMES_PER_SECOND for i in range(frames)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+BATCH = 16  # items a worker; their results are what memory has to hold
 
 
 def default_workers() -> int:
@@ -20,16 +22,10 @@ def default_workers() -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map(function, items)` over `workers` threads: results in the order of `items`.
 
-    At most 4 * workers items are in flight, so that `items` may be endless and results large.
+    It goes in batches: `ThreadPoolExecutor.map` alone would start on all items and hold every result until it is asked
+    for, which for a data set of media is more than memory.
     """
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        while batch := list(islice(remaining, BATCH * workers)):
+            yield from pool.map(function, batch)

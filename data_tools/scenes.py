@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -52,19 +53,16 @@ def article(noun_phrase: str) -> str:
     return ("an " if noun_phrase[0] in "aeiou" else "a ") + noun_phrase
 
 
-def combinations(third: Iterable[str], held_out: bool) -> list[Combination]:
-    """What a split may show, in a fixed order; `third` are the values of the third attribute, at most four.
+def combinations(third: Sequence[str], held_out: bool) -> list[Combination]:
+    """What a split may show, in a fixed order; `third` are the values of the third attribute.
 
-    Held out are combinations on the diagonals of a Latin square: (shape i, colour j, third k) where i + j and k agree
-    modulo 4. Training shows every value of every attribute and every coloured shape, yet no held-out combination.
+    One combination of each colour is held out. Training shows every value of every attribute and every coloured shape,
+    but never a held-out combination; evaluation shows nothing else.
     """
-    return [
-        (shape, colour, value)
-        for i, shape in enumerate(SHAPES)
-        for j, colour in enumerate(COLOURS)
-        for k, value in enumerate(third)
-        if ((i + j) % 4 == k) == held_out
-    ]
+    diagonal = [(SHAPES[i % len(SHAPES)], colour, third[i % len(third)]) for i, colour in enumerate(COLOURS)]
+    if held_out:
+        return diagonal
+    return [combination for combination in product(SHAPES, COLOURS, third) if combination not in diagonal]
 
 
 @cache
@@ -129,7 +127,7 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
     `relation` is that of the first shape of `attributes` to the second; absent for a single shape.
     """
     count = int(rng.integers(1, max_objects + 1))
-    choice = combinations(SIZES, held_out)
+    choice = combinations(list(SIZES), held_out)
     items = [Item(*choice[i]) for i in rng.choice(len(choice), size=count, replace=False)]
     cell = size // CELLS
     diameters = [SIZES[item.size] * cell for item in items]

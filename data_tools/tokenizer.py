@@ -47,7 +47,7 @@ def train(
         raise DataError(f"{output} exists, and runs may depend on it: delete it first, or choose another --output")
     if max_samples < 1:
         raise DataError(f"--max-samples {max_samples}: must be positive")
-    samples = (sample for folder in data for sample in iterate_samples(folder))
+    samples = (sample for folder in data for sample in iterate_samples(folder, media=False))
     texts = (
         text for sample in tqdm(samples, desc="reading", unit="sample", disable=None) for text in sample_texts(sample)
     )

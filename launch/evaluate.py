@@ -1,7 +1,8 @@
 """Score a trained model: `python launch/evaluate.py --run runs/NAME [--data SHARDS ...]`.
 
-Generates a caption for every sample of the shards (the recipe's held-out sources unless told otherwise), prints some
-next to their references, and, where the samples carry the truth, how many captions name every object's colour and shape.
+Generates a caption for every sample of the shards (the recipe's held-out sources unless told otherwise) and prints some
+of them next to their references. Where samples carry the truth, as synthetic ones do, it counts the captions that name
+the colour and shape of every object.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
+
+from data_tools.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.checkpoint.store import write_json
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.decode import decode_image, decode_video
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards import VIDEO_EXTENSIONS, iterate_samples
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.evaluation.captions import Captioned, caption_samples
 from dsmoe_vl.inference.load import load_run
+from dsmoe_vl.tasks.caption import captions_of
 
 
 def parse() -> argparse.Namespace:
@@ -27,7 +34,7 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, nargs="+", default=[], help="folders of shards; default: the held-out sources"
     )
     parser.add_argument("--limit", type=int, default=None, help="samples of each folder at most")
-    parser.add_argument("--show", type=int, default=4, help="captions of each folder to print")
+    parser.add_argument("--show", type=int, default=6, help="captions of each folder to show")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a caption at most")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return parser.parse_args()
@@ -39,29 +46,41 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     folders = args.data or [Path(source.path) for source in trained.recipe.data.evaluation]
     print(f"{trained.checkpoint}")
     scores: dict[str, dict[str, float]] = {}
+    shown: list[Captioned] = []
     for folder in folders:
         started = time.monotonic()
         samples = islice(iterate_samples(folder, folder.name), args.limit)
-        results = list(caption_samples(trained, samples, args.max_tokens))
-        scores[str(folder)] = score(results)
-        print(f"\n{folder}: {len(results)} samples in {time.monotonic() - started:.1f} s")
-        for result in results[: args.show]:
-            print(f"  {result.key}\n    generated  {result.generated}\n    reference  {result.references[0]}")
-        if "attribute_accuracy" in scores[str(folder)]:
-            right, known = (int(scores[str(folder)][name]) for name in ("correct", "with_truth"))
+        count, judged = 0, []
+        for result in caption_samples(trained, samples, args.max_tokens):
+            if count < args.show:
+                shown.append(result)
+                print(f"  {result.sample.key}")
+                print(f"    generated  {result.generated}\n    reference  {captions_of(result.sample)[0]}")
+            count += 1
+            if result.correct is not None:
+                judged.append(result.correct)
+        scores[str(folder)] = {"samples": count}
+        print(f"{folder}: {count} samples in {time.monotonic() - started:.1f} s")
+        if judged:
+            share = sum(judged) / len(judged)
+            scores[str(folder)] |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": share}
             print(
-                f"  {right} of {known} captions name the right colour and shape of every object ({right / known:.1%})"
+                f"{folder}: {sum(judged)} of {len(judged)} captions name every object's colour and shape ({share:.1%})"
             )
+    if shown:
+        sheet = args.run / "samples" / "captions.png"
+        sheet.parent.mkdir(exist_ok=True)
+        contact_sheet([Cell(pictures(result.sample), result.generated) for result in shown]).save(sheet)
+        print(f"wrote {sheet}")
     return scores
 
 
-def score(results: list[Captioned]) -> dict[str, float]:
-    """Counts, and the share of captions that name every object where the truth is known."""
-    judged = [result.correct for result in results if result.correct is not None]
-    scores: dict[str, float] = {"samples": len(results)}
-    if judged:
-        scores |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": sum(judged) / len(judged)}
-    return scores
+def pictures(sample: Sample) -> list[Image.Image]:
+    """The image, or some frames of the video."""
+    assert sample.media is not None, "it has been captioned"
+    if sample.media_type in VIDEO_EXTENSIONS:
+        return [frame for _, frame in decode_video(sample.media, 4)]
+    return [decode_image(sample.media)]
 
 
 def main() -> int:
@@ -73,7 +92,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(args.run / "eval.json", scores)
-    print(f"\nwrote {args.run / 'eval.json'}")
+    print(f"wrote {args.run / 'eval.json'}")
     return 0
 
 

@@ -22,7 +22,6 @@ fi
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 ranks=$(( gpus > 0 ? gpus : 2 ))
 step "Training on $ranks ranks ($run)"
-[ "$gpus" -gt 0 ] || echo "No GPU: on a CPU, DeepSpeed first builds its communication (some 30 seconds, once)."
 deepspeed --num_accelerators "$ranks" launch/train.py --deepspeed ds_configs/moe.json
 
 step "Captions of held-out scenes"

@@ -34,5 +34,12 @@ fi
 "${pip[@]}" install -c constraints.txt setuptools wheel ninja numpy
 "${pip[@]}" install -c constraints.txt --no-build-isolation deepspeed
 "${pip[@]}" install -c constraints.txt -e ".$extras"
+if ! command -v nvidia-smi >/dev/null; then
+  echo "setup: building DeepSpeed's CPU communication (some 30 seconds)"
+  PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python -c '
+from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load()' >/dev/null 2>&1 ||
+    echo "setup: it did not build; training will try again and say why" >&2
+fi
 echo "$wanted" > "$stamp"
 echo "setup: done"

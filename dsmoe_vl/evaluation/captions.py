@@ -10,7 +10,6 @@ from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.tasks.caption import captions_of
 
 _BATCH_SAMPLES = 32
 
@@ -19,9 +18,8 @@ _BATCH_SAMPLES = 32
 class Captioned:
     """One held-out sample with its generated caption. `correct` is None where the truth is unknown."""
 
-    key: str
+    sample: Sample
     generated: str
-    references: list[str]
     correct: bool | None
 
 
@@ -55,4 +53,4 @@ def _caption_batch(trained: TrainedModel, samples: list[Sample], max_tokens: int
     for sample, text in zip(samples, texts, strict=True):
         attributes = sample.meta.get("attributes")
         correct = names_every_object(text, attributes) if attributes else None
-        yield Captioned(sample.key, text, captions_of(sample), correct)
+        yield Captioned(sample, text, correct)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
 
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.parallel.ranks import Ranks
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(
-    minutes=20
-)  # a first batch over a slow file system is no hang; a dead rank ends sooner by its launcher
+# A first batch over a slow file system is no hang; a dead rank ends sooner, by its launcher.
+_TIMEOUT = timedelta(minutes=20)
 
 
 def start_process_group(ranks: Ranks, device: str) -> None:
@@ -36,6 +39,8 @@ def start_process_group(ranks: Ranks, device: str) -> None:
         os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")
     port = int(os.environ.get("MASTER_PORT", "29500"))
     backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cpu":
+        _build_cpu_communication()
     deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=_TIMEOUT, verbose=False)
     if dist.get_world_size() != ranks.world_size:
         raise ConfigError(
@@ -56,6 +61,29 @@ def is_first_to_fail(ranks: Ranks) -> bool:
         return world.get_group_store().add("failures", 1) == 1
     except RuntimeError:  # rank 0 is gone already
         return False
+
+
+def _build_cpu_communication() -> None:
+    """Compile DeepSpeed's shared-memory operations once a machine, before its own start-up would.
+
+    PyTorch guards such a build by a file that a killed process leaves behind, and for which every later process then
+    waits for ever. A lock of the operating system, which ends with its process, shows that such a file is stale.
+    Raises ConfigError where it cannot be compiled.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "dsmoe_vl.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        for stale in folder.glob("**/deepspeed_shm_comm/lock"):
+            stale.unlink(missing_ok=True)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:  # a compiler's failure, or ninja's, comes in many types
+            raise ConfigError(
+                f"DeepSpeed's CPU communication could not be compiled in {folder}: install a C++ compiler (g++) and "
+                f"ninja, then start again. {str(error).splitlines()[0]}"
+            ) from error
 
 
 class HostGroup:

@@ -95,6 +95,51 @@ def test_overwritten_header_ends_the_scan(tmp_path: Path) -> None:
     assert scan_shard(path).damage == f"no tar header at byte {second}"
 
 
+def test_zeroed_header_is_not_the_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", three_samples())
+    data = bytearray(path.read_bytes())
+    text = int(scan_shard(path).bounds[1]) + 1024  # of the second sample, behind its picture
+    data[text : text + 512] = bytes(512)
+    path.write_bytes(data)
+    scan = scan_shard(path)
+    assert (scan.samples, scan.damage) == (1, f"no tar header at byte {text}")
+
+
+@pytest.mark.parametrize("size", [-1, -512, -(10**6), 2**62, 2**80])
+def test_absurd_size_ends_the_scan(tmp_path: Path, size: int) -> None:
+    path = write_tar(tmp_path / "a.tar", three_samples())
+    data = bytearray(path.read_bytes())
+    header = int(scan_shard(path).bounds[1])
+    field = size.to_bytes(12, "big", signed=True)
+    data[header + 124 : header + 136] = bytes([field[0] | 0x80]) + field[1:]
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    path.write_bytes(data)
+    scan = scan_shard(path)
+    # A header that is none may have been one more file of the sample before it.
+    assert (scan.samples, scan.damage) == (
+        (1, f"truncated at byte {len(data)}") if size > 0 else (0, f"no tar header at byte {header}")
+    )
+
+
+def test_shard_rewritten_under_a_reader(tmp_path: Path) -> None:
+    path = write_shards(tmp_path / "a", [3]) / "00000.tar"
+    index = ShardIndex.load(tmp_path / "a")
+    assert read_sample(index, 0, 1).key == "a-0-1"
+    members = [(f"b-{i}.{extension}", b"x") for i in range(3) for extension in ("txt", "json")]
+    write_tar(path, [("first.txt", b"x"), *members])
+    with pytest.raises(DataError, match="shard changed while it was read"):
+        read_sample(index, 0, 1)
+
+
+def test_texts_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", three_samples())
+    samples = list(iterate_samples(tmp_path, media=False))
+    assert [(s.key, s.media, s.media_type, s.text, s.meta) for s in samples] == [
+        (str(i), None, "", f"é{i}", {"n": i}) for i in range(3)
+    ]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

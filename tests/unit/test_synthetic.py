@@ -74,7 +74,7 @@ def test_sample_does_not_depend_on_how_many_there_are(world, tmp_path):
         assert few == many[: len(few)]
 
 
-@pytest.mark.parametrize("third", [SIZES, VECTORS])
+@pytest.mark.parametrize("third", [list(SIZES), list(VECTORS)])
 def test_held_out_combinations_leave_every_coloured_shape_to_training(third):
     seen, held_out = (set(combinations(third, part)) for part in (False, True))
     assert not held_out & seen
@@ -84,7 +84,9 @@ def test_held_out_combinations_leave_every_coloured_shape_to_training(third):
         assert [set(values) for values in zip(*part, strict=True)] == [set(SHAPES), set(COLOURS), set(third)]
 
 
-@pytest.mark.parametrize(("kind", "third", "values"), [("images", "size", SIZES), ("videos", "motion", VECTORS)])
+@pytest.mark.parametrize(
+    ("kind", "third", "values"), [("images", "size", list(SIZES)), ("videos", "motion", list(VECTORS))]
+)
 def test_training_and_evaluation_show_disjoint_combinations(world, kind, third, values):
     for split, held_out in (("train", False), ("eval", True)):
         items = [item for sample in iterate_samples(world / f"{kind}_{split}") for item in sample.meta["attributes"]]

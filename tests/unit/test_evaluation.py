@@ -1,0 +1,26 @@
+"""When a caption counts as right."""
+
+import pytest
+
+from dsmoe_vl.evaluation.captions import names_every_object
+
+RED_CIRCLE, BLUE_RING = {"colour": "red", "shape": "circle"}, {"colour": "blue", "shape": "ring"}
+
+
+@pytest.mark.parametrize(
+    ("text", "attributes", "right"),
+    [
+        ("a small red circle", [RED_CIRCLE], True),
+        ("there is a Red circle.", [RED_CIRCLE], True),
+        ("a red ring left of a blue circle", [RED_CIRCLE, BLUE_RING], False),
+        ("a blue ring left of a red circle", [RED_CIRCLE, BLUE_RING], True),
+        ("a red circle", [RED_CIRCLE, BLUE_RING], False),
+        ("a red circle above a red circle", [RED_CIRCLE, RED_CIRCLE], True),
+        ("a red circle", [RED_CIRCLE, RED_CIRCLE], False),
+        ("a dark red circle", [RED_CIRCLE], True),
+        ("an infrared circle", [RED_CIRCLE], False),
+        ("", [RED_CIRCLE], False),
+    ],
+)
+def test_every_object_must_be_named(text, attributes, right):
+    assert names_every_object(text, attributes) is right
