@@ -3,9 +3,9 @@
     python benchmarks/train_step.py [--recipe TOML] [--deepspeed JSON] [--steps N] [--json FILE] [section.key=value ...]
     deepspeed --num_accelerators 2 benchmarks/train_step.py
 
-Steps run through the real engine on packs of random pictures and text, so that no data is needed. The rate that they are
-held against is measured in the same process, interleaved with the steps: every matrix product of the model at its own
-shape, forward and both gradients, each weighted by its share of the step.
+Steps run through the real engine on packs of random pictures and text, so that no data is needed. The rate that they
+are held against is measured in the same process, interleaved with the steps: every matrix product of the model at its
+own shape, forward and both gradients, each weighted by its share of the step.
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str,
     step_seconds, product_rate = statistics.median(whole), rate.flops_per_second()
     forward_backward = median["forward"] + median["backward"]
     result = {
-        "device": torch.cuda.get_device_name(device) if plan.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if plan.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "ranks": plan.world_size,
         "ep_size": plan.ep_size,

@@ -16,14 +16,6 @@ _RESERVED_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
 _TRAIN_HINT = "train one with `python -m data_tools.tokenizer train --data SHARDS --output tokenizer.model`"
 
 
-def pieces_sha256(path: str | Path) -> str:
-    """Hex sha256 over the ordered (type, piece) rows of the model at `path`: what each embedding row means.
-
-    Raises ConfigError where `path` is no SentencePiece model.
-    """
-    return _hash_pieces(_load(path))
-
-
 class Tokenizer:
     """A SentencePiece model file. Pickles as its path: a worker process reads the file again.
 
@@ -91,6 +83,7 @@ def _load(path: str | Path) -> SentencePieceProcessor:
 
 
 def _hash_pieces(model: SentencePieceProcessor) -> str:
+    """Hex sha256 over the ordered (type, piece) rows: what each embedding row means."""
     digest = hashlib.sha256()
     for row in range(model.get_piece_size()):
         kind = (model.IsControl(row), model.IsUnknown(row), model.IsByte(row), model.IsUnused(row))

@@ -18,7 +18,7 @@ BIN = Path(python()[0]).parent
 
 def mpirun(*arguments):
     """Open MPI on this machine, over loopback."""
-    options = "--allow-run-as-root --oversubscribe --bind-to none -np 2".split()
+    options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     return [str(BIN / "mpirun"), *options, *python(TRAIN, *arguments)]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer, pieces_sha256
+from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import ConfigError
 
 
@@ -71,12 +71,12 @@ def test_control_ids_and_unused_rows_are_silent(model: Path) -> None:
 def test_pickles_by_path(model: Path) -> None:
     tokenizer = Tokenizer(model)
     copy = pickle.loads(pickle.dumps(tokenizer))
-    assert copy.sha256 == tokenizer.sha256 == pieces_sha256(model)
+    assert copy.sha256 == tokenizer.sha256 == Tokenizer(model).sha256
     assert copy.encode("a blue cone") == tokenizer.encode("a blue cone")
 
 
 def test_hash_tells_vocabularies_apart(model: Path, tmp_path: Path) -> None:
-    assert pieces_sha256(train(tmp_path, vocab_size=290)) != pieces_sha256(model)
+    assert Tokenizer(train(tmp_path, vocab_size=290)).sha256 != Tokenizer(model).sha256
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from data_tools.tokenizer import reservoir, sample_texts, train
 from data_tools.writer import ShardWriter
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards import iterate_samples
-from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, pieces_sha256
+from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import DataError
 
 
@@ -59,7 +59,7 @@ def test_lossless_for_what_it_has_never_seen(tokenizer, text):
 
 def test_same_texts_same_pieces(world, tokenizer, tmp_path):
     again = train([world / "images_train", world / "videos_train"], tmp_path / "again.model")
-    assert again.sha256 == tokenizer.sha256 == pieces_sha256(tmp_path / "again.model")
+    assert again.sha256 == tokenizer.sha256 == Tokenizer(tmp_path / "again.model").sha256
 
 
 def test_a_small_corpus_gets_the_largest_vocabulary_it_fills(world, tmp_path, capsys):

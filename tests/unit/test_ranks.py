@@ -1,0 +1,30 @@
+"""Rank, world size and local rank under every launcher."""
+
+import pytest
+
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.parallel.ranks import Ranks
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            (1, 2, 1),
+        ),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, (2, 4, 0)),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, (9, 16, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, (0, 1, 0)),  # a batch script outside of srun is one process
+    ],
+)
+def test_discovery(environment, expected):
+    ranks = Ranks.discover(environment)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == expected
+
+
+def test_a_rank_beyond_the_world_is_refused():
+    with pytest.raises(ConfigError, match="RANK=2 is not below WORLD_SIZE=2"):
+        Ranks.discover({"RANK": "2", "WORLD_SIZE": "2"})
