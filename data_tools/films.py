@@ -171,8 +171,10 @@ def _collide(rng: np.random.Generator, choice: list[Combination], size: int, dia
     across = rng.uniform(0.3, 0.7) * size
     actors = []
     pair = (("right", "left"), ("down", "up"))[rng.integers(2)]
-    for motion in pair:
-        fitting = [combination for combination in choice if combination[2] == motion]
+    of_split = int(rng.integers(2))  # the other actor is one that training shows
+    for number, motion in enumerate(pair):
+        pool = choice if number == of_split else combinations(list(VECTORS), False)
+        fitting = [combination for combination in pool if combination[2] == motion]
         combination = fitting[rng.integers(len(fitting))]
         reach = 0.5 * size - 0.5 * diameter  # centres one diameter apart: they touch in the middle
         actors.append(_entering(rng, combination, size, diameter, reach, start, meet, across))

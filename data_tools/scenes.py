@@ -31,6 +31,7 @@ COLOURS = {
 CELLS = 8  # of the grid that shapes stand on, along the longer side; it lets a small model learn them in minutes
 SIZES = {"small": 2, "large": 3}  # cells across
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # with their inverses
+TWO_OBJECTS = 0.4  # of the scenes
 MARGIN = 1  # cells between the two shapes of a scene, at least
 
 Combination = tuple[str, str, str]  # (shape, colour, and size in a picture or motion in a video)
@@ -57,7 +58,7 @@ def combinations(third: Sequence[str], held_out: bool) -> list[Combination]:
     """What a split may show, in a fixed order; `third` are the values of the third attribute.
 
     One combination of each colour is held out. Training shows every value of every attribute and every coloured shape,
-    but never a held-out combination; evaluation shows nothing else.
+    but never a held-out combination; every evaluation sample shows one.
     """
     diagonal = [(SHAPES[i % len(SHAPES)], colour, third[i % len(third)]) for i, colour in enumerate(COLOURS)]
     if held_out:
@@ -126,9 +127,12 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
 
     `relation` is that of the first shape of `attributes` to the second; absent for a single shape.
     """
-    count = int(rng.integers(1, max_objects + 1))
     choice = combinations(list(SIZES), held_out)
-    items = [Item(*choice[i]) for i in rng.choice(len(choice), size=count, replace=False)]
+    chosen = [choice[rng.integers(len(choice))]]
+    if max_objects > 1 and rng.random() < TWO_OBJECTS:
+        others = [combination for combination in combinations(list(SIZES), False) if combination != chosen[0]]
+        chosen.insert(int(rng.integers(2)), others[rng.integers(len(others))])
+    items = [Item(*combination) for combination in chosen]
     cell = size // CELLS
     diameters = [SIZES[item.size] * cell for item in items]
 
@@ -136,7 +140,7 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
     width, height = ((size, size), (size, short), (short, size))[rng.integers(3)]
     canvas = background(rng, width, height)
     relation = None
-    if count == 1:
+    if len(items) == 1:
         centres = [_anywhere(rng, width, height, diameters[0])]
     else:
         relation, centres = _apart(rng, width, height, diameters, MARGIN * cell)

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from dsmoe_vl.errors import DataError
@@ -77,7 +78,8 @@ def decode_video(data: bytes, frames: int) -> list[tuple[float, Image.Image]]:
             if not chosen:
                 raise DataError("video cannot be decoded: no frames")
             second = stream.time_base or Fraction(1)
-            return [(float((_ticks(frame) - ticks[0]) * second), _upright_frame(frame)) for frame in chosen]
+            converter = VideoReformatter()  # one for all: setting it up costs more than converting a small frame
+            return [(float((_ticks(frame) - ticks[0]) * second), _upright_frame(frame, converter)) for frame in chosen]
     except DataError:
         raise
     except Exception as error:  # whatever FFmpeg throws at malformed bytes
@@ -172,6 +174,6 @@ def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[i
     return chosen
 
 
-def _upright_frame(frame: av.VideoFrame) -> Image.Image:
-    image = frame.to_image()
+def _upright_frame(frame: av.VideoFrame, converter: VideoReformatter) -> Image.Image:
+    image = Image.fromarray(converter.reformat(frame, format="rgb24").to_ndarray())
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -73,7 +73,7 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
                 if key and name in names:
                     raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
                 names.add(name)
-                if key and extension in extensions:
+                if key and extension in extensions and position <= end:
                     file.seek(member.offset_data)
                     files[extension] = file.read(member.size)
                 if position >= end:
