@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,8 @@ def quiet_deepspeed() -> None:
         import logging
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls a collective by its old name; the user can do nothing about it.
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
 
 
 if __name__ == "__main__":

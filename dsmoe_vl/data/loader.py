@@ -7,6 +7,7 @@ needs: packs that workers made ahead are made again.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
@@ -220,6 +221,7 @@ class Loader:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
         self._thread = self._stream = None
+        atexit.unregister(self.close)
 
     def _open_stream(self) -> Iterator[_Delivery]:
         stream = PackStream(
@@ -235,6 +237,8 @@ class Loader:
             dict(self._lane_states),
         )
         workers = self._data.workers
+        if workers:  # they ignore SIGTERM, so a process that ends without close() would wait for them for ever
+            atexit.register(self.close)
         # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
         ahead = -(-self._packs_per_step // workers) + 1 if workers else None
         own = torch.Generator()  # a draw from the global one would set a resumed run apart from an unbroken one
