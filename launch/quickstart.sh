@@ -22,7 +22,7 @@ fi
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
 ranks=$(( gpus > 0 ? gpus : 2 ))
 step "Training on $ranks ranks ($run)"
-deepspeed --num_accelerators "$ranks" launch/train.py --deepspeed ds_configs/moe.json
+deepspeed --log_level warning --num_accelerators "$ranks" launch/train.py --deepspeed ds_configs/moe.json
 
 step "Captions of held-out scenes"
 python launch/evaluate.py --run "$run"
