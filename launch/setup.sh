@@ -36,7 +36,7 @@ fi
 "${pip[@]}" install -c constraints.txt -e ".$extras"
 if ! command -v nvidia-smi >/dev/null; then
   echo "setup: building DeepSpeed's CPU communication (some 30 seconds)"
-  PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python -c '
+  PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions" .venv/bin/python -c '
 from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder("ShareMemCommBuilder").load()' >/dev/null 2>&1 ||
     echo "setup: it did not build; training will try again and say why" >&2

@@ -176,7 +176,7 @@ class Loader:
         self._micro_batch, self._packs_per_step = micro_batch, micro_batch * accumulation
         _check_lanes(data, ranks)
         _check_sources(sources)
-        self._indexes = {source.name: ShardIndex.load(source.path) for source in sources}
+        self._indexes = {source.name: _open(source) for source in sources}
         self._order = order_identity(data.lanes, data.shuffle_block, seed, self._indexes)
         self._packs = 0  # consumed, over all ranks
         self._lane_states: dict[str, Any] = {}
@@ -332,6 +332,13 @@ def _pinned(batch: Batch) -> Batch:
 def _to_pack(items: list[Encoded], shape: PackShape) -> Pack:
     segments = [segment for item in items for segment in item.segments]
     return assemble(segments, shape, [item.key for item in items])
+
+
+def _open(source: SourceConfig) -> ShardIndex:
+    try:
+        return ShardIndex.load(source.path)
+    except DataError as error:
+        raise DataError(f"data.sources, {source.name}: {error}") from error
 
 
 def _check_lanes(data: DataConfig, ranks: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -71,7 +72,9 @@ def _build_cpu_communication() -> None:
     Raises ConfigError where it cannot be compiled.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
+    in_environment = Path(sys.prefix, "torch_extensions")  # it fits the headers of this environment and no other
+    default = in_environment if sys.prefix != sys.base_prefix else Path(get_default_build_root())
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "dsmoe_vl.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
