@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,8 @@ def trained(tiny: TinyProject) -> Path:
     (tiny.folder / "trained.out").write_text(result.out)
     assert result.status == 0, result.out + result.err
     return run
+
+
+def pytest_unconfigure() -> None:
+    """A thread or a process that a test left behind must not keep the whole run waiting."""
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)

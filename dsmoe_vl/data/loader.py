@@ -8,7 +8,9 @@ needs: packs that workers made ahead are made again.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -16,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +187,8 @@ class Loader:
         self._report = ReadReport(quarantine)
         self._stream: Iterator[_Delivery] | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._workers: list[BaseProcess] = []
+        self._closed = multiprocessing.RawValue(ctypes.c_bool, False)  # shared with the workers; has no lock to die with
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
@@ -220,7 +226,11 @@ class Loader:
         """End the worker processes; a running iteration ends too."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-        self._thread = self._stream = None
+        self._thread = self._stream = None  # ends the workers, unless a traceback still refers to the stream
+        self._closed.value = True  # ends them in any case
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
         atexit.unregister(self.close)
 
     def _open_stream(self) -> Iterator[_Delivery]:
@@ -242,16 +252,20 @@ class Loader:
         # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
         ahead = -(-self._packs_per_step // workers) + 1 if workers else None
         own = torch.Generator()  # a draw from the global one would set a resumed run apart from an unbroken one
-        return iter(
+        self._closed = multiprocessing.RawValue(ctypes.c_bool, False)
+        others = multiprocessing.active_children()
+        opened = iter(
             DataLoader(
                 stream,
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=ahead,
                 generator=own,
-                worker_init_fn=_live_with_rank,
+                worker_init_fn=partial(_live_with_rank, self._closed),
             )
         )
+        self._workers = [child for child in multiprocessing.active_children() if child not in others]
+        return opened
 
     def _begin_step(self) -> Callable[[], _Step]:
         """What returns the next step. With workers, a thread receives and flattens it while the caller computes."""
@@ -306,21 +320,21 @@ def evaluation_packs(
         yield _to_pack(chosen, shape)
 
 
-def _live_with_rank(_worker: int) -> None:
-    """Make a worker process end when its rank does: not before it, and not after it.
+def _live_with_rank(closed: Any, _worker: int) -> None:
+    """Make a worker process end when its loader is `closed` or its rank ends: not before, and not later.
 
     Launchers signal the whole process tree, but a rank that is asked to stop needs data to end its step. A worker that
     is left behind would hold the dead rank's connections open, and the other ranks would wait for it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(), closed), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _end_with(parent: int, closed: Any) -> None:
+    while os.getppid() == parent and not closed.value:
+        time.sleep(0.2)
+    os._exit(0)  # torch raises in the rank for a worker with another status
 
 
 def _pinned(batch: Batch) -> Batch:

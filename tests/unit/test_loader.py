@@ -313,18 +313,26 @@ def test_evaluation_fills_up_with_packs_without_labels(sources: tuple[SourceConf
     assert (last.labels == IGNORE).all()
 
 
-def test_a_process_that_crashes_with_an_open_loader_ends(sources: tuple[SourceConfig, ...], tmp_path: Path) -> None:
-    script = tmp_path / "crash.py"
+@pytest.mark.parametrize("encode_name", ["encode", "encode_with_a_bug"])
+def test_a_process_that_fails_with_an_open_loader_ends(
+    encode_name: str, sources: tuple[SourceConfig, ...], tmp_path: Path
+) -> None:
+    """Also where the error came out of the stream and is kept, and with it the stream."""
+    script = tmp_path / "fail.py"
     paths = [(source.name, str(source.path)) for source in sources]
     script.write_text(
         "import dataclasses\n"
-        "from tests.unit.test_loader import DATA, SourceConfig, encode\n"
+        f"from tests.unit.test_loader import DATA, SourceConfig, {encode_name}\n"
         "from dsmoe_vl.data.loader import Loader\n"
         f"sources = tuple(SourceConfig(name, path) for name, path in {paths!r})\n"
         "data = dataclasses.replace(DATA, workers=1)\n"
-        "loader = Loader(data, sources, encode, 16, 2, seed=1, rank=0, ranks=1, micro_batch=1, accumulation=1)\n"
-        "next(iter(loader))\n"
-        "raise RuntimeError('a bug')\n"
+        f"loader = Loader(data, sources, {encode_name}, 16, 2, 1, 0, 1, micro_batch=1, accumulation=1)\n"
+        "try:\n"
+        "    next(iter(loader))\n"
+        "except ZeroDivisionError as error:\n"
+        "    kept = error\n"
+        "    loader.close()\n"
+        "raise RuntimeError('the end')\n"
     )
     root = Path(__file__).resolve().parents[2]
     ended = subprocess.run(
