@@ -188,7 +188,7 @@ class Loader:
         self._stream: Iterator[_Delivery] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._workers: list[BaseProcess] = []
-        self._closed = multiprocessing.RawValue(ctypes.c_bool, False)  # shared with the workers; has no lock to die with
+        self._closed = multiprocessing.RawValue(ctypes.c_bool, False)  # the workers read it; has no lock
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()

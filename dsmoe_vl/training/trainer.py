@@ -77,6 +77,8 @@ class Trainer:
         saved = self.step
         with StopRequest() as stop:
             batches = iter(self.loader)
+            if self.step == 0:
+                self.evaluate()  # where the held-out losses start
             while self.step < run.steps:
                 started = time.perf_counter()
                 step_batches = next(batches)

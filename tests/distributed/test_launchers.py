@@ -42,7 +42,7 @@ def test_one_process_trains_without_a_launcher(tiny):
     result = finish(start(python(TRAIN, *tiny.arguments(run, "run.steps=6"))))
     assert result.status == 0, result.out + result.err
     assert "note: expert_parallel.autoep_size = 2" in result.out and "using 1" in result.out
-    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6, 6]
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
 def test_strict_refuses_what_one_process_cannot_have(tiny):
