@@ -48,6 +48,19 @@ def start_process_group(ranks: Ranks, device: str) -> None:
             f"the launcher announced {ranks.world_size} ranks but {dist.get_world_size()} joined; "
             "start all ranks with one launcher (mpirun, srun, torchrun or deepspeed)"
         )
+    if device == "cpu":
+        _free_names_of_shared_memory(ranks.rank)
+
+
+def _free_names_of_shared_memory(rank: int) -> None:
+    """Leave the buffers of DeepSpeed's CPU communication to the processes that have them open.
+
+    DeepSpeed never removes them: 66 MiB of memory a rank and run would stay in /dev/shm until it is full, and then
+    every process of the machine crawls.
+    """
+    dist.barrier()  # all ranks have opened the buffers of all others
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 def is_first_to_fail(ranks: Ranks) -> bool:

@@ -16,24 +16,26 @@ from tests.runs import TRAIN, curve, deepspeed_command, finish, metrics, python,
 BIN = Path(python()[0]).parent
 
 
-def mpirun(*arguments):
-    """Open MPI on this machine, over loopback."""
+def mpirun(port, *arguments):
+    """Open MPI on this machine, over loopback; the port is in the environment."""
     options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
     return [str(BIN / "mpirun"), *options, *python(TRAIN, *arguments)]
 
 
-def torchrun(*arguments):
-    options = ["--nproc_per_node", "2", "--master_port", str(free_port())]
+def torchrun(port, *arguments):
+    options = ["--nproc_per_node", "2", "--master_port", str(port)]
     return [str(BIN / "torchrun"), *options, str(TRAIN), *arguments]
 
 
 @pytest.mark.parametrize("launcher", [mpirun, torchrun])
 def test_two_ranks_train_as_under_deepspeed(launcher, tiny, trained):
     run = tiny.folder / "runs" / launcher.__name__
-    environment = {"MASTER_PORT": str(free_port())} if launcher is mpirun else {}
-    result = finish(start(launcher(*tiny.arguments(run)), **environment))
+    port = free_port()
+    environment = {"MASTER_PORT": str(port)} if launcher is mpirun else {}
+    result = finish(start(launcher(port, *tiny.arguments(run)), **environment))
     assert result.status == 0, result.out + result.err
     assert curve(run) == curve(trained)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # the memory that DeepSpeed leaves behind
 
 
 def test_one_process_trains_without_a_launcher(tiny):
