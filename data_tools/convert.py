@@ -104,7 +104,7 @@ def check(record: Record, source: str) -> Checked | Rejected:
         media_type, facts = image_facts(data) if record.kind == "image" else video_facts(data, record.media.suffix)
     except DataError as error:
         return Rejected(record.identifier, f"unreadable {record.kind}", f"{record.media}: {error}")
-    meta = {"source": source, "id": record.identifier, "tasks": ["caption"], "captions": captions}
+    meta = {"source": source, "id": record.identifier, "tasks": ["caption", "retrieval"], "captions": captions}
     return Checked(record.identifier, data, media_type, captions, {**record.meta, **facts, **meta})
 
 

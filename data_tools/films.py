@@ -11,11 +11,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from data_tools.scenes import CELLS, COLOURS, Combination, article, background, combinations, paint
+from data_tools.scenes import COLOURS, Combination, article, background, combinations, paint
 
 FRAMES_PER_SECOND = 8
 FRAME_COUNT = (20, 28)  # least and greatest
-DIAMETER = 3  # cells across
+CELLS = 8  # of the grid that shapes move on
+DIAMETER = 4  # cells across
 SIDES = {"right": "left", "left": "right", "down": "top", "up": "bottom"}  # motion -> where it comes from
 VECTORS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 # How much each kind of event matters to a summary, and what a frame without one is worth.
@@ -74,12 +75,13 @@ class Plot:
     events: list[Event]
     captions: list[str]
     summary: str
+    content: str  # the same for all films that some caption cannot tell apart
 
 
 def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
     """An H.264 MP4 of `size` x `size` pixels and its KEY.json values.
 
-    The values: width, height, fps, frames, duration_seconds, captions, summary, `attributes` (of each actor), `events`
+    The values: width, height, fps, frames, duration_seconds, captions, summary, content, `attributes` (of each actor), `events`
     (name, time_seconds) and `importance` (one number in [0, 1] a frame). Two-object plots need `max_objects` >= 2.
     """
     frames = int(rng.integers(FRAME_COUNT[0], FRAME_COUNT[1] + 1))
@@ -106,6 +108,7 @@ def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) 
         "duration_seconds": duration,
         "captions": [plot.captions[i] for i in rng.permutation(len(plot.captions))],
         "summary": plot.summary,
+        "content": plot.content,
         "attributes": [actor.attributes() for actor in plot.actors],
         "events": [{"name": event.name, "time_seconds": round(event.time_seconds, 3)} for event in plot.events],
         "importance": [round(_importance(plot, seconds), 3) for seconds in times],
@@ -144,6 +147,7 @@ def _move(rng: np.random.Generator, choice: list[Combination], size: int, diamet
             f"{article(str(actor))} enters from the {side} and moves {actor.motion}",
         ],
         f"{article(str(actor))} enters from the {side}, moves {actor.motion} and stops",
+        f"{actor} {actor.motion}",
     )
 
 
@@ -162,6 +166,7 @@ def _turn(rng: np.random.Generator, choice: list[Combination], size: int, diamet
             f"there is {article(str(actor))} moving {actor.motion} and turning {becomes}",
         ],
         f"{article(str(actor))} enters from the {SIDES[actor.motion]}, stops and turns {becomes}",
+        f"{actor} {actor.motion} {becomes}",
     )
 
 
@@ -188,6 +193,7 @@ def _collide(rng: np.random.Generator, choice: list[Combination], size: int, dia
             f"{first} and {second} collide",
         ],
         f"{first} enters from the {SIDES[pair[0]]}, {second} from the {SIDES[pair[1]]}, and they collide",
+        " ".join(sorted(str(actor) for actor in actors)),
     )
 
 

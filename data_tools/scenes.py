@@ -28,12 +28,12 @@ COLOURS = {
     "black": (25, 25, 25),
     "cyan": (25, 190, 210),
 }
-CELLS = 8  # of the grid that shapes stand on, along the longer side; it lets a small model learn them in minutes
-SIZES = {"small": 2, "large": 3}  # cells across
+CELLS = 4  # of the grid that shapes stand on, along the longer side; it lets a small model learn them in minutes
+SIZES = {"small": 1, "large": 2}  # cells across
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # with their inverses
 TWO_OBJECTS = 0.4  # of the scenes
-MARGIN = 1  # cells between the two shapes of a scene, at least
 
+Corner = tuple[int, int]  # column and row of the upper left cell
 Combination = tuple[str, str, str]  # (shape, colour, and size in a picture or motion in a video)
 
 
@@ -123,9 +123,10 @@ def paint(canvas: Image.Image, shape: str, colour: str, diameter: int, centre: t
 
 
 def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
-    """A JPEG and its KEY.json values: width, height, captions, `attributes` of each shape, and `relation`.
+    """A JPEG and its KEY.json values: width, height, captions, `attributes` of each shape, `relation`, and `content`.
 
-    `relation` is that of the first shape of `attributes` to the second; absent for a single shape.
+    `relation` is that of the first shape of `attributes` to the second; absent for a single shape. `content` is the same
+    for all scenes that their captions cannot tell apart.
     """
     choice = combinations(list(SIZES), held_out)
     chosen = [choice[rng.integers(len(choice))]]
@@ -134,18 +135,15 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
         chosen.insert(int(rng.integers(2)), others[rng.integers(len(others))])
     items = [Item(*combination) for combination in chosen]
     cell = size // CELLS
-    diameters = [SIZES[item.size] * cell for item in items]
 
     short = size * 3 // 4 // 16 * 16
     width, height = ((size, size), (size, short), (short, size))[rng.integers(3)]
     canvas = background(rng, width, height)
-    relation = None
-    if len(items) == 1:
-        centres = [_anywhere(rng, width, height, diameters[0])]
-    else:
-        relation, centres = _apart(rng, width, height, diameters, MARGIN * cell)
-    for item, diameter, centre in zip(items, diameters, centres, strict=True):
-        paint(canvas, item.shape, item.colour, diameter, centre, cell)
+    choices = placements(width // cell, height // cell, *(SIZES[item.size] for item in items))
+    relation, corners = choices[rng.integers(len(choices))]
+    for item, (x, y) in zip(items, corners, strict=True):
+        diameter = SIZES[item.size] * cell
+        paint(canvas, item.shape, item.colour, diameter, (x * cell + diameter / 2, y * cell + diameter / 2), cell)
 
     file = io.BytesIO()
     canvas.save(file, "JPEG", quality=90, subsampling=0)  # full-resolution colour: it is what the captions are about
@@ -155,32 +153,35 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
         "captions": _captions(rng, items, relation),
         "attributes": [vars(item) for item in items],
         "relation": relation,
+        "content": _content(items, relation),
     }
 
 
-def _anywhere(rng: np.random.Generator, width: int, height: int, diameter: int) -> tuple[float, float]:
-    radius = diameter / 2
-    return rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+@cache
+def placements(columns: int, rows: int, first: int, second: int = 0) -> list[tuple[str | None, tuple[Corner, ...]]]:
+    """Every way to place one or two shapes of so many cells, and the relation of the first to the second.
+
+    Two shapes do not overlap along the relation's axis, and are further apart along it than across it.
+    """
+    at_first = list(product(range(columns - first + 1), range(rows - first + 1)))
+    if not second:
+        return [(None, (corner,)) for corner in at_first]
+    found: list[tuple[str | None, tuple[Corner, ...]]] = []
+    for a, b in product(at_first, product(range(columns - second + 1), range(rows - second + 1))):
+        # Twice the distances from the first centre to the second, in cells.
+        dx, dy = (2 * (end - start) + second - first for start, end in zip(a, b, strict=True))
+        if abs(dx) != abs(dy) and max(abs(dx), abs(dy)) >= first + second:
+            horizontal = abs(dx) > abs(dy)
+            relation = ("left of" if dx > 0 else "right of") if horizontal else ("above" if dy > 0 else "below")
+            found.append((relation, (a, b)))
+    return found
 
 
-def _apart(
-    rng: np.random.Generator, width: int, height: int, diameters: list[int], margin: int
-) -> tuple[str, list[tuple[float, float]]]:
-    """A relation and two centres: a gap along the relation's axis, and less distance across it than along it."""
-    first, second = diameters
-    extents = (width, height)
-    reach = (first + second) / 2 + margin  # least distance between the centres
-    axis = int(rng.choice([i for i in (0, 1) if extents[i] >= first + second + margin]))
-    distance = rng.uniform(reach, extents[axis] - (first + second) / 2)
-    low, high = (second, first) if (reverse := bool(rng.integers(2))) else (first, second)
-    start = rng.uniform(low / 2, extents[axis] - distance - high / 2)
-    along = [start, start + distance]
-    across = [rng.uniform(d / 2, extents[1 - axis] - d / 2) for d in (low, high)]
-    limit = 0.5 * distance
-    across[1] = float(np.clip(across[1], across[0] - limit, across[0] + limit))
-    centres = [(a, b) if axis == 0 else (b, a) for a, b in zip(along, across, strict=True)]
-    relation = ("left of", "above")[axis]
-    return (RELATIONS[relation], centres[::-1]) if reverse else (relation, centres)
+def _content(items: list[Item], relation: str | None) -> str:
+    if relation is None:
+        return str(items[0])
+    first, second = items
+    return min(f"{first} {relation} {second}", f"{second} {RELATIONS[relation]} {first}")
 
 
 def _captions(rng: np.random.Generator, items: list[Item], relation: str | None) -> list[str]:

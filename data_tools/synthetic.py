@@ -30,7 +30,7 @@ def generate(
     output: Path,
     images: int = 8000,
     videos: int = 1200,
-    eval_images: int = 400,
+    eval_images: int = 600,
     eval_videos: int = 100,
     size: int = 64,
     max_objects: int = 2,
@@ -54,6 +54,7 @@ def generate(
         raise DataError(f"--max-objects {max_objects}: a scene has 1 or 2 shapes")
     if seed < 0:
         raise DataError(f"--seed {seed}: cannot be negative")
+    of_images, of_videos = ["caption", "retrieval"], ["caption", "retrieval", "summary"]
     kinds: list[tuple[str, str, Draw, str, bool, int]] = [
         ("images_train", "--images", scene, "jpg", False, images),
         ("images_eval", "--eval-images", scene, "jpg", True, eval_images),
@@ -74,7 +75,7 @@ def generate(
             for i in tqdm(range(count), desc=name, unit="sample", disable=None, leave=False):
                 media, meta = draw(np.random.default_rng([seed, stream, i]), held_out, size, max_objects)
                 key = f"{name}-{i:07d}"
-                meta |= {"id": key, "source": "synthetic", "tasks": ["caption"]}
+                meta |= {"id": key, "source": "synthetic", "tasks": of_videos if media_type == "mp4" else of_images}
                 writer.write(key, media, media_type, meta["captions"][0], meta)
     for folder in unfinished.iterdir():
         folder.rename(output / folder.name)
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets one folder of shards a split")
     parser.add_argument("--images", type=int, default=8000, metavar="N", help="training images (%(default)s)")
     parser.add_argument("--videos", type=int, default=1200, metavar="N", help="training videos (%(default)s)")
-    parser.add_argument("--eval-images", type=int, default=400, metavar="N", help="held-out images (%(default)s)")
+    parser.add_argument("--eval-images", type=int, default=600, metavar="N", help="held-out images (%(default)s)")
     parser.add_argument("--eval-videos", type=int, default=100, metavar="N", help="held-out videos (%(default)s)")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="longer side (%(default)s)")
     parser.add_argument(

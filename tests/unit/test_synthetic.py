@@ -118,7 +118,7 @@ def test_relations_and_sizes_are_true_of_the_pixels():
         items = meta["attributes"]
         places = [centroid(picture, item["colour"]) for item in items]
         if len(items) == 1:
-            diameter = 8 * SIZES[items[0]["size"]]
+            diameter = 16 * SIZES[items[0]["size"]]
             full = np.asarray(shape_mask(items[0]["shape"], diameter)).mean() / 255 * diameter**2
             assert 0.7 * full < places[0][2] < 1.15 * full
             assert meta["relation"] is None
