@@ -124,16 +124,15 @@ def _now(device: torch.device) -> float:
 
 def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str, Any]:
     """Median phases of a step, the product rate and their ratio; on every rank at once, reported by rank 0."""
-    from dsmoe_vl.objective.objective import Objective, uniform_load
-    from dsmoe_vl.parallel.launch import start_process_group
+    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
     from dsmoe_vl.tasks.caption import CaptionTask
     from dsmoe_vl.training.engine import build_engine
+    from dsmoe_vl.training.step import OptimizerStep
 
     device = use_device(plan.device, ranks.local_rank)
     start_process_group(ranks, plan.device)
     engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
-    objective, moe = Objective(plan), plan.recipe.moe
-    load = uniform_load(plan.recipe.model.layers - moe.first_dense_layers, moe.experts, device)
+    step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
     batches = [random_batch(plan, seed).to(device) for seed in range(4)]
     counts = {name: count * plan.dp_size * plan.accumulation for name, count in batches[0].counts.items()}
     tokens, patches, labels = batches[0].counts["tokens"], len(batches[0].patches), batches[0].counts["caption"]
@@ -146,7 +145,7 @@ def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str,
         for micro in range(plan.accumulation):
             marks = [_now(device)]
             output, stats = engine(batches[(index + micro) % len(batches)])
-            loss = objective(output, stats, counts, load)
+            loss = step.objective(output, stats, counts, step.load_fraction)
             marks.append(_now(device))
             engine.backward(loss.scalar)
             marks.append(_now(device))

@@ -81,8 +81,9 @@ class Plot:
 def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
     """An H.264 MP4 of `size` x `size` pixels and its KEY.json values.
 
-    The values: width, height, fps, frames, duration_seconds, captions, summary, content, `attributes` (of each actor), `events`
-    (name, time_seconds) and `importance` (one number in [0, 1] a frame). Two-object plots need `max_objects` >= 2.
+    The values: width, height, fps, frames, duration_seconds, captions, summary, content, `attributes` (of each actor),
+    `events` (name, time_seconds) and `importance` (one number in [0, 1] a frame). Two-object plots need `max_objects`
+    >= 2.
     """
     frames = int(rng.integers(FRAME_COUNT[0], FRAME_COUNT[1] + 1))
     duration = frames / FRAMES_PER_SECOND

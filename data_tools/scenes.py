@@ -125,8 +125,8 @@ def paint(canvas: Image.Image, shape: str, colour: str, diameter: int, centre: t
 def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
     """A JPEG and its KEY.json values: width, height, captions, `attributes` of each shape, `relation`, and `content`.
 
-    `relation` is that of the first shape of `attributes` to the second; absent for a single shape. `content` is the same
-    for all scenes that their captions cannot tell apart.
+    `relation` is that of the first shape of `attributes` to the second; absent for a single shape. `content` is the
+    same for all scenes that their captions cannot tell apart.
     """
     choice = combinations(list(SIZES), held_out)
     chosen = [choice[rng.integers(len(choice))]]

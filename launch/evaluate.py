@@ -1,15 +1,16 @@
-"""Score a trained model: `python launch/evaluate.py --run runs/NAME [--data SHARDS ...]`.
+"""Score a trained model: `python launch/evaluate.py --run runs/NAME [--data SHARDS ...] [--tasks TASK ...]`.
 
-Generates a caption for every sample of the shards (the recipe's held-out sources unless told otherwise) and prints some
-of them next to their references. Where samples carry the truth, as synthetic ones do, it counts the captions that name
-the colour and shape of every object.
+For every folder of shards (the recipe's held-out sources unless told otherwise) and every task that the model has
+learned: captions and video summaries are generated and some of them printed next to their references, texts and
+pictures are searched with each other. Where samples carry the truth, as synthetic ones do, it counts the captions that
+name the colour and shape of every object.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,13 +18,18 @@ from PIL import Image
 
 from data_tools.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.checkpoint.store import write_json
+from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards import VIDEO_EXTENSIONS, iterate_samples
-from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.errors import ConfigError, DsmoeVlError
 from dsmoe_vl.evaluation.captions import Captioned, caption_samples
-from dsmoe_vl.inference.load import load_run
+from dsmoe_vl.evaluation.retrieval import evaluate_retrieval
+from dsmoe_vl.evaluation.summaries import Summarized, mean_scores, summarize_samples
+from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.tasks.caption import captions_of
+
+Scores = dict[str, float]
 
 
 def parse() -> argparse.Namespace:
@@ -33,46 +39,80 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[], help="folders of shards; default: the held-out sources"
     )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=["caption", "retrieval", "summary"], help="default: all that it has learned"
+    )
     parser.add_argument("--limit", type=int, default=None, help="samples of each folder at most")
+    parser.add_argument("--gallery", type=int, default=200, help="different samples to search among (%(default)s)")
     parser.add_argument("--show", type=int, default=6, help="captions of each folder to show")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a caption at most")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a text at most")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return parser.parse_args()
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Scores by folder. Raises DsmoeVlError."""
+def evaluate(args: argparse.Namespace) -> dict[str, dict[str, Scores]]:
+    """Scores by folder and task. Raises DsmoeVlError."""
     trained = load_run(args.run, args.device)
+    learned = learned_tasks(trained.recipe)
+    for task in args.tasks or []:
+        if task not in learned:
+            raise ConfigError(f"--tasks {task}: {args.run} has learned {', '.join(learned)}")
     folders = args.data or [Path(source.path) for source in trained.recipe.data.evaluation]
     print(f"{trained.checkpoint}")
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, Scores]] = {}
     shown: list[Captioned] = []
     for folder in folders:
-        started = time.monotonic()
-        samples = islice(iterate_samples(folder, folder.name), args.limit)
-        count, judged = 0, []
-        for result in caption_samples(trained, samples, args.max_tokens):
-            if count < args.show:
-                shown.append(result)
-                print(f"  {result.sample.key}")
-                print(f"    generated  {result.generated}\n    reference  {captions_of(result.sample)[0]}")
-            count += 1
-            if result.correct is not None:
-                judged.append(result.correct)
-        scores[str(folder)] = {"samples": count}
-        print(f"{folder}: {count} samples in {time.monotonic() - started:.1f} s")
-        if judged:
-            share = sum(judged) / len(judged)
-            scores[str(folder)] |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": share}
-            print(
-                f"{folder}: {sum(judged)} of {len(judged)} captions name every object's colour and shape ({share:.1%})"
-            )
+        scores[str(folder)] = found = {}
+        for task in args.tasks or learned:
+            samples = islice(iterate_samples(folder, folder.name), args.limit)
+            if task == "caption":
+                found[task] = caption_scores(trained, samples, args, shown)
+            elif task == "retrieval":
+                found[task] = evaluate_retrieval(trained, samples, args.gallery)
+            elif videos := list(summarize_samples(trained, samples, args.max_tokens)):
+                found[task] = mean_scores(videos)
+                show_summaries(videos[: args.show])
+        for task, values in found.items():
+            print(f"{folder}: {task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     if shown:
         sheet = args.run / "samples" / "captions.png"
         sheet.parent.mkdir(exist_ok=True)
         contact_sheet([Cell(pictures(result.sample), result.generated) for result in shown]).save(sheet)
         print(f"wrote {sheet}")
     return scores
+
+
+def caption_scores(
+    trained: TrainedModel, samples: Iterator[Sample], args: argparse.Namespace, shown: list[Captioned]
+) -> Scores:
+    """Caption everything, print the first ones and add them to `shown`."""
+    count, judged = 0, []
+    for result in caption_samples(trained, samples, args.max_tokens):
+        if count < args.show:
+            shown.append(result)
+            show(result.sample, result.generated, captions_of(result.sample)[0])
+        count += 1
+        if result.correct is not None:
+            judged.append(result.correct)
+    scores: Scores = {"samples": count}
+    if judged:
+        scores |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": sum(judged) / len(judged)}
+        right = f"{sum(judged)} of {len(judged)} captions name every object's colour and shape"
+        print(f"{right} ({scores['attribute_accuracy']:.1%})")
+    return scores
+
+
+def show_summaries(videos: list[Summarized]) -> None:
+    """Print generated summaries, and the most important moment."""
+    for video in videos:
+        summary = video.summary
+        peak = summary.seconds[summary.importance.argmax()]
+        show(video.sample, f"{summary.text} (peak at {peak:.2f} s)", str(video.sample.meta.get("summary", "")))
+
+
+def show(sample: Sample, generated: str, reference: str) -> None:
+    """A text next to its reference."""
+    print(f"  {sample.key}\n    generated  {generated}\n    reference  {reference}")
 
 
 def pictures(sample: Sample) -> list[Image.Image]:

@@ -1,63 +1,97 @@
-"""Small random batches in the shape that the model reads, for tests of everything behind the loader."""
+"""Random packs in the shape that the model reads, for tests of everything behind the loader."""
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, TaskId
+from dsmoe_vl.data.pack import PackShape, assemble
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment, TaskId
+
+SHAPE = PackShape(length=96, patches=96, patch_size=4, merge=2)
+VOCABULARY = 64
+_GRIDS = ((4, 4), (2, 4), (4, 2))
 
 
-def random_batch(
-    segment_lengths: list[int],
-    vocab_size: int,
-    patch_size: int,
-    merge: int,
-    grids: list[tuple[int, int]],
-    seed: int = 0,
-    padding: int = 0,
-) -> Batch:
-    """Segment i begins with the vision tokens of picture i, where there is one, one token a cell; the rest is text."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(segment_lengths) + padding
-    lengths = [*segment_lengths, padding] if padding else segment_lengths
-    tokens = torch.randint(5, vocab_size, (total,), generator=generator)
-    labels = torch.randint(5, vocab_size, (total,), generator=generator)
-    modality = torch.full((total,), int(Modality.TEXT))
-    real = torch.ones(total, dtype=torch.bool)
-    real[total - padding :] = False
-    labels[~real] = IGNORE
-    cell_position, positions, start = [], [], 0
-    for index, length in enumerate(segment_lengths):
-        if index < len(grids):
-            rows, columns = grids[index]
-            cells = rows * columns // merge**2
-            assert cells < length
-            modality[start : start + cells] = int(Modality.IMAGE)
-            labels[start : start + cells - 1] = IGNORE
-            cell_position.append(torch.arange(start, start + cells))
-            grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(rows, columns, 2)
-            by_cell = grid.view(rows // merge, merge, columns // merge, merge, 2).permute(0, 2, 1, 3, 4)
-            positions.append(by_cell.reshape(-1, 2))
-        start += length
-    picture_lengths = [rows * columns for rows, columns in grids]
-    patches = sum(picture_lengths)
-    cells = patches // merge**2
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        positions=torch.cat([torch.arange(n) for n in lengths]),
-        task_ids=torch.full((total,), int(TaskId.CAPTION)),
-        modality_ids=modality,
-        real=real,
-        cu_segments=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        max_segment=max(lengths),
-        patches=torch.randint(0, 256, (patches, 3 * patch_size**2), generator=generator, dtype=torch.uint8),
-        patch_positions=torch.cat(positions),
-        cu_pictures=torch.tensor([0, *picture_lengths]).cumsum(0).to(torch.int32),
-        max_picture=max(picture_lengths),
-        cell_position=torch.cat(cell_position),
-        cell_weight=torch.ones(cells),
-        cell_time=torch.full((cells,), -1.0),
-        counts={"tokens": int(real.sum()), "caption": int((labels != IGNORE).sum())},
-        keys=[],
-    )
+def _text(rng: np.random.Generator, least: int = 3) -> np.ndarray:
+    return rng.integers(8, VOCABULARY, rng.integers(least, 12)).astype(np.int32)
+
+
+def _pictures(rng: np.random.Generator, frames: int) -> tuple[list[Picture], int]:
+    """One image, or some frames of one size with a token a cell; and how many vision tokens they fill."""
+    grid = _GRIDS[rng.integers(len(_GRIDS))] if frames == 0 else (2, 4)
+    cells = grid[0] * grid[1] // 4
+    times = [-1.0] if frames == 0 else [0.5 * i for i in range(frames)]
+    return [
+        Picture(
+            rng.integers(0, 256, (4 * cells, 3 * SHAPE.patch_size**2), dtype=np.uint8),
+            grid,
+            time,
+            np.arange(cells, dtype=np.int32) + i * cells,
+        )
+        for i, time in enumerate(times)
+    ], cells * len(times)
+
+
+def _segment(rng: np.random.Generator, task: TaskId, frames: int, text: bool, frame_tokens: bool = False) -> Segment:
+    """Vision tokens, one task token (or embedding token), and with `text` a text with labels."""
+    pictures, vision = _pictures(rng, frames)
+    if frame_tokens:
+        for i, picture in enumerate(pictures):
+            picture.frame_token = vision + i
+        vision += len(pictures)
+    words = _text(rng) if text else np.zeros(0, np.int32)
+    tokens = np.concatenate((np.full(vision + 1, 7, np.int32), words))
+    labels = np.full(len(tokens), IGNORE, np.int32)
+    if text:
+        labels[vision:] = [*words, 2]
+    modality = np.full(len(tokens), Modality.TEXT, np.int32)
+    modality[:vision] = Modality.VIDEO if frames else Modality.IMAGE
+    return Segment(task, tokens, labels, modality, pictures)
+
+
+def caption(rng: np.random.Generator, frames: int = 0) -> list[Segment]:
+    """One caption of an image, or of a video with that many frames."""
+    return [_segment(rng, TaskId.CAPTION, frames, text=True)]
+
+
+def pair(rng: np.random.Generator, frames: int = 0) -> list[Segment]:
+    """One retrieval pair; ids repeat now and then."""
+    words = _text(rng)
+    media = _segment(rng, TaskId.RETRIEVAL, frames, text=False)
+    text = Segment(TaskId.RETRIEVAL, words, np.full_like(words, IGNORE), np.full_like(words, Modality.TEXT))
+    media.pair = text.pair = int(rng.integers(6))
+    return [media, text]
+
+
+def summary(rng: np.random.Generator, frames: int = 3) -> list[Segment]:
+    """One video summary with importance and compared frames."""
+    segment = _segment(rng, TaskId.SUMMARY, frames, text=True, frame_tokens=True)
+    segment.importance = rng.random(frames, dtype=np.float32)
+    difference = segment.importance[:, None] - segment.importance[None, :]
+    segment.ranked = np.argwhere(difference > 0.1).astype(np.int32)
+    return [segment]
+
+
+def text_only(rng: np.random.Generator) -> list[Segment]:
+    """Words without any picture, retrieval pair or summary."""
+    words = _text(rng, least=8)
+    labels = np.concatenate((words[1:], [2])).astype(np.int32)
+    return [Segment(TaskId.CAPTION, words, labels, np.full_like(words, Modality.TEXT))]
+
+
+def mixed_pack(seed: int, without: tuple[str, ...] = ()) -> Pack:
+    """A pack of all tasks, of images and of videos, some padding at its end; a pure function of its arguments."""
+    rng = np.random.default_rng(seed)
+    makers = {
+        "caption": [caption, lambda r: caption(r, 2)],
+        "retrieval": [pair, lambda r: pair(r, 2)],
+        "summary": [summary],
+    }
+    choice = [make for task, those in makers.items() if task not in without for make in those] or [text_only]
+    segments: list[Segment] = []
+    while True:
+        more = choice[rng.integers(len(choice))](rng)
+        together = [*segments, *more]
+        if sum(s.length for s in together) > SHAPE.length - 2 or sum(s.patch_count for s in together) > SHAPE.patches:
+            return assemble(segments, SHAPE)
+        segments = together

@@ -55,11 +55,16 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def complete(folder: Path, manifest: Manifest) -> None:
-    """Declare `folder` complete: manifest last, then `latest`. `manifest.files` is filled here."""
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare the files of `folder` complete. `manifest.files` is filled here."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(_MANIFEST, None)
     write_json(folder / _MANIFEST, {**asdict(manifest), "files": files})
+
+
+def complete(folder: Path, manifest: Manifest) -> None:
+    """Declare a checkpoint complete: manifest last, then `latest`."""
+    write_manifest(folder, manifest)
     latest = folder.parent / "latest.tmp"
     latest.write_text(folder.name + "\n")
     latest.replace(folder.parent / "latest")
@@ -89,7 +94,10 @@ def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
 
 
 def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
-    """As `newest_complete` for a run. Raises CheckpointError where there is none."""
+    """As `newest_complete` for a run; an exported model is its own checkpoint. Raises CheckpointError where none is."""
+    exported = read_manifest(run_dir)
+    if exported is not None:
+        return run_dir, exported
     found = newest_complete(run_dir / "checkpoints")
     if found is None:
         raise CheckpointError(

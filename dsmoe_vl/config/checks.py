@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from dsmoe_vl.config.recipe import Recipe, SourceConfig
+from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.errors import ConfigError
 
 _AT_LEAST_ONE = (
@@ -24,6 +24,8 @@ _AT_LEAST_ONE = (
     "moe.experts",
     "moe.top_k",
     "moe.ffn_width",
+    "moe.global_entropy_experts",
+    "tasks.retrieval.embedding_width",
     "data.pack_length",
     "data.pack_patches",
     "data.image_max_patches",
@@ -45,23 +47,57 @@ _NOT_NEGATIVE = (
     "moe.first_dense_layers",
     "moe.balance_weight",
     "moe.z_weight",
+    "moe.local_entropy_weight",
+    "moe.global_entropy_weight",
+    "moe.mutual_information_weight",
+    "moe.bias_rate",
+    "moe.min_capacity",
+    "tasks.caption.weight",
+    "tasks.retrieval.weight",
+    "tasks.summary.weight",
+    "tasks.summary.importance_weight",
+    "tasks.summary.ranking_weight",
+    "tasks.summary.ranking_margin",
+    "objective.l1.weight",
+    "objective.l1.experts",
+    "objective.l1.matrices",
+    "objective.l1.vectors",
     "data.workers",
     "data.max_bad_fraction",
     "run.seed",
     "run.evaluate_every",
 )
 
+_CHOICES = {
+    "moe.backend": ("dropless", "capacity"),
+    "moe.routing": ("token", "task", "isolated"),
+    "moe.balance_over": ("all", "task", "modality"),
+    "tasks.retrieval.loss": ("info_nce", "sigmoid"),
+}
+
+# Settings of moe.backend = "capacity"; of these, the ones that say what is dropped.
+_DROPPING = ("moe.capacity_factor", "moe.eval_capacity_factor", "moe.min_capacity", "moe.random_token_selection")
+_CAPACITY = ("moe.drop_tokens", *_DROPPING, "moe.noisy_gate", "moe.residual")
+
 Rule = tuple[bool, str, str]  # holds, key, what to do where it does not
 
 
 def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
     """Raises ConfigError for the first constraint that does not hold, naming the value, the key, `file` and the fix."""
-    for rules in (_ranges(recipe), _model(recipe), _data(recipe, world_size), _run(recipe)):
+    for rules in (
+        _ranges(recipe),
+        _model(recipe),
+        _moe(recipe),
+        _capacity(recipe),
+        _data(recipe, world_size),
+        _run(recipe),
+    ):
         for holds, key, fix in rules:
             if not holds:
                 raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
-    _check_sources(recipe.data.sources, "data.sources", file)
-    _check_sources(recipe.data.evaluation, "data.evaluation", file)
+    learned = learned_tasks(recipe)
+    _check_sources(recipe.data.sources, "data.sources", learned, file)
+    _check_sources(recipe.data.evaluation, "data.evaluation", learned, file)
 
 
 def _value(recipe: Recipe, key: str) -> object:
@@ -74,10 +110,14 @@ def _ranges(recipe: Recipe) -> Iterator[Rule]:
     for key in _NOT_NEGATIVE:
         yield _value(recipe, key) >= 0, key, "must not be negative"  # type: ignore[operator]
     yield recipe.data.max_bad_fraction <= 1, "data.max_bad_fraction", "is a fraction, at most 1"
+    for key in ("data.temperature", "moe.capacity_factor", "moe.eval_capacity_factor"):
+        yield _value(recipe, key) > 0, key, "must be above 0"  # type: ignore[operator]
+    for key, choices in _CHOICES.items():
+        yield _value(recipe, key) in choices, key, f"must be one of {', '.join(choices)}"
 
 
 def _model(recipe: Recipe) -> Iterator[Rule]:
-    model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
+    model, vision = recipe.model, recipe.model.vision
     yield model.width % model.heads == 0, "model.width", f"must be a multiple of model.heads = {model.heads}"
     head = model.width // model.heads
     yield head % 2 == 0, "model.heads", f"leaves {head} features a head; rotary positions need an even number"
@@ -87,11 +127,68 @@ def _model(recipe: Recipe) -> Iterator[Rule]:
         "model.vision.width",
         f"must be a multiple of 4 x model.vision.heads = {4 * vision.heads}: rows and columns are rotated in pairs",
     )
-    yield moe.top_k <= moe.experts, "moe.top_k", f"must be at most moe.experts = {moe.experts}"
+
+
+def _moe(recipe: Recipe) -> Iterator[Rule]:
+    layers, moe = recipe.model.layers, recipe.moe
+    yield moe.first_dense_layers <= layers, "moe.first_dense_layers", f"must be at most model.layers = {layers}"
+    pyramid = moe.experts_per_layer
+    if pyramid:
+        sparse = layers - moe.first_dense_layers
+        yield (
+            len(pyramid) == sparse,
+            "moe.experts_per_layer",
+            f"has {len(pyramid)} numbers; model.layers = {layers} less moe.first_dense_layers = "
+            f"{moe.first_dense_layers} are {sparse} layers: give one number for each",
+        )
+        yield (
+            moe.experts == max(pyramid),
+            "moe.experts",
+            f"must be the largest of moe.experts_per_layer: set it to {max(pyramid)}",
+        )
+    fewest = min(pyramid or (moe.experts,))
+    yield fewest >= 1, "moe.experts_per_layer", "must be at least 1 everywhere"
+    where = f"at most moe.experts = {moe.experts}"
+    if pyramid:
+        where = f"at most {fewest}, the smallest of moe.experts_per_layer = {list(pyramid)}"
+    yield moe.top_k <= fewest, "moe.top_k", f"must be {where}"
     yield (
-        moe.first_dense_layers <= model.layers,
-        "moe.first_dense_layers",
-        f"must be at most model.layers = {model.layers}",
+        moe.routing != "isolated" or moe.top_k <= fewest // 3,
+        "moe.routing",
+        f"gives each of three modalities {fewest // 3} of {fewest} experts of a layer (moe.experts, "
+        f"moe.experts_per_layer); moe.top_k = {moe.top_k} needs more",
+    )
+
+
+def _capacity(recipe: Recipe) -> Iterator[Rule]:
+    moe, defaults = recipe.moe, Recipe()
+    for key in _CAPACITY:
+        default = _value(defaults, key)
+        yield (
+            moe.backend == "capacity" or _value(recipe, key) == default,
+            key,
+            f'has no effect with moe.backend = "{moe.backend}": set moe.backend to "capacity", or leave {key} at '
+            f"{default!r}",
+        )
+    for key in _DROPPING:
+        default = _value(defaults, key)
+        yield (
+            moe.drop_tokens or _value(recipe, key) == default,
+            key,
+            f"has no effect with moe.drop_tokens = false: set that to true, or leave {key} at {default!r}",
+        )
+    yield moe.noisy_gate in ("", "RSample", "Jitter"), "moe.noisy_gate", 'must be "", "RSample" or "Jitter"'
+    only_one = f"works with moe.top_k = 1 only, not {moe.top_k}"
+    yield moe.top_k == 1 or not moe.random_token_selection, "moe.random_token_selection", f"{only_one}: set it to false"
+    yield moe.top_k == 1 or moe.noisy_gate != "RSample", "moe.noisy_gate", f'{only_one}: set it to "Jitter" or ""'
+    noisy = moe.random_token_selection or moe.noisy_gate != ""
+    yield (
+        not recipe.tasks.retrieval.gradient_cache
+        or moe.backend == "dropless"
+        or not (noisy or (moe.drop_tokens and moe.capacity_factor != moe.eval_capacity_factor)),
+        "tasks.retrieval.gradient_cache",
+        "runs every forward twice, once as in evaluation, and both must route alike: set moe.eval_capacity_factor to "
+        f'moe.capacity_factor = {moe.capacity_factor}, moe.random_token_selection to false and moe.noisy_gate to ""',
     )
 
 
@@ -141,11 +238,13 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
     name = recipe.run.name
     yield name not in ("", ".", "..") and "/" not in name, "run.name", "must be the name of one folder"
     yield recipe.run.directory != "", "run.directory", 'must name a folder, such as "runs"'
-    yield recipe.tasks.caption.weight > 0, "tasks.caption.weight", "must be above 0: it is the only task"
+    tasks = recipe.tasks
+    weights = (tasks.caption.weight, tasks.retrieval.weight, tasks.summary.weight)
+    yield any(weights), "tasks.caption.weight", "and those of the other tasks are 0: there is nothing to learn"
     yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model file"
 
 
-def _check_sources(sources: tuple[SourceConfig, ...], key: str, file: str) -> None:
+def _check_sources(sources: tuple[SourceConfig, ...], key: str, learned: tuple[str, ...], file: str) -> None:
     if not sources and key == "data.sources":
         raise ConfigError(f"{key} in {file} is empty: add [[{key}]] with a name and the path of a folder of shards")
     names: set[str] = set()
@@ -155,6 +254,12 @@ def _check_sources(sources: tuple[SourceConfig, ...], key: str, file: str) -> No
             raise ConfigError(f'{place}: name = "{source.name}" must be given and differ from the others')
         if not source.path:
             raise ConfigError(f'{place}: path of source "{source.name}" must name a folder of shards')
+        for task in source.tasks:
+            if task not in learned:
+                raise ConfigError(
+                    f'{place}: tasks of source "{source.name}" name "{task}"; the recipe learns {", ".join(learned)} '
+                    f"(a weight above 0 in [tasks.NAME])"
+                )
         if source.weight <= 0:
             raise ConfigError(f'{place}: weight = {source.weight} of source "{source.name}" must be above 0')
         names.add(source.name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.config.recipe import L1Config
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers
 
@@ -44,19 +45,26 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def _sources(plan: RunPlan) -> str:
-    total = sum(source.weight for source in plan.recipe.data.sources)
-    return ", ".join(f"{source.name} {source.weight / total:.0%}" for source in plan.recipe.data.sources)
+    sources, heat = plan.recipe.data.sources, plan.recipe.data.temperature
+    total = sum(source.weight ** (1 / heat) for source in sources)
+    return ", ".join(f"{source.name} {source.weight ** (1 / heat) / total:.0%}" for source in sources)
 
 
 def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
     counts, model, moe = plan.parameters, plan.recipe.model, plan.recipe.moe
     sparse = sparse_layers(plan.recipe)
-    experts = f"{sparse} layers x {moe.experts} experts x 3 x {model.width} x {moe.ffn_width}"
+    per_layer = (
+        f"({' + '.join(map(str, moe.experts_per_layer))})"
+        if moe.experts_per_layer
+        else f"{sparse} layers x {moe.experts}"
+    )
+    experts = f"{per_layer} experts x 3 x {model.width} x {moe.ffn_width}"
     return [
         ("total", _count(counts.total)),
-        ("active a token", f"{_count(counts.active)} ({moe.top_k} of {moe.experts} experts)"),
+        ("active a token", f"{_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
         ("routed experts", f"{_count(counts.experts)} = {experts}"),
         ("shared experts", _count(counts.shared_experts)),
+        *([("residual experts", _count(counts.residual_experts))] if moe.residual else []),
         ("routers", _count(counts.routers)),
         ("dense feed-forwards", f"{_count(counts.dense_ffn)} in {moe.first_dense_layers} of {model.layers} layers"),
         ("attention", _count(counts.attention)),
@@ -64,6 +72,7 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
         ("vision encoder", _count(counts.vision)),
         ("connector", _count(counts.connector)),
         ("norms", _count(counts.norms)),
+        ("task heads", _count(counts.heads)),
     ]
 
 
@@ -83,7 +92,28 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
         ("learning rate", f"{plan.deepspeed['optimizer']['params']['lr']:g} at its peak"),
         ("schedule", _schedule(plan)),
         ("gradient clipping", f"{setting(plan.deepspeed, 'gradient_clipping', 1.0)}"),
+        *_l1(plan.recipe.objective.l1),
+        *_backend(plan),
     ]
+
+
+def _backend(plan: RunPlan) -> list[tuple[str, str]]:
+    moe, tokens = plan.recipe.moe, plan.micro_batch * plan.recipe.data.pack_length
+    if moe.backend == "dropless":
+        return [("experts compute", "every assignment (dropless)")]
+    if not moe.drop_tokens:
+        return [("experts compute", "every assignment; buffers as large as the busiest expert needs (capacity)")]
+    share = f"{moe.capacity_factor:g} x {moe.top_k} x {tokens} / experts"
+    more = [text for text in (moe.noisy_gate, "random token selection" * moe.random_token_selection) if text]
+    rows = f"at most {share} assignments of a rank's micro-step, at least {moe.min_capacity} (capacity)"
+    return [("experts compute", ", ".join([rows, *more]))]
+
+
+def _l1(l1: L1Config) -> list[tuple[str, str]]:
+    if l1.weight == 0:
+        return []
+    omega = f"{l1.experts:g} |experts| + {l1.matrices:g} |other matrices| + {l1.vectors:g} |norms, biases|"
+    return [("L1 term", f"{l1.weight:g} x ({omega}), by a proximal step after each update")]
 
 
 def _schedule(plan: RunPlan) -> str:
@@ -120,12 +150,18 @@ def _memory(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def _groups(plan: RunPlan) -> list[tuple[str, str]]:
-    held = plan.recipe.moe.experts // plan.ep_size
     return [
         ("data parallel", _shown([range(plan.dp_size)])),
-        ("expert parallel", f"{_shown(plan.ep_groups)}, {held} experts a rank and layer"),
+        ("expert parallel", f"{_shown(plan.ep_groups)}, {_per_layer(plan, plan.ep_size)} experts a rank and layer"),
         ("expert data", f"{_shown(plan.expert_data_groups)}, the same experts"),
     ]
+
+
+def _per_layer(plan: RunPlan, divided_by: int = 1) -> str:
+    """The experts of a layer; of a pyramid those of every layer."""
+    return "/".join(
+        str(count // divided_by) for count in plan.recipe.moe.experts_per_layer or (plan.recipe.moe.experts,)
+    )
 
 
 def _shown(groups: Sequence[range]) -> str:

@@ -91,7 +91,9 @@ def _value(kind: Any, value: Any, path: str, place: str) -> Any:
         return _dataclass(kind, value, path, place)
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise ConfigError(f"{path} in {place} must be an array of tables: write [[{path}]] above each of them")
+            examples = {str: 'strings, such as ["caption"]', int: "whole numbers, such as [4, 8]"}
+            how = examples.get(get_args(kind)[0], f"tables: write [[{path}]] above each of them")
+            raise ConfigError(f"{path} in {place} must be an array of {how}")
         return tuple(_value(get_args(kind)[0], item, f"{path}[{index}]", place) for index, item in enumerate(value))
     if kind is float and type(value) is int:
         return float(value)

@@ -38,20 +38,59 @@ class ModelConfig:
 class MoEConfig:
     """The sparse feed-forwards."""
 
+    backend: str = "dropless"  # "dropless": every assignment is computed; "capacity": DeepSpeed's classic MoE, ZeRO 0-2
     experts: int = 8  # E; routed experts a layer
+    experts_per_layer: tuple[int, ...] = ()  # E of every MoE layer, the largest being `experts`; none: all alike
     top_k: int = 2  # K; experts a token
     ffn_width: int = 1408  # F; hidden width of one expert
     shared_ffn_width: int = 0  # hidden width of the always-on shared expert; 0: none
     first_dense_layers: int = 1  # the first decoder layers that stay dense
-    balance_weight: float = 0.01  # coefficient of the load-balance loss; 0: off
-    z_weight: float = 0.001  # coefficient of the router z-loss; 0: off
+    routing: str = "token"  # what the gate reads: "token" (token, task, modality), "task", or "isolated" modalities
+    balance_weight: float = 0.01  # coefficient of the load-balance loss; 0: off, as for all below
+    balance_over: str = "all"  # tokens among which load is balanced: "all", those of a "task", or of a "modality"
+    z_weight: float = 0.001  # coefficient of the router z-loss
+    local_entropy_weight: float = 0.0  # of LIMoE's local loss: sure routing of every token
+    global_entropy_weight: float = 0.0  # of LIMoE's global loss: many experts for every modality
+    global_entropy_experts: float = 4.0  # experts that a modality should use at least; where the global loss ends
+    mutual_information_weight: float = 0.0  # of minus the mutual information between tasks and experts
+    bias_rate: float = 0.0  # step of the aux-loss-free balancing bias, in probability; 0: no bias
+    # With backend "capacity" only:
+    drop_tokens: bool = True  # an expert computes so many assignments of a rank's micro-step; false: all of them
+    capacity_factor: float = 1.25  # that many, relative to an even share K T / E of the T tokens, padding included
+    eval_capacity_factor: float = 2.0  # the same outside training
+    min_capacity: int = 4  # assignments; an expert takes as many at least
+    random_token_selection: bool = False  # who is dropped in training is random, not the last; needs top_k = 1
+    noisy_gate: str = (
+        ""  # noise on routing in training: "RSample" (Gumbel on z, top_k = 1), "Jitter" (1 % of x), or none
+    )
+    residual: bool = False  # PR-MoE: every token also goes through one more expert, with a learned share
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """One task's place in the objective."""
 
-    weight: float = 1.0  # w_i
+    weight: float = 1.0  # w_i; 0: the task is not learned
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Image-text and video-text retrieval."""
+
+    weight: float = 0.0  # w_i; 0: the task is not learned
+    loss: str = "info_nce"  # or "sigmoid"
+    embedding_width: int = 512
+    gradient_cache: bool = False  # contrast over all accumulation steps together, at the cost of a second forward
+
+
+@dataclass(frozen=True)
+class SummaryConfig:
+    """Video summarization: the text, and how much each frame matters."""
+
+    weight: float = 0.0  # w_i of the text; 0: the task is not learned
+    importance_weight: float = 1.0  # of the regression to the annotators' mean
+    ranking_weight: float = 1.0  # of the comparison of pairs of frames
+    ranking_margin: float = 0.1  # difference in importance, 0 to 1, from which two frames are compared
 
 
 @dataclass(frozen=True)
@@ -59,6 +98,25 @@ class TasksConfig:
     """The tasks that the model learns."""
 
     caption: TaskConfig = field(default_factory=TaskConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    summary: SummaryConfig = field(default_factory=SummaryConfig)
+
+
+@dataclass(frozen=True)
+class L1Config:
+    """The term lambda Omega(theta), Omega = sum_g c_g ||theta_g||_1; Omega over all parameters: every c_g = 1."""
+
+    weight: float = 0.0  # lambda; a weight stays 0 while |m / sqrt(v)| of AdamW is below lambda c_g; 0: no term
+    experts: float = 1.0  # c_g of the routed experts
+    matrices: float = 0.0  # c_g of every other weight matrix, embeddings and routers included
+    vectors: float = 0.0  # c_g of norms and biases
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised besides the tasks' losses and the balancing terms."""
+
+    l1: L1Config = field(default_factory=L1Config)
 
 
 @dataclass(frozen=True)
@@ -68,6 +126,7 @@ class SourceConfig:
     name: str = ""
     path: str = ""  # folder; relative to the working directory
     weight: float = 1.0  # relative sampling weight, in samples
+    tasks: tuple[str, ...] = ()  # that its samples are used for; none: every task of the recipe that they can serve
 
 
 @dataclass(frozen=True)
@@ -76,6 +135,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     evaluation: tuple[SourceConfig, ...] = ()  # held-out shards; weights are ignored
+    temperature: float = 1.0  # of the mixture: sources are drawn in proportion to weight ** (1 / temperature)
     pack_length: int = 4096  # L; tokens in a pack
     pack_patches: int = 8192  # P; image patches in a pack
     image_max_patches: int = 1024  # patches of one image, aspect ratio kept
@@ -119,6 +179,12 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def learned_tasks(recipe: Recipe) -> tuple[str, ...]:
+    """The tasks with a weight above 0, in the order of the recipe."""
+    return tuple(name for name, task in vars(recipe.tasks).items() if task.weight > 0)

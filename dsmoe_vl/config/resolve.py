@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from dsmoe_vl.config.recipe import Recipe, RunConfig
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
-from dsmoe_vl.planner.parameters import count_parameters
+from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
 
 _OUR_SECTIONS = ("expert_parallel", "tensorboard")  # honoured here; the engine must not see them
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -60,6 +62,8 @@ def resolve(
     ep_size = _ep_size(recipe, deepspeed, world_size, deepspeed_file, notes)
     precision = _precision(engine, device, bf16_unit, deepspeed_file, notes)
     _fill_schedule(engine, recipe.run, deepspeed_file, notes)
+    _check_one_optimizer(engine, recipe, deepspeed_file)
+    _check_backend(engine, recipe, deepspeed_file, recipe_file)
 
     packs = micro_batch * accumulation * world_size
     run_dir = Path(recipe.run.directory) / recipe.run.name
@@ -127,10 +131,12 @@ def _ep_size(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, file: s
     if not setting(deepspeed, "expert_parallel.enabled", False):
         return 1
     asked: int = setting(deepspeed, "expert_parallel.autoep_size", 1)
-    experts = recipe.moe.experts
+    experts = math.gcd(*experts_of_layers(recipe)) or recipe.moe.experts
     fits = max(size for size in range(1, min(asked, world_size) + 1) if world_size % size == 0 and experts % size == 0)
     if fits < asked:
-        obstacle = f"world size {world_size}" if world_size % asked else f"moe.experts = {experts}"
+        layers = f"moe.experts_per_layer = {list(recipe.moe.experts_per_layer)}"
+        per_layer = layers if recipe.moe.experts_per_layer else f"moe.experts = {experts}"
+        obstacle = f"world size {world_size}" if world_size % asked else per_layer
         notes.add(
             f"expert_parallel.autoep_size = {asked} in {file} does not divide {obstacle}",
             f"using {fits}",
@@ -179,6 +185,27 @@ def _fill_schedule(engine: dict[str, Any], run: RunConfig, file: str, notes: _No
     if engine["scheduler"]["type"] == "WarmupDecayLR":
         # DeepSpeed's own default is 0.001, whatever optimizer.params.lr says.
         params.setdefault("warmup_max_lr", engine["optimizer"]["params"]["lr"])
+
+
+def _check_one_optimizer(engine: dict[str, Any], recipe: Recipe, file: str) -> None:
+    """The proximal step belongs to the optimizer that we build; DeepSpeed gives a part of the weights to another."""
+    for key, only in (("ratio", 1.0), ("super_offload", False)):
+        path = f"zero_optimization.offload_optimizer.{key}"
+        value = setting(engine, path, only)
+        if recipe.objective.l1.weight and value != only:
+            raise ConfigError(
+                f"{path} = {json.dumps(value)} in {file}: objective.l1.weight = {recipe.objective.l1.weight} would not "
+                f"reach every weight. Set it to {json.dumps(only)}, or objective.l1.weight to 0."
+            )
+
+
+def _check_backend(engine: dict[str, Any], recipe: Recipe, file: str, recipe_file: str) -> None:
+    """DeepSpeed asserts this too, after the model is built."""
+    if recipe.moe.backend == "capacity" and setting(engine, "zero_optimization.stage", 0) == 3:
+        raise ConfigError(
+            f'zero_optimization.stage = 3 in {file}: moe.backend = "capacity" in {recipe_file} works up to stage 2. '
+            'Set the stage to 2, or moe.backend to "dropless".'
+        )
 
 
 def _tensorboard_dir(deepspeed: dict[str, Any], run_dir: Path) -> Path:

@@ -140,8 +140,11 @@ class PackStream(IterableDataset[_Delivery]):
         except DataError as error:
             yield _Delivery(log.drain(), failure=str(error))
 
+    def _weights(self) -> list[float]:
+        return [source.weight ** (1 / self._data.temperature) for source in self._sources]
+
     def _open_lane(self, number: int, orders: list[SourceOrder], reader: _Reader) -> _LanePacks:
-        lane = Lane(number, self._data.lanes, orders, [source.weight for source in self._sources])
+        lane = Lane(number, self._data.lanes, orders, self._weights())
         packs = _LanePacks(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
         if str(number) in self._lane_states:
             packs.restore(self._lane_states[str(number)])

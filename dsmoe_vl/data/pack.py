@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Pack, Segment, TaskId
+from dsmoe_vl.data.segment import COUNTS, IGNORE, Batch, Modality, Pack, Segment
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 
@@ -100,9 +100,12 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
     patches = np.zeros((shape.patches, 3 * shape.patch_size**2), np.uint8)
     patch_positions = np.zeros((shape.patches, 2), np.int64)
     cell_position = np.full(cells, length, np.int64)
+    cell_frame = np.full(cells, length, np.int64)
     cell_time = np.full(cells, -1, np.float32)
-    counts = {"tokens": 0} | {task.name.lower(): 0 for task in TaskId}
+    counts = dict.fromkeys(COUNTS, 0)
     picture_lengths: list[int] = []
+    frame_tokens: list[int] = []
+    ranked: list[np.ndarray] = []
 
     end = patch_end = cell_end = 0
     for segment in segments:
@@ -112,7 +115,9 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         positions[start:end] = np.arange(segment.length)
         task_ids[start:end] = segment.task
         modality_ids[start:end] = segment.modality
-        counts[segment.task.name.lower()] += int(np.count_nonzero(segment.labels != IGNORE))
+        if labelled := int(np.count_nonzero(segment.labels != IGNORE)):
+            counts[segment.task.name.lower()] += labelled
+        ranked.append(segment.ranked + len(frame_tokens))
         for picture in segment.pictures:
             count = len(picture.patches)
             patch_start, patch_end = patch_end, patch_end + count
@@ -121,12 +126,19 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
             patch_positions[patch_start:patch_end] = grid_positions(picture.grid, shape.merge)
             cell_position[cell_start:cell_end] = start + picture.cell_token
             cell_time[cell_start:cell_end] = picture.time_seconds
+            if picture.frame_token >= 0:
+                cell_frame[cell_start:cell_end] = start + picture.frame_token
+                frame_tokens.append(start + picture.frame_token)
             picture_lengths.append(count)
-    counts["tokens"] = end
-
-    cells_on_token = np.bincount(cell_position, minlength=length + 1)
-    cell_weight = (1.0 / cells_on_token[cell_position]).astype(np.float32)
-    cell_weight[cell_end:] = 0
+    ends = np.cumsum([segment.length for segment in segments], dtype=np.int64)
+    paired = [(int(n) - 1, s) for n, s in zip(ends, segments, strict=True) if s.pair >= 0]
+    media = [(n, s.pair) for n, s in paired if s.pictures]
+    text = [(n, s.pair) for n, s in paired if not s.pictures]
+    assert [pair for _, pair in media] == [pair for _, pair in text], "a retrieval pair has lost one side"
+    counts |= {"tokens": end, "retrieval": len(media), "importance": len(frame_tokens)}
+    counts["ranking"] = sum(len(pairs) for pairs in ranked)
+    for modality in Modality:
+        counts[f"tokens_{modality.name.lower()}"] = int(np.count_nonzero(modality_ids[:end] == modality))
     return Pack(
         tokens=tokens,
         labels=labels,
@@ -139,8 +151,16 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         patch_positions=patch_positions,
         picture_lengths=picture_lengths,
         cell_position=cell_position,
-        cell_weight=cell_weight,
+        cell_weight=_shares(cell_position, length),
         cell_time=cell_time,
+        cell_frame=cell_frame,
+        cell_frame_weight=_shares(cell_frame, length),
+        media_embedding=np.array([n for n, _ in media], np.int64),
+        text_embedding=np.array([n for n, _ in text], np.int64),
+        pair_ids=np.array([pair for _, pair in media], np.int64),
+        frame_tokens=np.array(frame_tokens, np.int64),
+        importance=np.concatenate([np.zeros(0, np.float32), *(segment.importance for segment in segments)]),
+        ranked=np.concatenate([np.zeros((0, 2), np.int64), *ranked]),
         counts=counts,
         keys=list(keys),
     )
@@ -157,14 +177,21 @@ def collate(packs: Sequence[Pack]) -> Batch:
     pictures = [n for pack in packs for n in pack.picture_lengths] or [cell_size]
     used = [sum(pack.picture_lengths) for pack in packs]
     used[0] = max(used[0], cell_size if sum(used) == 0 else 0)
-    cell_position = np.concatenate(
-        [
-            np.where(position < length, position + b * length, len(packs) * length)
-            for b, position in enumerate(
-                pack.cell_position[: n // cell_size] for pack, n in zip(packs, used, strict=True)
-            )
-        ]
-    )
+    frames = np.cumsum([0, *(len(pack.frame_tokens) for pack in packs)])
+    counts = {name: sum(pack.counts[name] for pack in packs) for name in packs[0].counts}
+
+    def placed(name: str) -> torch.Tensor:
+        """Tokens that cells go to."""
+        positions = [getattr(pack, name)[: n // cell_size] for pack, n in zip(packs, used, strict=True)]
+        moved = [np.where(at < length, at + b * length, len(packs) * length) for b, at in enumerate(positions)]
+        return torch.from_numpy(np.concatenate(moved))
+
+    def listed(name: str, offsets: Sequence[int]) -> torch.Tensor:
+        """Lists of any length, as they follow one another."""
+        parts = [getattr(pack, name) + offset for pack, offset in zip(packs, offsets, strict=True)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    starts, none = range(0, len(packs) * length, length), [0] * len(packs)
 
     def flat(name: str, unit: int = 0) -> torch.Tensor:
         """Tokens, or with a `unit` the used patches in units of that many."""
@@ -186,11 +213,20 @@ def collate(packs: Sequence[Pack]) -> Batch:
         patch_positions=flat("patch_positions", 1),
         cu_pictures=_cumulative(pictures),
         max_picture=max(pictures),
-        cell_position=torch.from_numpy(cell_position),
+        cell_position=placed("cell_position"),
         cell_weight=flat("cell_weight", cell_size),
         cell_time=flat("cell_time", cell_size),
-        counts={name: sum(pack.counts[name] for pack in packs) for name in packs[0].counts},
+        cell_frame=placed("cell_frame"),
+        cell_frame_weight=flat("cell_frame_weight", cell_size),
+        media_embedding=listed("media_embedding", starts),
+        text_embedding=listed("text_embedding", starts),
+        pair_ids=listed("pair_ids", none),
+        frame_tokens=listed("frame_tokens", starts),
+        importance=torch.from_numpy(np.concatenate([pack.importance for pack in packs])),
+        ranked=listed("ranked", frames[:-1].tolist()),
+        counts=counts,
         keys=[key for pack in packs for key in pack.keys],
+        pairs_of_ranks=(counts["retrieval"],),
     )
 
 
@@ -203,6 +239,13 @@ def grid_positions(grid: tuple[int, int], merge: int) -> np.ndarray:
     positions = place.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
     positions.setflags(write=False)
     return positions
+
+
+def _shares(token_of_cell: np.ndarray, length: int) -> np.ndarray:
+    """1 / (cells on the same token), 0 for cells that go nowhere (`length`): float32 [Q]."""
+    shares = (1.0 / np.bincount(token_of_cell, minlength=length + 1)[token_of_cell]).astype(np.float32)
+    shares[token_of_cell == length] = 0
+    return shares
 
 
 def _cumulative(lengths: list[int]) -> torch.Tensor:

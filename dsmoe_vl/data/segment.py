@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 IGNORE = -100  # label of a position without a language-model target
+# What a batch counts: real tokens, in all and by modality, and the targets of every loss term.
+TERMS = ("caption", "retrieval", "summary", "importance", "ranking")
+COUNTS = ("tokens", "tokens_text", "tokens_image", "tokens_video", *TERMS)
 
 
 class TaskId(IntEnum):
@@ -52,13 +55,14 @@ class Picture:
 
     `patches` uint8 [p, C]; `grid` patch rows and columns, both multiples of merge; `time_seconds` is -1 for a still
     image; `cell_token` int32 [p / merge**2]: the token of the segment that receives each cell (several cells on one
-    token are averaged).
+    token are averaged). `frame_token`: the token that receives the mean of all cells once more, -1 for none.
     """
 
     patches: np.ndarray
     grid: tuple[int, int]
     time_seconds: float
     cell_token: np.ndarray
+    frame_token: int = -1
 
 
 @dataclass
@@ -66,6 +70,10 @@ class Segment:
     """A run of tokens that attend only to each other: `tokens`, `labels`, `modality` int32 [n].
 
     `labels[i]` is the target that is predicted *at* position i (already shifted), or IGNORE.
+    `pair`: the id of a retrieval pair of which this is one side, with pictures or without; its last token is the
+    embedding token. -1 for none.
+    `importance` float32 [f]: the truth in [0, 1] at the frame token of each picture; empty without frame tokens.
+    `ranked` int32 [r, 2]: pairs of frames to be compared, the more important one first.
     """
 
     task: TaskId
@@ -73,6 +81,9 @@ class Segment:
     labels: np.ndarray
     modality: np.ndarray
     pictures: list[Picture] = field(default_factory=list)
+    pair: int = -1
+    importance: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    ranked: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
 
     @property
     def length(self) -> int:
@@ -90,8 +101,11 @@ class Pack:
     tokens, labels, positions, task_ids, modality_ids int64 [L]; real bool [L]; segment_lengths: their sum <= L, the
     tail is padding. patches uint8 [P, C]; patch_positions int64 [P, 2] (row, column); picture_lengths: their sum <= P.
     cell_position int64 [Q] in 0..L, L meaning "padding, goes nowhere"; cell_weight float32 [Q] (1 / cells on the same
-    token, 0 in padding); cell_time float32 [Q] seconds, -1 for still images and padding.
-    counts: label counts per task name and "tokens" (real tokens), python ints, for the global normalisation.
+    token, 0 in padding); cell_time float32 [Q] seconds, -1 for still images and padding. cell_frame int64 [Q] in 0..L
+    and cell_frame_weight float32 [Q]: the same for the frame tokens.
+    media_embedding, text_embedding, pair_ids int64 [n]: the embedding tokens of each retrieval pair and its id.
+    frame_tokens int64 [f], importance float32 [f], ranked int64 [r, 2] (rows of these two): of the video summaries.
+    counts: COUNTS, python ints, for the global normalisation.
     """
 
     tokens: np.ndarray
@@ -107,6 +121,14 @@ class Pack:
     cell_position: np.ndarray
     cell_weight: np.ndarray
     cell_time: np.ndarray
+    cell_frame: np.ndarray
+    cell_frame_weight: np.ndarray
+    media_embedding: np.ndarray
+    text_embedding: np.ndarray
+    pair_ids: np.ndarray
+    frame_tokens: np.ndarray
+    importance: np.ndarray
+    ranked: np.ndarray
     counts: dict[str, int]
     keys: list[str]
     lane: int = 0
@@ -120,7 +142,9 @@ class Batch:
     The number of tokens is fixed, so that every rank routes and exchanges equally many; patches that hold nothing are
     left out, since no collective depends on their number (at least one cell stays). cu_segments int32 [S + 1] and
     cu_pictures int32 [N + 1] are cumulative lengths of segments, a pack's padding tail being one of them, and of
-    pictures. max_segment, max_picture: longest length, a python int. cell_position is in 0..T, T meaning padding.
+    pictures. max_segment, max_picture: longest length, a python int. cell_position and cell_frame are in 0..T, T
+    meaning padding. Retrieval pairs and frames are those of all packs; `pairs_of_ranks` is the number of pairs that
+    each rank has in this micro-step, since embeddings are compared across ranks.
     """
 
     tokens: torch.Tensor
@@ -138,8 +162,17 @@ class Batch:
     cell_position: torch.Tensor
     cell_weight: torch.Tensor
     cell_time: torch.Tensor
+    cell_frame: torch.Tensor
+    cell_frame_weight: torch.Tensor
+    media_embedding: torch.Tensor
+    text_embedding: torch.Tensor
+    pair_ids: torch.Tensor
+    frame_tokens: torch.Tensor
+    importance: torch.Tensor
+    ranked: torch.Tensor
     counts: dict[str, int]
     keys: list[str]
+    pairs_of_ranks: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -13,11 +13,12 @@ from dsmoe_vl.data.segment import Batch, Sample, Segment
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.model.attention import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.tasks.pictures import PictureReader
 
 
 def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64) -> list[str]:
     """One caption a sample. Raises DataError for media that cannot be read."""
-    task = CaptionTask(trained.recipe, trained.tokenizer)
+    task = CaptionTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer)
     prompts = [task.prompt(sample) for sample in samples]
     return [trained.tokenizer.decode(ids) for ids in generate(trained, prompts, max_tokens)]
 
@@ -47,8 +48,8 @@ def generate(trained: TrainedModel, prompts: list[Segment], max_tokens: int) -> 
 def prompt_batch(trained: TrainedModel, prompts: list[Segment]) -> Batch:
     """All prompts as the segments of one pack without padding."""
     length = sum(prompt.length for prompt in prompts)
-    patches = sum(prompt.patch_count for prompt in prompts)
     vision = trained.recipe.model.vision
+    patches = max(sum(prompt.patch_count for prompt in prompts), vision.merge**2)  # the encoder runs on one cell
     shape = PackShape(length, patches, vision.patch_size, vision.merge)
     return collate([assemble(prompts, shape)]).to(trained.device)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dsmoe_vl.checkpoint.store import require_newest
 from dsmoe_vl.config.plan import recipe_from_json
@@ -14,6 +15,7 @@ from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.moe.experts import RemainingExperts
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,20 @@ def load_run(run_dir: Path, device: str = "cpu") -> TrainedModel:
     weights = load_file(checkpoint / "model.safetensors", device=device)
     weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
     try:
+        _shrink(model, weights)
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint / 'model.safetensors'} does not fit the model of {plan_file}: {error}"
         ) from error
     return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, torch.device(device))
+
+
+def _shrink(model: VisionLanguageModel, weights: dict[str, Tensor]) -> None:
+    """Give layers that lost experts when exported the number that is left. Raises AttributeError for unknown layers."""
+    for name, kept in weights.items():
+        if name.endswith(".experts.kept"):
+            experts = name.removesuffix(".kept")
+            _, hidden_width, width = weights[f"{experts}.w1"].shape
+            with torch.device("meta"):
+                model.set_submodule(experts, RemainingExperts(len(kept), width, hidden_width))

@@ -23,12 +23,16 @@ def initialise(model: VisionLanguageModel, seed: int) -> None:
     A parameter's values depend on the seed and its name alone, not on what else the model holds.
     """
     depth = {"vision": len(model.vision.layers), "layers": len(model.layers)}
-    routers = {id(m.weight) for m in model.modules() if isinstance(m, Router)}
+    gates = [m for m in model.modules() if isinstance(m, Router)]
+    # Where the task alone decides, equal biases would send every task to the same experts.
+    routers = {id(m.task_bias if m.mode == "task" else m.weight) for m in gates} | {id(m.weight) for m in gates}
     norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
     for name, parameter in model.named_parameters():
+        if name in ("retrieval.log_scale", "retrieval.bias"):
+            continue  # start where the loss wants them
         if id(parameter) in norms:
             nn.init.ones_(parameter)
-        elif name.endswith("bias"):
+        elif name.endswith("bias") and id(parameter) not in routers:
             nn.init.zeros_(parameter)
         else:
             std = parameter.shape[-1] ** -0.5
@@ -36,7 +40,7 @@ def initialise(model: VisionLanguageModel, seed: int) -> None:
                 std = _ROUTER_STD
             elif parameter is model.embedding.weight:
                 std = _EMBEDDING_STD
-            elif name.endswith(("attention.out.weight", "down.weight", "experts.w2")) and "layers" in name:
+            elif name.endswith(("attention.out.weight", "down.weight", "experts.w2", "mlp.w2")) and "layers" in name:
                 std /= (2 * depth[name.split(".")[0]]) ** 0.5
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

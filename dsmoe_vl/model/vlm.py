@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.segment import Batch, Modality, TaskId
 from dsmoe_vl.model.attention import Attention, KeyValueCache, SegmentLayout
+from dsmoe_vl.model.heads import INFO_NCE_START, SIGMOID_START, ImportanceHead, RetrievalHead
 from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_1d
 from dsmoe_vl.model.vision import Connector, VisionEncoder
+from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.planner.parameters import experts_of_layers
 
 _LOSS_CHUNK_TOKENS = 2048  # targets whose logits exist at one time
 
@@ -48,11 +51,7 @@ class DecoderLayer(nn.Module):
         self.sparse = index >= moe.first_dense_layers
         self.feed_forward: nn.Module
         if self.sparse:
-            self.feed_forward = MoEFeedForward(
-                Router(model.width, moe.experts, moe.top_k, len(TaskId), len(Modality)),
-                Experts(moe.experts, model.width, moe.ffn_width),
-                SwiGLU(model.width, moe.shared_ffn_width) if moe.shared_ffn_width else None,
-            )
+            self.feed_forward = _sparse_feed_forward(recipe, experts_of_layers(recipe)[index - moe.first_dense_layers])
         else:
             self.feed_forward = SwiGLU(model.width, model.ffn_width)
 
@@ -66,6 +65,16 @@ class DecoderLayer(nn.Module):
             return x + self.feed_forward(inner), None
         out, stats = self.feed_forward(inner, context.task_ids, context.modality_ids, context.real)
         return x + out, stats
+
+
+def _sparse_feed_forward(recipe: Recipe, expert_count: int) -> nn.Module:
+    width, moe = recipe.model.width, recipe.moe
+    router = Router(width, expert_count, moe.top_k, len(TaskId), len(Modality), moe.routing)
+    experts = Experts(expert_count, width, moe.ffn_width)
+    shared = SwiGLU(width, moe.shared_ffn_width) if moe.shared_ffn_width else None
+    if moe.backend == "capacity":
+        return CapacityFeedForward(moe, width, router, experts, shared)
+    return MoEFeedForward(router, experts, shared)
 
 
 class LanguageHead(nn.Module):
@@ -105,6 +114,12 @@ class VisionLanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
         self.norm = RMSNorm(model.width)
         self.head = LanguageHead(self.embedding)
+        tasks = recipe.tasks
+        if tasks.retrieval.weight:
+            start = SIGMOID_START if tasks.retrieval.loss == "sigmoid" else INFO_NCE_START
+            self.retrieval = RetrievalHead(model.width, tasks.retrieval.embedding_width, *start)
+        if tasks.summary.weight:
+            self.importance = ImportanceHead(model.width)
 
     def forward(self, batch: Batch, caches: list[KeyValueCache] | None = None) -> tuple[Tensor, RouterStats | None]:
         """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers.
@@ -136,9 +151,13 @@ class VisionLanguageModel(nn.Module):
         """What the pictures add to the token embeddings: [T, D], zero where there is no vision token."""
         layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
         features = self.vision(batch.patches, batch.patch_positions, layout)
-        cells = self.connector(features, batch.cell_time) * batch.cell_weight.unsqueeze(-1).type_as(features)
+        cells = self.connector(features, batch.cell_time)
         placed = cells.new_zeros(len(batch.tokens) + 1, cells.shape[-1])  # the last row takes the padding cells
-        return placed.index_add(0, batch.cell_position, cells)[:-1]
+        placed = placed.index_add(0, batch.cell_position, cells * batch.cell_weight.unsqueeze(-1).type_as(cells))
+        if len(batch.frame_tokens):
+            shares = batch.cell_frame_weight.unsqueeze(-1).type_as(cells)
+            placed = placed.index_add(0, batch.cell_frame, cells * shares)
+        return placed[:-1]
 
     def _decode(
         self, x: Tensor, context: TokenContext, caches: list[KeyValueCache] | None

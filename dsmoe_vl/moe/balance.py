@@ -1,24 +1,78 @@
 """Balancing terms as pure functions of `RouterStats`.
 
-Each is a sum over this rank's real tokens, divided by the *global* number of real tokens of the optimizer step, so that
-adding up ranks and micro-steps gives the global value however the work is split. Shapes: N MoE layers, E experts.
+Two kinds, by what makes them exact under any split of a step's tokens into ranks and micro-steps:
+
+- Linear terms are sums over this rank's tokens, divided by the *global* number of real tokens of the optimizer step.
+- Coupled terms are functions of sums over the global *micro-step*, which the caller has added up over ranks.
+
+Shapes: N MoE layers, E experts, J tasks, M modalities, G groups of tokens (one, the tasks, or the modalities).
+Entropies and mutual information are in nats.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def load_balance_loss(probability_sum: Tensor, load_fraction: Tensor, global_tokens: float) -> Tensor:
+def load_balance_loss(
+    probability_sum: Tensor, load_fraction: Tensor, global_tokens: float, experts: Tensor | None = None
+) -> Tensor:
     """`E sum_e f_e P_e`, summed over layers (Fedus et al. 2021, eq. 4); 1 a layer where routing is even.
 
-    probability_sum [N, E]: sums of router probabilities over real tokens. load_fraction [N, E]: each expert's share of
-    the assignments, rows sum to 1. It is taken from the *previous* optimizer step's global counts (uniform at step 0),
-    which makes the term linear in this step's tokens and therefore exact under any split of them. Returns a scalar.
+    probability_sum [N, G, E]: sums of router probabilities over real tokens of a group. load_fraction [N, G, E]: each
+    expert's share of the group's assignments, rows sum to 1. It is taken from the *previous* optimizer step's global
+    counts (uniform at step 0), which makes the term linear in this step's tokens. With several groups it is their mean,
+    weighted by tokens. experts [N, 1, 1]: E of each layer, where some have fewer than there are columns. Returns a
+    scalar.
     """
-    return probability_sum.shape[-1] * (load_fraction * probability_sum).sum() / global_tokens
+    factor = probability_sum.shape[-1] if experts is None else experts
+    return (factor * load_fraction * probability_sum).sum() / global_tokens
 
 
 def router_z_loss(z_sum: Tensor, global_tokens: float) -> Tensor:
     """Mean squared log-partition of the router, summed over layers (Zoph et al. 2022, eq. 5). z_sum [N] -> scalar."""
     return z_sum.sum() / global_tokens
+
+
+def local_entropy_loss(entropy_sum: Tensor, global_tokens: Tensor) -> Tensor:
+    """Mean entropy of single tokens' routing (Mustafa et al. 2022, eq. 4): small where every token is sure.
+
+    entropy_sum [N, M], global_tokens [M] -> the sum over layers and modalities, a scalar. Linear.
+    """
+    return (entropy_sum / global_tokens.clamp(min=1)).sum()
+
+
+def global_entropy_loss(probability_sum: Tensor, tokens: Tensor, threshold: float) -> Tensor:
+    """`max(0, threshold - H(mean p))` of each modality (Mustafa et al. 2022, eq. 5 and its threshold): small where a
+    modality uses at least exp(threshold) experts.
+
+    probability_sum [N, M, E] and tokens [M] of the global micro-step -> the sum over layers and modalities that have
+    tokens, a scalar. Coupled.
+    """
+    mean = probability_sum / tokens.clamp(min=1).unsqueeze(-1)
+    short = (threshold - entropy(mean)).clamp(min=0)
+    return (short * (tokens > 0)).sum()
+
+
+def mutual_information(probability_sum: Tensor) -> Tensor:
+    """`sum_t sum_e P(t, e) log(P(t, e) / (P(t) P(e)))` of every layer (Chen et al. 2023, Mod-Squad, eq. 4).
+
+    probability_sum [N, J, E] of the global micro-step, P(t, e) being its share of the whole. 0 where every task uses
+    the experts alike, at most log(min(J, E)). Returns [N]. Coupled; the loss is its negative, summed over layers.
+    """
+    sums = probability_sum.double()  # a small difference of large entropies
+    joint = sums / sums.sum((-2, -1), keepdim=True).clamp(min=1)
+    information = entropy(joint.sum(-1)) + entropy(joint.sum(-2)) - entropy(joint.flatten(-2))
+    return information.to(probability_sum.dtype)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """`-sum p log p` over the last dimension; 0 log 0 is 0, and its gradient finite."""
+    return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum(-1)
+
+
+def updated_selection_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """The aux-loss-free balancing bias after a step (Wang et al. 2024, algorithm 1): up by `rate` for experts with less
+    than the mean load, down for those with more. bias, load [N, E] -> [N, E]."""
+    return bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)

@@ -82,3 +82,27 @@ def _aligned(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bound = x.shape[0] + len(counts) * _GROUP_ALIGNMENT
     rows = x.new_zeros(bound, x.shape[1]).index_copy(0, destination, x)
     return rows, destination, padded.cumsum(0).to(torch.int32)
+
+
+class RemainingExperts(Experts):
+    """Experts of an exported model, without the null ones: those output zeros, at no cost. For inference."""
+
+    kept: Tensor  # int64 [E'], the numbers of the experts whose weights are here, ascending
+
+    def __init__(self, expert_count: int, width: int, hidden_width: int) -> None:
+        super().__init__(expert_count, width, hidden_width)
+        self.register_buffer("kept", torch.empty(expert_count, dtype=torch.int64))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """As `Experts.forward`, of all E experts: x [R, D], counts int [E] -> [R, D]."""
+        is_kept = torch.zeros_like(counts, dtype=torch.bool).index_fill(0, self.kept, True)
+        rows = torch.repeat_interleave(is_kept, counts, output_size=x.shape[0]).nonzero().squeeze(-1)
+        out = torch.zeros_like(x)
+        if len(rows) == 0:
+            return out
+        return out.index_copy(0, rows, super().forward(x.index_select(0, rows), counts[self.kept]))
+
+
+def null_experts(w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """Which experts output zeros whatever comes in: bool [E]. Any of the three matrices, [E, ...], is all zero."""
+    return torch.stack([(weight == 0).flatten(1).all(1) for weight in (w1, w2, w3)]).any(0)

@@ -48,13 +48,20 @@ def sparse_forward(
     """The five steps. `run_experts(rows [R, D] sorted by expert, counts int64 [E]) -> [R, D]` may cross ranks."""
     routing = router(x, task_ids, modality_ids)
     stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)
-    top_k = routing.experts.shape[-1]
-    order = routing.experts.flatten().argsort(stable=True)
-    counts = torch.zeros(routing.logits.shape[-1], dtype=torch.int64, device=x.device)
-    counts.scatter_add_(0, routing.experts.flatten(), torch.ones_like(order))
+    out = run_sorted(run_experts, x, routing.experts, routing.gates, routing.logits.shape[-1])
+    return (out if shared is None else out + shared(x)), stats
+
+
+def run_sorted(
+    run_experts: Callable[[Tensor, Tensor], Tensor], x: Tensor, experts: Tensor, gates: Tensor, expert_count: int
+) -> Tensor:
+    """Steps 2 to 4. x [T, D], experts int64 and gates float32 [T, K] -> [T, D]."""
+    top_k = experts.shape[-1]
+    order = experts.flatten().argsort(stable=True)
+    counts = torch.zeros(expert_count, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
     rows = x.index_select(0, order // top_k)
     rows = run_experts(rows, counts)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     per_choice = rows.index_select(0, inverse).view(x.shape[0], top_k, -1)
-    out = (per_choice * routing.gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)
-    return (out if shared is None else out + shared(x)), stats
+    return (per_choice * gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)

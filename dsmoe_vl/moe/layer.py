@@ -17,6 +17,9 @@ from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_p
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
 from torch import Tensor, nn
 
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.moe.capacity import CapacityMoE
+from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
 from dsmoe_vl.moe.stats import RouterStats
 
@@ -59,15 +62,17 @@ class ExpertParallelMoE(AutoEPMoELayer):
         return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
 
 
-def spread_experts(model: nn.Module, ep_size: int, ep_rank: int) -> None:
-    """Replace every `MoEFeedForward` of `model` by its expert-parallel form, in place, before the engine is built.
+def spread_experts(model: nn.Module, plan: RunPlan, ep_rank: int) -> None:
+    """Replace every sparse feed-forward of `model` by its expert-parallel form, in place, before the engine is built.
 
     Holds the invariant that exactly the expert tensors are marked: an unmarked one is reduced like a dense one.
     """
     for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
         if isinstance(module, MoEFeedForward):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ExpertParallelMoE(module, ep_size, ep_rank))
+            setattr(model.get_submodule(parent), child, ExpertParallelMoE(module, plan.ep_size, ep_rank))
+        elif isinstance(module, CapacityFeedForward):
+            setattr(model.get_submodule(parent), child, CapacityMoE(module, plan, ep_rank))
     for name, parameter in model.named_parameters():
         marked = getattr(parameter, "allreduce", True) is False
         assert marked == (".experts." in name), f"{name}: marked as expert: {marked}"

@@ -1,6 +1,6 @@
 """The router: which experts a token goes to, knowing its task and its modality.
 
-Shapes: T tokens, D width, E experts, K experts a token.
+Shapes: T tokens, D width, E experts, K experts a token, M modalities.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dsmoe_vl.moe.balance import updated_selection_bias
 
 
 class Routing(NamedTuple):
@@ -22,23 +24,65 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """`z = W x + b[task] + u[modality]`, softmax in fp32, the K most probable experts, gates renormalised to sum 1.
+    """`z = W x + b[task] + u[modality]`, softmax in fp32, the K largest of `p + beta`, their p renormalised to sum 1.
 
-    b and u start at zero: before they learn, this is the plain softmax gate (Shazeer et al. 2017).
+    b and u start at zero: before they learn, this is the plain softmax gate (Shazeer et al. 2017). beta is the
+    aux-loss-free balancing bias (Wang et al. 2024, eq. 3): it chooses experts and never weighs them; the trainer moves
+    it. Modes:
+
+    - "token": all three terms of z.
+    - "task": z = b[task] alone, so that all tokens of a task go to the same experts.
+    - "isolated": as "token", within the experts of the token's modality: expert e belongs to modality e * M // E.
     """
 
-    def __init__(self, width: int, expert_count: int, top_k: int, tasks: int, modalities: int) -> None:
+    selection_bias: Tensor  # float32 [E], beta
+
+    def __init__(
+        self, width: int, expert_count: int, top_k: int, tasks: int, modalities: int, mode: str = "token"
+    ) -> None:
         super().__init__()
         self.top_k, self.tasks, self.modalities = top_k, tasks, modalities  # ZeRO-3 empties shapes between calls
+        self.mode = mode
         self.weight = nn.Parameter(torch.empty(expert_count, width))
         self.task_bias = nn.Parameter(torch.zeros(tasks, expert_count))
         self.modality_bias = nn.Parameter(torch.zeros(modalities, expert_count))
+        self.register_buffer("selection_bias", torch.zeros(expert_count, dtype=torch.float32))
 
-    def forward(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor) -> Routing:
-        """x [T, D], task_ids and modality_ids int64 [T]."""
-        logits = F.linear(x.float(), self.weight.float())
-        logits = logits + F.embedding(task_ids, self.task_bias) + F.embedding(modality_ids, self.modality_bias)
+    def forward(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, noise: Tensor | None = None) -> Routing:
+        """x [T, D], task_ids and modality_ids int64 [T]; noise [T, E] is added to the z that choose, not weigh."""
+        logits = self._logits(x, task_ids, modality_ids)
         probabilities = logits.softmax(dim=-1)
-        chosen, experts = probabilities.topk(self.top_k, dim=-1)
-        gates = chosen / chosen.sum(dim=-1, keepdim=True)
+        choosing = probabilities if noise is None else (logits + noise).softmax(dim=-1)
+        scores = choosing.detach() + self.selection_bias
+        if self.mode == "isolated":  # no bias may lift another modality's expert, whose p is 0, over one of its own
+            scores = scores.masked_fill(logits.isinf(), float("-inf"))
+        experts = scores.topk(self.top_k, dim=-1).indices
+        gates = probabilities.gather(-1, experts)
+        gates = gates / gates.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         return Routing(experts, gates, probabilities, logits)
+
+    def _logits(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor) -> Tensor:
+        from_task = F.embedding(task_ids, self.task_bias).float()
+        from_token = F.linear(x.float(), self.weight.float()) + F.embedding(modality_ids, self.modality_bias)
+        if self.mode == "task":
+            return from_task + 0 * from_token  # W and u stay in the graph: every rank reduces the same gradients
+        logits = from_token + from_task
+        if self.mode == "isolated":
+            logits = logits.masked_fill(self._owners(x.device) != modality_ids.unsqueeze(-1), float("-inf"))
+        return logits
+
+    @torch.no_grad()
+    def move_selection_bias(self, load: Tensor, rate: float) -> None:
+        """One update of beta by the global load [E] of a step; isolated modalities are balanced each for itself."""
+        if self.mode != "isolated":
+            self.selection_bias.copy_(updated_selection_bias(self.selection_bias, load, rate))
+            return
+        owners = self._owners(load.device)
+        for modality in range(self.modalities):
+            own = owners == modality
+            self.selection_bias[own] = updated_selection_bias(self.selection_bias[own], load[own], rate)
+
+    def _owners(self, device: torch.device) -> Tensor:
+        """The modality that each expert belongs to: int64 [E]."""
+        experts = len(self.selection_bias)
+        return torch.arange(experts, device=device) * self.modalities // experts

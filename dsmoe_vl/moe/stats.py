@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dsmoe_vl.moe.balance import entropy
 from dsmoe_vl.moe.router import Routing
 
 
@@ -18,37 +20,62 @@ class RouterStats(NamedTuple):
     """Sums over real tokens, of one layer or (with a leading N) of all layers. They add up over micro-steps, ranks."""
 
     load: Tensor  # float32 [(N,) J, M, E]: assignments; no gradient
-    probability_sum: Tensor  # float32 [(N,) E], differentiable
+    probability_sum: Tensor  # float32 [(N,) J, M, E], differentiable
     z_sum: Tensor  # float32 [(N,)]: squared log-partition, differentiable
-    entropy_sum: Tensor  # float32 [(N,)], nats; no gradient
+    entropy_sum: Tensor  # float32 [(N,) M], nats, differentiable
+    dropped: Tensor  # float32 [(N,)]: assignments that no expert computed; no gradient
 
     @staticmethod
     def of(
-        routing: Routing, task_ids: Tensor, modality_ids: Tensor, real: Tensor, tasks: int, modalities: int
+        routing: Routing,
+        task_ids: Tensor,
+        modality_ids: Tensor,
+        real: Tensor,
+        tasks: int,
+        modalities: int,
+        computed: Tensor | None = None,
     ) -> RouterStats:
-        """Statistics of one layer. task_ids, modality_ids int64 [T]; real bool [T]."""
+        """Statistics of one layer. task_ids, modality_ids int64 [T]; real bool [T]; computed bool [T, K], all unless
+        given: the assignments that an expert computes, of real tokens only."""
         weight = real.to(torch.float32)
+        top_k = routing.experts.shape[-1]
         expert_count = routing.logits.shape[-1]
+        cell = task_ids * modalities + modality_ids
         with torch.no_grad():
-            cell = (task_ids * modalities + modality_ids).unsqueeze(-1) * expert_count + routing.experts
+            slot = cell.unsqueeze(-1) * expert_count + routing.experts
             load = weight.new_zeros(tasks * modalities * expert_count)
-            load.scatter_add_(0, cell.flatten(), weight.repeat_interleave(routing.experts.shape[-1]))
-            entropy = -torch.special.xlogy(routing.probabilities, routing.probabilities).sum(-1)
+            counted = weight.repeat_interleave(top_k) if computed is None else computed.flatten().type_as(weight)
+            load.scatter_add_(0, slot.flatten(), counted)
+            of_cell = (torch.arange(tasks * modalities, device=cell.device).unsqueeze(1) == cell) * weight  # [J * M, T]
+            of_modality = of_cell.view(tasks, modalities, -1).sum(0)
+        shape = (tasks, modalities, expert_count)
         return RouterStats(
-            load=load.view(tasks, modalities, expert_count),
-            probability_sum=weight @ routing.probabilities,
+            load=load.view(shape),
+            probability_sum=(of_cell @ routing.probabilities).view(shape),
             z_sum=weight @ routing.logits.logsumexp(dim=-1).square(),
-            entropy_sum=weight @ entropy,
+            entropy_sum=of_modality @ entropy(routing.probabilities),
+            dropped=weight.sum() * top_k - load.sum(),
         )
 
     @staticmethod
     def stack(layers: list[RouterStats]) -> RouterStats | None:
-        """One object for all layers; None for a model without MoE layers."""
+        """One object for all layers; None for a model without MoE layers. Where layers have fewer experts than others,
+        the columns of experts that they lack are 0."""
         if not layers:
             return None
-        return RouterStats(
-            load=torch.stack([s.load for s in layers]),
-            probability_sum=torch.stack([s.probability_sum for s in layers]),
-            z_sum=torch.stack([s.z_sum for s in layers]),
-            entropy_sum=torch.stack([s.entropy_sum for s in layers]),
-        )
+        widest = max(layer.load.shape[-1] for layer in layers)
+        layers = [
+            layer._replace(
+                load=F.pad(layer.load, (0, widest - layer.load.shape[-1])),
+                probability_sum=F.pad(layer.probability_sum, (0, widest - layer.load.shape[-1])),
+            )
+            for layer in layers
+        ]
+        return RouterStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+
+def grouped(sums: Tensor, over: str) -> Tensor:
+    """Sums [N, J, M, E] of all tokens together, by task, or by modality ("all", "task", "modality"): [N, G, E]."""
+    if over == "all":
+        return sums.sum((1, 2)).unsqueeze(1)
+    return sums.sum(2 if over == "task" else 1)

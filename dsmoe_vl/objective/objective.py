@@ -1,20 +1,32 @@
-"""`L = sum_i w_i L_i + a_bal sum_l L_bal + a_z sum_l L_z` with every term normalised by its *global* count.
+"""`L = sum_i w_i L_i + sum_j a_j sum_l B_j(l)`, every term normalised by its *global* count.
 
-A term's sum over this rank's micro-step is divided by the number of its targets in the whole optimizer step, over all
-ranks and micro-steps. The parts then add up to the same loss, and the same gradients, for any split into ranks and
-accumulation steps. Shapes: N MoE layers, E experts.
+A linear term's sum over this rank's micro-step is divided by the number of its targets in the whole optimizer step,
+over all ranks and micro-steps. The parts then add up to the same loss, and the same gradients, for any split into ranks
+and accumulation steps. Coupled balancing terms are functions of sums over the global micro-step; their mean over the
+micro-steps is taken. Shapes: N MoE layers, J tasks, M modalities, E experts, G groups of tokens.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
-from dsmoe_vl.moe.balance import load_balance_loss, router_z_loss
-from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.data.segment import Modality
+from dsmoe_vl.moe.balance import (
+    global_entropy_loss,
+    load_balance_loss,
+    local_entropy_loss,
+    mutual_information,
+    router_z_loss,
+)
+from dsmoe_vl.moe.stats import RouterStats, grouped
+from dsmoe_vl.parallel.collectives import summed_over_ranks
+from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.tasks.task import TaskOutput
 
 
@@ -30,35 +42,88 @@ class Objective:
     """Turns the sums of one micro-step into one scalar."""
 
     def __init__(self, plan: RunPlan) -> None:
-        recipe = plan.recipe
-        self.weights = {"caption": recipe.tasks.caption.weight}
-        self.balance_weight, self.z_weight = recipe.moe.balance_weight, recipe.moe.z_weight
-        # The engine averages gradients over ranks and over micro-steps; our parts are to be added up.
-        self.parts = plan.dp_size * plan.accumulation
+        tasks, self.moe = plan.recipe.tasks, plan.recipe.moe
+        self.weights = {
+            "caption": tasks.caption.weight,
+            "retrieval": tasks.retrieval.weight,
+            "summary": tasks.summary.weight,
+            "importance": tasks.summary.importance_weight,
+            "ranking": tasks.summary.ranking_weight,
+        }
+        self.ranks, self.accumulation = plan.dp_size, plan.accumulation
+        self.experts = torch.tensor(experts_of_layers(plan.recipe)).view(-1, 1, 1)
 
     def __call__(
         self, output: TaskOutput, stats: RouterStats | None, counts: dict[str, int], load_fraction: Tensor | None
     ) -> StepLoss:
-        """counts: global targets per term and real "tokens" of the optimizer step; load_fraction [N, E] of the last."""
+        """counts: global COUNTS of the optimizer step; load_fraction [N, G, E] of the last one, by moe.balance_over.
+
+        Collective where the recipe has coupled terms.
+        """
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
         for term, loss_sum in output.loss_sums.items():
-            parts[f"loss_{term}"] = loss_sum / max(counts.get(term, 0), 1)
+            parts[f"loss_{term}"] = loss_sum / max(counts[term], 1)
             weighted = self.weights[term] * parts[f"loss_{term}"]
             total = weighted if total is None else total + weighted
         assert total is not None, "a model without tasks"
+        logged = total
         if stats is not None and load_fraction is not None:
-            tokens = max(counts["tokens"], 1)
-            if self.balance_weight:
-                parts["balance_loss"] = load_balance_loss(stats.probability_sum, load_fraction, tokens)
-                total = total + self.balance_weight * parts["balance_loss"]
-            if self.z_weight:
-                parts["z_loss"] = router_z_loss(stats.z_sum, tokens)
-                total = total + self.z_weight * parts["z_loss"]
-        parts["loss"] = total
-        return StepLoss(total * self.parts, {name: value.detach() for name, value in parts.items()})
+            for name, weight, part in self.linear(stats, counts, load_fraction):
+                parts[name] = part
+                total, logged = total + weight * part, logged + weight * part
+            for name, weight, value in self.coupled(stats):
+                # Every rank computes the whole value, and the gradient of its own tokens' part in it.
+                parts[name] = value / self.ranks
+                total, logged = total + weight * value, logged + weight * parts[name]
+        parts["loss"] = logged
+        # The engine averages gradients over ranks and over micro-steps; our parts are to be added up.
+        scalar = total * (self.ranks * self.accumulation)
+        return StepLoss(scalar, {name: value.detach() for name, value in parts.items()})
+
+    def linear(
+        self, stats: RouterStats, counts: dict[str, int], load_fraction: Tensor
+    ) -> Iterator[tuple[str, float, Tensor]]:
+        """Name, coefficient and this micro-step's part of every linear balancing term that is on."""
+        moe, tokens = self.moe, max(counts["tokens"], 1)
+        if moe.balance_weight:
+            sums = grouped(stats.probability_sum, moe.balance_over)
+            experts = self.experts.to(sums.device)
+            yield "balance_loss", moe.balance_weight, load_balance_loss(sums, load_fraction, tokens, experts)
+        if moe.z_weight:
+            yield "z_loss", moe.z_weight, router_z_loss(stats.z_sum, tokens)
+        if moe.local_entropy_weight:
+            by_modality = [float(counts[f"tokens_{modality.name.lower()}"]) for modality in Modality]
+            divisor = torch.tensor(by_modality, device=stats.entropy_sum.device)
+            yield "local_entropy_loss", moe.local_entropy_weight, local_entropy_loss(stats.entropy_sum, divisor)
+
+    def coupled(self, stats: RouterStats) -> Iterator[tuple[str, float, Tensor]]:
+        """Name, coefficient and value of every coupled term that is on, its share of the optimizer step."""
+        moe = self.moe
+        if not (moe.global_entropy_weight or moe.mutual_information_weight):
+            return
+        sums = summed_over_ranks(stats.probability_sum)
+        if moe.global_entropy_weight:
+            by_modality = grouped(sums, "modality")
+            tokens = by_modality[0].detach().sum(-1).round()  # a token's probabilities sum to 1
+            value = global_entropy_loss(by_modality, tokens, math.log(moe.global_entropy_experts))
+            yield "global_entropy_loss", moe.global_entropy_weight, value / self.accumulation
+        if moe.mutual_information_weight:
+            value = -mutual_information(grouped(sums, "task")).sum() / self.accumulation
+            yield "mutual_information_loss", moe.mutual_information_weight, value
 
 
-def uniform_load(layers: int, experts: int, device: torch.device | str) -> Tensor:
-    """The load fractions before the first step: [N, E], all 1 / E."""
-    return torch.full((layers, experts), 1.0 / experts, device=device)
+def uniform_load(experts: Sequence[int], groups: int, device: torch.device | str) -> Tensor:
+    """The load fractions before the first step, from E of every layer: [N, G, largest E], 1 / E where there is one."""
+    shares = [[1.0 / count] * count + [0.0] * (max(experts) - count) for count in experts]
+    return torch.tensor(shares, device=device).unsqueeze(1).repeat(1, groups, 1)
+
+
+def load_fractions(load: Tensor, over: str, even: Tensor | None = None) -> Tensor:
+    """Each expert's share of the assignments of its group, for the next step: load [N, J, M, E] -> [N, G, E].
+
+    Where a group had no tokens: that of `even` [N, G, E], or 1 / E.
+    """
+    assignments = grouped(load, over)
+    total = assignments.sum(-1, keepdim=True)
+    return torch.where(total > 0, assignments / total.clamp(min=1), 1.0 / load.shape[-1] if even is None else even)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.planner.parameters import TIME_FEATURES, sparse_layers
+from dsmoe_vl.planner.parameters import TIME_FEATURES, experts_of_layers, sparse_layers
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,11 @@ def _per_token(recipe: Recipe, context: float) -> float:
     width = model.width
     attention = 2 * width * width + 2 * width * width * model.kv_heads / model.heads
     dense = 3 * width * model.ffn_width
-    sparse = width * moe.experts + 3 * width * (moe.top_k * moe.ffn_width + moe.shared_ffn_width)
-    products = model.layers * attention + moe.first_dense_layers * dense + sparse_layers(recipe) * sparse
+    sparse = 3 * width * (moe.top_k * moe.ffn_width + moe.shared_ffn_width)
+    if moe.residual:
+        sparse += 3 * width * moe.ffn_width + 2 * width
+    routers = width * sum(experts_of_layers(recipe))
+    products = model.layers * attention + moe.first_dense_layers * dense + sparse_layers(recipe) * sparse + routers
     return 2 * products + model.layers * 4 * width * context
 
 

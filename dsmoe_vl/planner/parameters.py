@@ -26,7 +26,9 @@ class ParameterCounts:
     routers: int
     experts: int  # all routed experts
     shared_experts: int
+    residual_experts: int  # of PR-MoE: one more expert and its weighing a layer
     norms: int  # of the decoder
+    heads: int  # of retrieval and video summarization
     active_experts: int  # of `experts`, those that one token passes through: K of E
 
     @property
@@ -41,7 +43,9 @@ class ParameterCounts:
             + self.routers
             + self.experts
             + self.shared_experts
+            + self.residual_experts
             + self.norms
+            + self.heads
         )
 
     @property
@@ -55,22 +59,36 @@ def sparse_layers(recipe: Recipe) -> int:
     return recipe.model.layers - recipe.moe.first_dense_layers
 
 
+def experts_of_layers(recipe: Recipe) -> tuple[int, ...]:
+    """E of every MoE layer."""
+    return recipe.moe.experts_per_layer or (recipe.moe.experts,) * sparse_layers(recipe)
+
+
 def count_parameters(recipe: Recipe) -> ParameterCounts:
     """The parameters of the model that `recipe` describes."""
     model, moe = recipe.model, recipe.moe
-    width, sparse = model.width, sparse_layers(recipe)
+    width, sparse, all_experts = model.width, sparse_layers(recipe), sum(experts_of_layers(recipe))
     return ParameterCounts(
         vision=_vision(model.vision),
         connector=_connector(model.vision, width),
         embedding=recipe.tokenizer.vocab_size * width,
         attention=model.layers * _attention(width, model.heads, model.kv_heads),
         dense_ffn=moe.first_dense_layers * _swiglu(width, model.ffn_width),
-        routers=sparse * moe.experts * (width + _TASKS + _MODALITIES),
-        experts=sparse * _experts(moe, width, moe.experts),
+        routers=all_experts * (width + _TASKS + _MODALITIES),
+        experts=_experts(moe, width, all_experts),
         shared_experts=sparse * _swiglu(width, moe.shared_ffn_width),
+        residual_experts=sparse * (_experts(moe, width, 1) + 2 * width + 2) if moe.residual else 0,
         norms=(2 * model.layers + 1) * width,
-        active_experts=sparse * _experts(moe, width, moe.top_k),
+        heads=_heads(recipe),
+        active_experts=_experts(moe, width, sparse * moe.top_k),
     )
+
+
+def _heads(recipe: Recipe) -> int:
+    """Two projections, a scale and a bias for retrieval; one linear score of frames."""
+    tasks, width = recipe.tasks, recipe.model.width
+    retrieval = 2 * width * tasks.retrieval.embedding_width + 2 if tasks.retrieval.weight else 0
+    return retrieval + (width + 1 if tasks.summary.weight else 0)
 
 
 def _swiglu(width: int, hidden: int) -> int:

@@ -9,7 +9,10 @@ from dsmoe_vl.config.recipe import DataConfig, VisionConfig
 from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
 from dsmoe_vl.data.segment import Modality, Picture, Sample
 from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
+
+_PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
 
 
 class PictureReader:
@@ -17,9 +20,29 @@ class PictureReader:
 
     def __init__(self, data: DataConfig, vision: VisionConfig) -> None:
         self.data, self.vision = data, vision
+        self._last: tuple[Sample, tuple[Modality, list[Picture], int]] | None = None
 
     def read(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
-        """Modality, pictures, and the number of vision tokens that they fill. Raises DataError."""
+        """Modality, pictures, and the number of vision tokens that they fill. Raises DataError.
+
+        A sample that serves several tasks one after another is decoded once.
+        """
+        if self._last is None or self._last[0] is not sample:
+            self._last = sample, self._decode(sample)
+        return self._last[1]
+
+    @staticmethod
+    def placeholders(
+        modality: Modality, vision_tokens: int, tokenizer: Tokenizer, last: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and modalities, int32 [vision_tokens + 1] each, of pictures that the control symbol `last` follows."""
+        tokens = np.full(vision_tokens + 1, tokenizer.control(_PLACEHOLDER[modality]), dtype=np.int32)
+        tokens[-1] = tokenizer.control(last)
+        modalities = np.full(vision_tokens + 1, modality, dtype=np.int32)
+        modalities[-1] = Modality.TEXT
+        return tokens, modalities
+
+    def _decode(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
         if sample.media is None:
             raise DataError("no image or video")
         if sample.media_type not in VIDEO_EXTENSIONS:

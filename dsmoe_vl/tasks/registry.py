@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import Recipe, SourceConfig
 from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.retrieval import RetrievalTask
 from dsmoe_vl.tasks.task import Task
+from dsmoe_vl.tasks.video_summary import VideoSummaryTask
 
 
 def build_tasks(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Task, ...]:
-    """Every task, in a fixed order."""
-    return (CaptionTask(recipe, tokenizer),)
+    """Every task with a weight above 0, in a fixed order."""
+    pictures, tasks = PictureReader(recipe.data, recipe.model.vision), recipe.tasks
+    built: list[Task] = []
+    if tasks.caption.weight:
+        built.append(CaptionTask(pictures, tokenizer))
+    if tasks.retrieval.weight:
+        built.append(RetrievalTask(pictures, tokenizer, tasks.retrieval))
+    if tasks.summary.weight:
+        built.append(VideoSummaryTask(pictures, tokenizer, tasks.summary))
+    return tuple(built)
 
 
 class Encoder:
-    """What the loader calls: a sample to the segments of all tasks that it serves."""
+    """What the loader calls: a sample to the segments of all tasks that it serves.
 
-    def __init__(self, tasks: tuple[Task, ...]) -> None:
+    These are the tasks that its source is for and that KEY.json's `tasks` lists; either list, where it is missing,
+    stands for all.
+    """
+
+    def __init__(self, tasks: tuple[Task, ...], sources: tuple[SourceConfig, ...]) -> None:
         self.tasks = tasks
+        self.of_source = {source.name: source.tasks for source in sources if source.tasks}
 
     def __call__(self, sample: Sample) -> list[Segment]:
         """Raises DataError for a sample that no task can use."""
-        return [segment for task in self.tasks for segment in task.encode(sample)]
+        wanted = self.of_source.get(sample.source)
+        offered = sample.meta.get("tasks")
+        segments: list[Segment] = []
+        failure = DataError(f"serves none of the tasks {', '.join(wanted or [task.name for task in self.tasks])}")
+        for task in self.tasks:
+            if (wanted is None or task.name in wanted) and (not isinstance(offered, list) or task.name in offered):
+                try:
+                    segments += task.encode(sample)
+                except DataError as error:
+                    if wanted is not None or isinstance(offered, list):
+                        raise
+                    failure = error  # nobody has said that the sample serves this task
+        if not segments:
+            raise failure
+        return segments

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from dsmoe_vl.data.segment import Batch, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import Batch, Sample, Segment
+from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.stats import RouterStats
 
@@ -18,16 +19,18 @@ class TaskOutput(NamedTuple):
     """A task's part of one micro-step: sums over this rank's targets, never means.
 
     `loss_sums` maps a term to a scalar fp32 sum; the number of its targets stands under the same name in
-    `Batch.counts`, where it is known before the first forward. A tuple: ZeRO-3 looks for tensors in tuples only.
+    `Batch.counts`, where it is known before the first forward. `embeddings` are those of this rank's retrieval pairs,
+    for the gradient cache. A tuple: ZeRO-3 looks for tensors in tuples only.
     """
 
     loss_sums: dict[str, Tensor]
+    embeddings: RetrievalEmbeddings | None = None
 
 
 class Task(Protocol):
     """What the trainer knows of a task."""
 
-    task_id: TaskId
+    name: str  # its table in the recipe's [tasks]
     terms: tuple[str, ...]  # the loss terms it returns
 
     def encode(self, sample: Sample) -> list[Segment]:
@@ -49,4 +52,5 @@ class MultiTaskModel(nn.Module):
         """One forward a micro-step, whatever mixture of tasks the batch holds."""
         hidden, stats = self.backbone(batch)
         outputs = [task.loss(self.backbone, hidden, batch) for task in self.tasks]
-        return TaskOutput({term: value for output in outputs for term, value in output.loss_sums.items()}), stats
+        sums = {term: value for output in outputs for term, value in output.loss_sums.items()}
+        return TaskOutput(sums, next((o.embeddings for o in outputs if o.embeddings is not None), None)), stats

@@ -5,24 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
-from torch import nn
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
 
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.layer import spread_experts
 from dsmoe_vl.optim.adamw import adamw_builder, parameter_groups
+from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
 
 
 def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> Any:
     """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks."""
+    engine = wrap(plan, build_model(plan, ranks, tasks))
+    torch.manual_seed(plan.recipe.run.seed * 2**20 + ranks.rank)  # of routing noise: every rank has its own
+    return engine
+
+
+def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTaskModel:
+    """The module that the engine wraps, this rank's experts only."""
     backbone = VisionLanguageModel(plan.recipe, plan.activation_checkpointing)
     initialise(backbone, plan.recipe.run.seed)
     model = MultiTaskModel(backbone, tasks)
-    spread_experts(model, plan.ep_size, ranks.rank % plan.ep_size)
-    return wrap(plan, model)
+    spread_experts(model, plan, ranks.rank % plan.ep_size)
+    return model
 
 
 def wrap(plan: RunPlan, model: nn.Module) -> Any:
@@ -36,4 +46,14 @@ def wrap(plan: RunPlan, model: nn.Module) -> Any:
         optimizer=adamw_builder(plan),
         config=config,
     )
+    # Only now: at ZeRO-0 in bf16 initialize itself takes a step, without gradients, to make the optimizer's state.
+    add_proximal_step(engine.basic_optimizer, plan.recipe.objective.l1)
     return engine
+
+
+def full_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of a parameter that ZeRO has partitioned, between the last backward of a step and its update.
+
+    Of an expert, that of this rank's slice. Collective.
+    """
+    return safe_get_full_grad(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -37,7 +38,11 @@ class HeldOut:
                 maximum=host.max,
             )
             share = max(1, recipe.run.evaluate_packs // (len(sources) * ranks.world_size))
-            self.batches[source.name] = [collate([pack]) for pack in islice(packs, share)]
+            batches = [collate([pack]) for pack in islice(packs, share)]
+            pairs = host.gather([batch.counts["retrieval"] for batch in batches])  # as many batches on every rank
+            self.batches[source.name] = [
+                replace(batch, pairs_of_ranks=tuple(of_ranks)) for batch, *of_ranks in zip(batches, *pairs, strict=True)
+            ]
 
     @torch.no_grad()
     def losses(self, engine: Any, device: torch.device) -> dict[str, float]:
@@ -56,7 +61,8 @@ class HeldOut:
             dist.all_reduce(stacked)
         totals = {"": stacked.sum(0), **{f"_{name}": stacked[row] for row, name in enumerate(sums)}}
         return {
-            f"eval_loss_{term}{suffix}": float(total[0, column] / total[1, column].clamp(min=1))
+            f"eval_loss_{term}{suffix}": float(total[0, column] / total[1, column])
             for suffix, total in totals.items()
             for column, term in enumerate(self.terms)
+            if total[1, column] > 0
         }

@@ -22,6 +22,9 @@ from dsmoe_vl.config.plan import RunPlan
 _GROUPS = {
     "loss": "train", "lr": "train", "grad_norm": "train",
     "balance_loss": "moe", "z_loss": "moe", "max_violation": "moe", "dead_fraction": "moe", "entropy": "moe",
+    "drop_fraction": "moe", "mutual_information": "moe", "local_entropy_loss": "moe", "global_entropy_loss": "moe",
+    "mutual_information_loss": "moe",
+    "omega": "sparsity", "zero_fraction": "sparsity", "zero_fraction_experts": "sparsity",
     "tokens_per_second": "perf", "step_ms": "perf", "data_wait_ms": "perf", "tflops": "perf",
     "real_tokens": "data", "bad_samples": "data",
 }  # fmt: skip

@@ -1,7 +1,6 @@
 """The training loop: one optimizer step after another, with evaluation, checkpoints and a clean stop.
 
-One step: batches of all micro-steps -> global target counts (one small all-reduce on the host) -> forward, objective
-and backward of each -> the engine's update -> one small all-reduce of loss terms and expert loads.
+What a step does is in `step.py`.
 """
 
 from __future__ import annotations
@@ -10,17 +9,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dsmoe_vl.checkpoint.store import newest_complete, require_fit
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import Batch
 from dsmoe_vl.data.tokenizer import Tokenizer
-from dsmoe_vl.moe.stats import RouterStats
-from dsmoe_vl.objective.objective import Objective, uniform_load
+from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
@@ -30,6 +25,7 @@ from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.evaluate import HeldOut
 from dsmoe_vl.training.monitor import Monitor
 from dsmoe_vl.training.signals import StopRequest
+from dsmoe_vl.training.step import OptimizerStep
 from dsmoe_vl.training.window import Window
 
 
@@ -44,9 +40,8 @@ class Trainer:
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
         self.tokenizer.require_fit(recipe.tokenizer.vocab_size)
         self.tasks = build_tasks(recipe, self.tokenizer)
-        self.terms = tuple(term for task in self.tasks for term in task.terms)
-        self.objective = Objective(plan)
-        encode = Encoder(self.tasks)
+        terms = tuple(term for task in self.tasks for term in task.terms)
+        encode = Encoder(self.tasks, recipe.data.sources)
         self.loader = Loader(
             recipe.data,
             recipe.data.sources,
@@ -60,10 +55,9 @@ class Trainer:
             accumulation=plan.accumulation,
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
-        self.held_out = HeldOut(plan, ranks, encode, self.terms, self.host)
+        self.held_out = HeldOut(plan, ranks, Encoder(self.tasks, recipe.data.evaluation), terms, self.host)
         self.engine = build_engine(plan, ranks, self.tasks)
-        sparse_layers = recipe.model.layers - recipe.moe.first_dense_layers
-        self.load_fraction = uniform_load(sparse_layers, recipe.moe.experts, self.device) if sparse_layers else None
+        self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0
         self._resume()
         self.monitor = Monitor(plan, ranks.rank, self.step)
@@ -83,20 +77,20 @@ class Trainer:
                 started = time.perf_counter()
                 step_batches = next(batches)
                 waited = time.perf_counter() - started
-                *counts, stop_requests = self.host.sum([*self._local_counts(step_batches), int(stop.received)])
-                self._train_step(step_batches, dict(zip(("tokens", "patches", *self.terms), counts, strict=True)))
+                step_batches, counts, stopping = self.take_step.share(step_batches, stop.received)
+                self.window.add(self.take_step(step_batches, counts))
                 self.window.time(time.perf_counter() - started, waited)
                 self.step += 1
                 self.monitor.advance()
                 if self.step % run.log_every == 0 or self.step == run.steps:
-                    self.monitor.log(self.step, {**self.window.close(), **self._samples_read()})
+                    self.monitor.log(self.step, {**self.window.close(), **self._sparsity(), **self._samples_read()})
                 last = self.step == run.steps
                 if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
                     self.evaluate()
                 if last or self.step % run.checkpoint_every == 0:
                     self.save()
                     saved = self.step
-                if stop_requests:
+                if stopping:
                     break
             if saved != self.step:
                 self.save()
@@ -112,7 +106,7 @@ class Trainer:
         """Write a checkpoint of the current step."""
         folder = state.save(
             self.plan, self.ranks, self.host, self.engine, self.tokenizer,
-            self.step, self.load_fraction, self.loader.state_dict(),
+            self.step, self.take_step.load_fraction, self.loader.state_dict(),
         )  # fmt: skip
         self.monitor.say(f"saved {folder}")
 
@@ -130,8 +124,14 @@ class Trainer:
             return
         folder, manifest = found
         require_fit(folder, manifest, state.topology_of(self.plan), self.tokenizer.sha256)
-        self.step, self.load_fraction, data = state.restore(folder, self.ranks, self.engine, self.device)
+        self.step, self.take_step.load_fraction, data = state.restore(folder, self.ranks, self.engine, self.device)
         self.loader.load_state_dict(data)
+
+    def _sparsity(self) -> dict[str, float]:
+        """Omega and the fractions of zeros, where the objective has the L1 term."""
+        if self.plan.recipe.objective.l1.weight == 0:
+            return {}
+        return sparsity(self.engine.module, self.plan, self.ranks.rank, self.device)
 
     def _samples_read(self) -> dict[str, int]:
         """Samples and errors of every source, over all ranks."""
@@ -139,44 +139,3 @@ class Trainer:
         for report in self.host.gather(self.loader.report()):
             total.update(report)
         return dict(total)
-
-    def _local_counts(self, batches: list[Batch]) -> list[int]:
-        patches = sum(len(batch.patches) for batch in batches)
-        tokens, *targets = (sum(batch.counts[name] for batch in batches) for name in ("tokens", *self.terms))
-        return [tokens, patches, *targets]
-
-    def _train_step(self, batches: list[Batch], counts: dict[str, int]) -> None:
-        learning_rate = self.engine.get_lr()[0]
-        terms: dict[str, Tensor] = {}
-        layer_stats: list[RouterStats] = []
-        for batch in batches:
-            output, stats = self.engine(batch.to(self.device))
-            loss = self.objective(output, stats, counts, self.load_fraction)
-            self.engine.backward(loss.scalar)
-            self.engine.step()
-            for name, value in loss.terms.items():
-                terms[name] = terms[name] + value if name in terms else value
-            if stats is not None:
-                layer_stats.append(RouterStats(*(value.detach() for value in stats)))
-        terms, load, entropy = self._reduce(terms, layer_stats)
-        self.window.add(terms, load, entropy, counts, learning_rate, self.engine.get_global_grad_norm())
-        if load is not None:
-            per_expert = load.sum((1, 2))
-            self.load_fraction = per_expert / per_expert.sum(-1, keepdim=True)
-
-    def _reduce(
-        self, terms: dict[str, Tensor], stats: list[RouterStats]
-    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """Loss terms, load [N, J, M, E] and entropy sums [N] of the whole step, over all ranks: one all-reduce."""
-        pieces = [torch.stack(list(terms.values()))]
-        if stats:
-            load, entropy = (
-                torch.stack(list(sums)).sum(0) for sums in zip(*((s.load, s.entropy_sum) for s in stats), strict=True)
-            )
-            pieces += [load.flatten(), entropy]
-        flat = torch.cat([piece.float() for piece in pieces])
-        if self.ranks.world_size > 1:
-            dist.all_reduce(flat)
-        values, *rest = flat.split([piece.numel() for piece in pieces])
-        reduced = dict(zip(terms, values.unbind(), strict=True))
-        return (reduced, rest[0].view_as(load), rest[1]) if stats else (reduced, None, None)

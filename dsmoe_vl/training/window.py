@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.moe.balance import mutual_information
+from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.training.step import RoutingSums, StepResult
 
 
 class Window:
@@ -22,30 +25,20 @@ class Window:
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0
         self.counts: dict[str, int] = {}
         self.terms: dict[str, Tensor] = {}
-        self.load: Tensor | None = None
-        self.entropy: Tensor | None = None
+        self.routing: RoutingSums | None = None
         self.learning_rate, self.grad_norm = 0.0, 0.0
 
-    def add(
-        self,
-        terms: dict[str, Tensor],
-        load: Tensor | None,
-        entropy: Tensor | None,
-        counts: dict[str, int],
-        learning_rate: float,
-        grad_norm: float | Tensor | None,
-    ) -> None:
-        """One step's global terms, load [N, J, M, E], entropy sums [N] and counts of tokens, patches, targets."""
+    def add(self, step: StepResult) -> None:
+        """One step."""
         self.steps += 1
-        for name, count in counts.items():
+        for name, count in step.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
-        for name, value in terms.items():
+        for name, value in step.terms.items():
             self.terms[name] = self.terms[name] + value if name in self.terms else value
-        if load is not None and entropy is not None:
-            self.load = load if self.load is None else self.load + load
-            self.entropy = entropy if self.entropy is None else self.entropy + entropy
-        self.learning_rate = learning_rate
-        self.grad_norm = float(grad_norm) if grad_norm is not None else float("nan")
+        if step.routing is not None:
+            sums = zip(self.routing or map(torch.zeros_like, step.routing), step.routing, strict=True)
+            self.routing = RoutingSums(*(total + new for total, new in sums))
+        self.learning_rate, self.grad_norm = step.learning_rate, step.grad_norm
 
     def time(self, seconds: float, waited: float) -> None:
         """Wall time of a step and the part of it that was spent waiting for data."""
@@ -58,17 +51,22 @@ class Window:
         values["lr"] = self.learning_rate
         values["grad_norm"] = self.grad_norm
         tokens, patches = self.counts["tokens"], self.counts["patches"]
-        labels = sum(self.counts.values()) - tokens - patches
+        labels = self.counts["caption"] + self.counts["summary"]
         values["tokens_per_second"] = tokens / self.seconds
         values["tflops"] = self.plan.flops.training(tokens, patches, labels) / self.seconds / 1e12  # of all ranks
         values["step_ms"] = 1e3 * self.seconds / self.steps
         values["data_wait_ms"] = 1e3 * self.waited / self.steps
         values["real_tokens"] = tokens / self.steps / self.plan.tokens_per_step
-        if self.load is not None and self.entropy is not None:
-            per_expert = self.load.sum((1, 2))
-            share = per_expert / per_expert.sum(-1, keepdim=True) * per_expert.shape[-1]
+        if self.routing is not None:
+            load, entropy, dropped = self.routing
+            per_expert = load.sum((1, 2))
+            experts = torch.tensor(experts_of_layers(self.plan.recipe), device=load.device).unsqueeze(-1)
+            exists = torch.arange(per_expert.shape[-1], device=load.device) < experts
+            share = per_expert / per_expert.sum(-1, keepdim=True) * experts
             values["max_violation"] = float(share.max() - 1)  # the busiest expert over an even share, of any layer
-            values["dead_fraction"] = float((share < 0.01).float().mean())
-            values["entropy"] = float(torch.mean(self.entropy)) / tokens
+            values["dead_fraction"] = float((share < 0.01)[exists].float().mean())
+            values["entropy"] = float(torch.mean(entropy)) / tokens
+            values["drop_fraction"] = float(dropped.sum() / (load.sum() + dropped.sum()))
+            values["mutual_information"] = float(mutual_information(load.sum(2)).mean())  # of tasks and experts
         self._begin()
         return values

@@ -39,10 +39,10 @@ def test_evaluation_counts_right_captions(trained, tiny):
     result = finish(start(python(EVALUATE, "--run", trained, "--max-tokens", 8)))
     assert result.status == 0, result.err
     scores = json.loads((trained / "eval.json").read_text())
-    assert {name: score["samples"] for name, score in scores.items()} == {
+    assert {name: score["caption"]["samples"] for name, score in scores.items()} == {
         str(tiny.data / "images_eval"): 8,
         str(tiny.data / "videos_eval"): 4,
     }
-    assert all(0 <= score["attribute_accuracy"] <= 1 for score in scores.values())
+    assert all(0 <= score["caption"]["attribute_accuracy"] <= 1 for score in scores.values())
     assert (trained / "samples" / "captions.png").stat().st_size > 1000
     assert "generated" in result.out and "reference" in result.out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -72,6 +76,64 @@ def try_ranks(
             file.close()
         finished.append(Finished(process.wait(), *texts))
     return finished
+
+
+class WarmRanks:
+    """Ranks that run one job after another, given as lines of standard input; rank 0 answers with lines "found JSON".
+
+    A job that fails or takes too long ends its rank, and with it the others; the next job starts them anew.
+    """
+
+    def __init__(self, script: Path, world_size: int, arguments: tuple[str, ...] = (), **extra: str) -> None:
+        self._start = partial(self._spawn, script, world_size, arguments, extra)
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def ask(self, job: list[str]) -> Any:
+        """The answer to one job. Fails with the errors of all ranks."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(job), file=process.stdin, flush=True)
+        out = self._processes[0].stdout
+        assert out is not None
+        for line in out:
+            if line.startswith("found "):
+                return json.loads(line.removeprefix("found "))
+        raise AssertionError(f"{job} failed\n{self.close()}")
+
+    def close(self) -> str:
+        """End the ranks; what they wrote to standard error."""
+        errors = []
+        for process, log in zip(self._processes, self._logs if self._processes else (), strict=True):
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            log.seek(0)
+            errors.append(log.read()[-6000:])
+            log.close()
+        self._processes = []
+        return "\n---\n".join(errors)
+
+    def _spawn(self, script: Path, world_size: int, arguments: tuple[str, ...], extra: dict[str, str]) -> None:
+        port = str(free_port())
+        self._logs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115
+        for rank, log in enumerate(self._logs):
+            world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            world |= {"LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = cpu_environment(**world, PYTHONPATH=str(REPOSITORY), **extra)
+            out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            command = [sys.executable, str(script), *arguments]
+            self._processes.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=out, stderr=log, env=environment, cwd=REPOSITORY, text=True
+                )
+            )
 
 
 def run_ranks(script: Path, arguments: list[str], world_size: int, timeout_seconds: int = 150, **extra: str) -> str:

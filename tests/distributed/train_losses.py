@@ -1,4 +1,6 @@
-"""Train a tiny model on fixed packs and print, as JSON, the losses and gradient norms of every step (rank 0).
+"""Train a tiny model on fixed packs of all three tasks; rank 0 prints every step's terms and gradient norm as JSON.
+
+The ranks stay for many jobs, since starting them takes longer than most of these.
 
 Global pack n of a step is the same whatever the split: rank r takes packs r, r + ranks, ...
 """
@@ -6,66 +8,100 @@ Global pack n of a step is the same whatever the split: rank r takes packs r, r 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.config.recipe import (
     DataConfig,
     ModelConfig,
     MoEConfig,
     Recipe,
+    RetrievalConfig,
     SourceConfig,
+    SummaryConfig,
+    TasksConfig,
     TokenizerConfig,
     VisionConfig,
 )
 from dsmoe_vl.config.resolve import resolve
-from dsmoe_vl.objective.objective import Objective, uniform_load
+from dsmoe_vl.data.pack import collate
+from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
-from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
-from tests.batches import random_batch
+from dsmoe_vl.training.step import OptimizerStep
+from tests.batches import SHAPE, VOCABULARY, mixed_pack
 
-PACKS_PER_STEP = 2
+PACKS_PER_STEP = 4
 RECIPE = Recipe(
     model=ModelConfig(
         width=32, layers=3, heads=4, kv_heads=2, ffn_width=48,
-        vision=VisionConfig(patch_size=4, merge=2, width=16, layers=2, heads=2, ffn_width=24),
+        vision=VisionConfig(patch_size=SHAPE.patch_size, merge=2, width=16, layers=2, heads=2, ffn_width=24),
     ),
     moe=MoEConfig(experts=4, top_k=2, ffn_width=16, shared_ffn_width=8, first_dense_layers=1),
+    tasks=TasksConfig(retrieval=RetrievalConfig(1.0, embedding_width=16), summary=SummaryConfig(1.0)),
     data=DataConfig(
-        sources=(SourceConfig("test", "unused"),), pack_length=64, pack_patches=64, image_max_patches=16,
-        frame_max_patches=8, lanes=8, workers=0,
+        sources=(SourceConfig("test", "unused"),), pack_length=SHAPE.length, pack_patches=SHAPE.patches,
+        image_max_patches=16, frame_max_patches=8, lanes=8, workers=0,
     ),
-    tokenizer=TokenizerConfig("unused", vocab_size=64),
+    tokenizer=TokenizerConfig("unused", vocab_size=VOCABULARY),
 )  # fmt: skip
+ALL_TERMS = {
+    "balance_over": "task", "local_entropy_weight": 0.01, "global_entropy_weight": 0.1, "global_entropy_experts": 4.0,
+    "mutual_information_weight": 0.1, "bias_rate": 0.01,
+}  # fmt: skip
 
 
-def pack(step: int, index: int):
-    """Different numbers of targets in every pack: a mean of means would show."""
-    seed = 100 * step + index
-    lengths = [20, 9, 11] if seed % 2 else [30]
-    return random_batch(lengths, 64, 4, 2, [(4, 4), (2, 4)][: len(lengths)], seed=seed, padding=64 - sum(lengths))
-
-
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--zero", type=int, required=True)
     parser.add_argument("--ep", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--accumulation", type=int, help="of four packs; all of them by default")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--caption-only", action="store_true")
+    parser.add_argument("--all-terms", action="store_true", help="every balancing term there is")
+    parser.add_argument("--routing", default="token")
+    parser.add_argument("--moe", type=json.loads, default={}, help="more settings of [moe], as JSON")
+    parser.add_argument("--reload", type=Path, help="write the weights there and read them without the engine")
+    parser.add_argument("--contrast", default="info_nce")
+    parser.add_argument("--gradient-cache", action="store_true")
+    parser.add_argument("--one-sided", action="store_true", help="text alone on rank 0, no text alone on the others")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """One job a line of standard input: its arguments, as a JSON list. Ends with the input."""
     ranks = Ranks.discover()
-    device = use_device(args.device, ranks.local_rank)
-    start_process_group(ranks, args.device)
-    accumulation = PACKS_PER_STEP // ranks.world_size
+    on_cuda = "cuda" in sys.argv[1:]
+    device = use_device("cuda" if on_cuda else "cpu", ranks.local_rank)
+    start_process_group(ranks, "cuda" if on_cuda else "cpu")
+    for line in sys.stdin:
+        faulthandler.dump_traceback_later(150, exit=True)
+        found = train(parse(json.loads(line)), ranks, device)
+        if ranks.rank == 0:
+            print("found", json.dumps(found), flush=True)
+        faulthandler.cancel_dump_traceback_later()
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    accumulation = args.accumulation or PACKS_PER_STEP // ranks.world_size
+    micro_batch = PACKS_PER_STEP // (ranks.world_size * accumulation)
     deepspeed = {
-        "train_micro_batch_size_per_gpu": 1,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
         "zero_optimization": {"stage": args.zero},
@@ -76,35 +112,52 @@ def main() -> None:
         deepspeed["bf16"] = {"enabled": True}
     if args.checkpointing:
         deepspeed["activation_checkpointing"] = {}
-    plan = resolve(RECIPE, deepspeed, ranks.world_size, device=args.device, bf16_unit=True)
+    experts = 6 if args.routing == "isolated" else RECIPE.moe.experts
+    moe = replace(RECIPE.moe, routing=args.routing, experts=experts, **(ALL_TERMS if args.all_terms else {}))
+    moe = replace(moe, **{key: tuple(value) if isinstance(value, list) else value for key, value in args.moe.items()})
+    retrieval = replace(RECIPE.tasks.retrieval, loss=args.contrast, gradient_cache=args.gradient_cache)
+    tasks = TasksConfig() if args.caption_only else replace(RECIPE.tasks, retrieval=retrieval)
+    recipe = replace(RECIPE, moe=moe, tasks=tasks)
+    plan = resolve(recipe, deepspeed, ranks.world_size, device=device.type, bf16_unit=True)
     assert plan.ep_size == args.ep
-    task = CaptionTask.__new__(CaptionTask)  # its loss needs no tokenizer
-    engine = build_engine(plan, ranks, (task,))
-    objective, host = Objective(plan), HostGroup()
-    load_fraction = uniform_load(2, RECIPE.moe.experts, device)
-    losses, norms = [], []
+    engine = build_engine(plan, ranks, build_tasks(recipe, None))  # losses need no tokenizer
+    take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
+    terms, norms, dropped = [], [], []
     for step in range(args.steps):
-        batches = [pack(step, ranks.rank + micro * ranks.world_size) for micro in range(accumulation)]
-        names = ("tokens", "caption")
-        counts = dict(zip(names, host.sum([sum(b.counts[n] for b in batches) for n in names]), strict=True))
-        total, load = torch.zeros(4, device=device), torch.zeros(2, RECIPE.moe.experts, device=device)
-        for batch in batches:
-            output, stats = engine(batch.to(device))
-            loss = objective(output, stats, counts, load_fraction)
-            engine.backward(loss.scalar)
-            engine.step()
-            total += torch.stack([loss.terms[n] for n in ("loss", "loss_caption", "balance_loss", "z_loss")])
-            load += stats.load.sum((1, 2))
-        dist.all_reduce(total)
-        dist.all_reduce(load)
-        load_fraction = load / load.sum(-1, keepdim=True)
-        losses.append(total.tolist())
-        norms.append(float(engine.get_global_grad_norm()))
-    if ranks.rank == 0:
-        print(json.dumps({"losses": losses, "norms": norms}))
+        without = ("retrieval", "summary") if args.caption_only else ()
+        if args.one_sided and ranks.rank == 0:
+            without = ("caption", "retrieval", "summary")
+        own = range(ranks.rank, PACKS_PER_STEP, ranks.world_size)
+        packs = [mixed_pack(100 * step + index, without) for index in own]
+        batches = [collate(packs[i : i + micro_batch]) for i in range(0, len(packs), micro_batch)]
+        result = take_step(*take_step.share(batches)[:2])
+        terms.append({name: float(value) for name, value in result.terms.items()})
+        norms.append(result.grad_norm)
+        dropped.append(float(result.routing.dropped.sum()))
+    found = {"terms": terms, "norms": norms, "dropped": dropped}
+    if args.reload:
+        found["reloaded_difference"] = reloaded_difference(engine, recipe, args.zero, args.reload)
     dist.barrier()
     engine.destroy()
-    dist.destroy_process_group()
+    return found
+
+
+@torch.no_grad()
+def reloaded_difference(engine: Any, recipe: Recipe, zero_stage: int, file: Path) -> float:
+    """The largest difference between the engine's hidden states and those of a one-process model with its weights."""
+    save_weights(engine.module, zero_stage, file)
+    dist.barrier()
+    model = VisionLanguageModel(recipe)
+    weights = load_file(file)
+    model.load_state_dict({**weights, "head.weight": weights["embedding.weight"]})
+    batch = collate([mixed_pack(999)])
+    engine.eval()
+    ours, stats = engine.module.backbone(batch)
+    again, _ = engine.module.backbone(batch)
+    theirs, expected = model.eval()(batch)
+    assert torch.equal(ours, again), "evaluation is not deterministic"
+    assert torch.equal(stats.load, expected.load) and torch.equal(stats.dropped, expected.dropped)
+    return float((ours - theirs).abs().max())
 
 
 if __name__ == "__main__":

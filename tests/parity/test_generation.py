@@ -11,6 +11,7 @@ from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.tasks.pictures import PictureReader
 from tests.unit.test_caption_task import sample
 
 TOKENS = 12
@@ -24,7 +25,7 @@ def test_cached_tokens_and_logits_equal_the_full_forward(tiny, monkeypatch):
     with torch.no_grad():  # the first values give near-equal logits; these make the choices clear
         model.embedding.weight.mul_(20)
     trained = TrainedModel(model, tokenizer, recipe, tiny.folder, torch.device("cpu"))
-    task = CaptionTask(recipe, tokenizer)
+    task = CaptionTask(PictureReader(recipe.data, recipe.model.vision), tokenizer)
     prompts = [task.prompt(sample(kind, number=n)) for kind, n in [("image", 0), ("video", 1), ("image", 2)]]
     monkeypatch.setattr(type(tokenizer), "eos", property(lambda _: -1))  # none ends early
 

@@ -68,13 +68,21 @@ def test_output_statistics_and_every_gradient(top_k, shared):
         for e in chosen[t]:
             load[tasks[t], modalities[t], e] += float(real[t])
     assert torch.equal(stats.load, load)
-    torch.testing.assert_close(stats.probability_sum, probabilities[real].sum(0))
+    every = stats.probability_sum.sum((0, 1))
+    torch.testing.assert_close(every, probabilities[real].sum(0))
+    for task in range(TASKS):
+        for modality in range(MODALITIES):
+            cell = real & (tasks == task) & (modalities == modality)
+            torch.testing.assert_close(stats.probability_sum[task, modality], probabilities[cell].sum(0))
+    for modality in range(MODALITIES):
+        p = probabilities[real & (modalities == modality)]
+        torch.testing.assert_close(stats.entropy_sum[modality], -(p * p.log()).sum())
     torch.testing.assert_close(stats.z_sum, log_partitions[real].square().sum())
 
     # Every gradient, of an output that mixes all of it.
     weight = torch.randn_like(out)
     fraction = torch.rand(EXPERTS).softmax(0)
-    ours = (out * weight).sum() + (stats.probability_sum * fraction).sum() + 0.1 * stats.z_sum
+    ours = (out * weight).sum() + (every * fraction).sum() + 0.1 * stats.z_sum
     theirs = (expected * weight).sum() + (probabilities[real].sum(0) * fraction).sum()
     theirs = theirs + 0.1 * log_partitions[real].square().sum()
     names, parameters = zip(*[("x", x), *layer.named_parameters()], strict=True)

@@ -5,25 +5,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_tools.films import film
-from data_tools.scenes import scene
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample
+from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.tasks.pictures import PictureReader
+from tests.samples import sample
 
 
 @pytest.fixture(scope="module")
 def task(tiny):
-    return CaptionTask(load_recipe(tiny.recipe), Tokenizer(tiny.data / "tokenizer.model"))
-
-
-def sample(kind, epoch=0, number=0, **changes):
-    draw, media_type = (scene, "jpg") if kind == "image" else (film, "mp4")
-    media, meta = draw(np.random.default_rng(number), False, 48, 2)
-    made = Sample(f"{kind}-{number}", "test", epoch, media, media_type, meta["captions"][0], meta)
-    return dataclasses.replace(made, **changes)
+    recipe = load_recipe(tiny.recipe)
+    return CaptionTask(PictureReader(recipe.data, recipe.model.vision), Tokenizer(tiny.data / "tokenizer.model"))
 
 
 @pytest.mark.parametrize(("kind", "modality"), [("image", Modality.IMAGE), ("video", Modality.VIDEO)])

@@ -13,7 +13,13 @@ NAMES = [
     ("moe/layer.py", "deepspeed.module_inject.auto_ep_config", "AutoEPConfig"),
     ("moe/layer.py", "deepspeed.module_inject.auto_ep_config", "MoELayerSpec"),
     ("moe/layer.py", "deepspeed.module_inject.auto_ep_folding", "mark_autoep_folding_router_parameter"),
+    ("moe/capacity.py", "deepspeed.moe.layer", "MoE"),
+    ("moe/capacity.py", "deepspeed.moe.sharded_moe", "TopKGate"),
+    ("moe/capacity.py", "deepspeed.moe.sharded_moe", "gumbel_rsample"),
+    ("moe/capacity.py", "deepspeed.moe.sharded_moe", "multiplicative_jitter"),
+    ("moe/capacity.py", "deepspeed.comm.pg_utils", "is_parallel"),
     ("optim/adamw.py", "deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
+    ("optim/l1.py", "deepspeed.utils", "safe_get_local_fp32_param"),
     ("parallel/launch.py", "deepspeed.ops.op_builder.cpu.comm", "ShareMemCommBuilder"),
     ("checkpoint/weights.py", "deepspeed.runtime.zero", "GatheredParameters"),
 ]
@@ -22,6 +28,17 @@ NAMES = [
 @pytest.mark.parametrize(("user", "module", "name"), NAMES)
 def test_name_exists(user, module, name):
     assert hasattr(importlib.import_module(module), name), f"{module}.{name} is gone, and dsmoe_vl/{user} leans on it"
+
+
+def test_attributes_that_the_l1_term_reads():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    fragments = importlib.import_module("deepspeed.utils.tensor_fragment")
+    assert "self.basic_optimizer = basic_optimizer" in inspect.getsource(DeepSpeedEngine._configure_optimizer)
+    assert "param.ds_zero_partition_rank" in inspect.getsource(Init._convert_to_deepspeed_param)
+    assert "self._hp_mapping" in inspect.getsource(fragments.get_full_hp_param)
+    assert hasattr(fragments.tensor_fragment, "get_hp_fragment")
 
 
 def test_signatures_of_the_expert_parallel_layer():
@@ -41,3 +58,33 @@ def test_signatures_of_the_expert_parallel_layer():
     required = {f.name for f in dataclasses.fields(MoELayerSpec) if f.default is dataclasses.MISSING}
     assert {"expert_storage", "expert_w1_name", "num_experts", "top_k", "router_name"} <= required
     assert {"enabled", "autoep_size"} <= {f.name for f in dataclasses.fields(AutoEPConfig)}
+
+
+def test_signatures_of_the_classic_layer():
+    from deepspeed.moe import sharded_moe
+    from deepspeed.moe.layer import MoE
+
+    layer = inspect.signature(MoE.__init__).parameters
+    assert list(layer)[:6] == ["self", "hidden_size", "expert", "num_experts", "ep_size", "k"]
+    assert "use_residual" in layer
+    gate = inspect.signature(sharded_moe.TopKGate.__init__).parameters
+    assert list(gate)[:4] == ["self", "model_dim", "num_experts", "k"]
+    for function, first in {
+        sharded_moe.top1gating: ["logits", "capacity_factor", "min_capacity"],
+        sharded_moe.top2gating: ["logits", "capacity_factor", "min_capacity"],
+        sharded_moe.topkgating: ["logits", "k", "capacity_factor", "min_capacity"],
+    }.items():
+        parameters = inspect.signature(function).parameters
+        assert list(parameters)[: len(first)] == first and "sparse_routes" in parameters
+    assert "use_rts" in inspect.signature(sharded_moe.top1gating).parameters
+    assert "top2_2nd_expert_sampling" in inspect.signature(sharded_moe.top2gating).parameters
+    assert "drop_policy" in inspect.signature(sharded_moe.topkgating).parameters
+    source = inspect.getsource(sharded_moe.MOELayer.forward)  # what the gate is given and must return
+    assert "self.l_aux, C, E, indices_, locations_, gates_, self.exp_counts = self.gate(" in source
+    assert "reshaped_input, input[1], True, self.use_tutel)" in source
+    torch = importlib.import_module("torch")
+    moe = MoE(4, torch.nn.Linear(4, 4), 2)
+    marked = [name for name, parameter in moe.named_parameters() if getattr(parameter, "allreduce", True) is False]
+    assert marked == [
+        f"deepspeed_moe.experts.deepspeed_experts.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")
+    ]

@@ -46,7 +46,7 @@ MAY_IMPORT_DEEPSPEED = (
     "moe/layer.py",
     "moe/capacity.py",
     "training/engine.py",
-    "optim/adamw.py",
+    "optim/*",
     "parallel/launch.py",
     "checkpoint/*",
 )

@@ -10,7 +10,7 @@ from dsmoe_vl.tasks.task import TaskOutput
 from tests.distributed.train_losses import RECIPE
 
 COUNTS = {"tokens": 10, "caption": 8}
-FRACTION = torch.tensor([[0.75, 0.25]])
+FRACTION = torch.tensor([[[0.75, 0.25]]])
 
 
 def plan(accumulation):
@@ -30,7 +30,9 @@ def plan(accumulation):
 
 
 def part(loss_sum, probabilities, z):
-    stats = RouterStats(torch.zeros(1, 3, 3, 2), torch.tensor([probabilities]), torch.tensor([z]), torch.zeros(1))
+    sums = torch.zeros(1, 3, 3, 2)
+    sums[0, 0, 0] = torch.tensor(probabilities)
+    stats = RouterStats(torch.zeros_like(sums), sums, torch.tensor([z]), torch.zeros(1, 3), torch.zeros(1))
     return TaskOutput({"caption": torch.tensor(loss_sum)}), stats
 
 

@@ -4,12 +4,13 @@ import torch
 
 from dsmoe_vl.data.decode import to_patches
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded, grid_positions
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment, TaskId
+from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Picture, Segment, TaskId
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 from tests.tars import picture
 
 SHAPE = PackShape(length=32, patches=48, patch_size=4, merge=2)
+WIDE = PackShape(length=40, patches=96, patch_size=4, merge=2)
 
 
 def segment(length: int, first_token: int = 10, task: TaskId = TaskId.CAPTION, pictures: int = 0) -> Segment:
@@ -29,6 +30,33 @@ def segment(length: int, first_token: int = 10, task: TaskId = TaskId.CAPTION, p
     )  # fmt: skip
 
 
+def pair(identity: int, media_length: int, text_length: int) -> list[Segment]:
+    """Both sides of a retrieval pair, the picture as in `segment`."""
+    sides = [segment(media_length, task=TaskId.RETRIEVAL, pictures=1), segment(text_length, task=TaskId.RETRIEVAL)]
+    for side in sides:
+        side.labels[:] = IGNORE
+        side.pair = identity
+    return sides
+
+
+def summary(importance: list[float], ranked: list[list[int]]) -> Segment:
+    """Every frame has 3 cells on 2 tokens, the first two cells on one; then the frame tokens, and two words."""
+    frames = len(importance)
+    made = segment(3 * frames + 2, task=TaskId.SUMMARY)
+    made.pictures = [
+        Picture(np.zeros((12, 48), np.uint8), (2, 6), 0.5 * i, np.array([0, 0, 1], np.int32) + 2 * i, 2 * frames + i)
+        for i in range(frames)
+    ]
+    made.importance = np.array(importance, np.float32)
+    made.ranked = np.array(ranked, np.int32).reshape(-1, 2)
+    return made
+
+
+def counted(**numbers: int) -> dict[str, int]:
+    """All counts; those that are not given are 0."""
+    return dict.fromkeys(COUNTS, 0) | numbers
+
+
 def sample(number: int, length: int, patches: int = 0) -> Encoded:
     return Encoded(SampleRef(0, 0, 0, number), str(number), [], length, patches)
 
@@ -42,7 +70,7 @@ def test_assemble_lays_segments_one_after_another() -> None:
     assert pack.task_ids[:16].tolist() == [0] * 7 + [2] * 9
     assert pack.modality_ids.tolist() == [Modality.IMAGE] * 16 + [Modality.TEXT] * 16
     assert (pack.segment_lengths, pack.picture_lengths, pack.keys) == ([7, 9], [24], ["a", "b"])
-    assert pack.counts == {"tokens": 16, "caption": 4, "retrieval": 0, "summary": 5}
+    assert pack.counts == counted(tokens=16, tokens_image=16, caption=4, summary=5)
 
 
 def test_assemble_places_cells() -> None:
@@ -95,7 +123,7 @@ def test_collate_offsets_every_index() -> None:
     assert batch.patch_positions.shape == (72, 2)
     assert batch.cell_position.tolist() == [0, 1, 2, 3, 4, 4, 16, 17, 18, 19, 20, 20, 32, 33, 34, 35, 36, 36]
     assert batch.keys == ["a", "b", "c"]
-    assert batch.counts == {"tokens": 42, "caption": 21, "retrieval": 0, "summary": 0}
+    assert batch.counts == counted(tokens=42, tokens_image=42, caption=21)
     assert batch.real.sum() == 42
 
 
@@ -104,6 +132,78 @@ def test_collate_without_pictures() -> None:
     assert (batch.cu_pictures.tolist(), batch.max_picture) == ([0, 4], 4)  # one cell, which goes nowhere
     assert (batch.cell_position.tolist(), batch.cell_weight.tolist()) == ([16], [0])
     assert batch.cu_segments.tolist() == [0, 8, 16]
+
+
+def test_assemble_counts_tokens_by_modality() -> None:
+    mixed = segment(6)
+    mixed.modality = np.array([1, 1, 2, 2, 2, 0], np.int32)
+    counts = assemble([mixed, segment(3)], SHAPE).counts  # padding, which is marked as text, is in none
+    assert counts == counted(tokens=9, tokens_text=1, tokens_image=5, tokens_video=3, caption=5)
+
+
+def test_assemble_points_at_the_last_tokens_of_pairs() -> None:
+    pack = assemble([segment(6), *pair(77, 5, 4), *pair(2**62, 6, 3)], SHAPE)
+    assert pack.media_embedding.tolist() == [10, 20]
+    assert pack.text_embedding.tolist() == [14, 23]
+    assert pack.pair_ids.tolist() == [77, 2**62]
+    assert pack.counts == counted(tokens=24, tokens_image=24, caption=3, retrieval=2)
+    with pytest.raises(AssertionError, match="lost one side"):
+        assemble(pair(1, 5, 4)[:1], SHAPE)
+
+
+def test_assemble_places_frames() -> None:
+    films = [summary([0.9, 0.1], [[0, 1]]), summary([0.2, 0.4, 0.8], [[1, 0], [2, 0], [2, 1]])]
+    pack = assemble([segment(4), films[0], segment(3), films[1]], WIDE)
+    assert pack.cell_position.tolist() == [4, 4, 5, 6, 6, 7, 15, 15, 16, 17, 17, 18, 19, 19, 20, *[40] * 9]
+    assert pack.cell_weight.tolist() == [0.5, 0.5, 1] * 5 + [0] * 9
+    assert pack.frame_tokens.tolist() == [8, 9, 21, 22, 23]
+    assert pack.cell_frame.tolist() == [8] * 3 + [9] * 3 + [21] * 3 + [22] * 3 + [23] * 3 + [40] * 9
+    np.testing.assert_allclose(pack.cell_frame_weight, [1 / 3] * 15 + [0] * 9, rtol=1e-6)
+    np.testing.assert_array_equal(pack.importance, np.array([0.9, 0.1, 0.2, 0.4, 0.8], np.float32))
+    assert pack.ranked.tolist() == [[0, 1], [3, 2], [4, 2], [4, 3]]
+    assert pack.counts == counted(tokens=26, tokens_image=26, caption=4, summary=10, importance=5, ranking=4)
+
+
+def test_pictures_without_frame_tokens_go_to_none() -> None:
+    pack = assemble([segment(6, pictures=1), summary([0.5], [])], WIDE)
+    assert pack.cell_frame.tolist() == [40] * 6 + [8] * 3 + [40] * 15
+    assert pack.frame_tokens.tolist() == [8]
+    assert pack.ranked.shape == (0, 2)
+
+
+def test_collate_offsets_pairs_and_frames() -> None:
+    """Three packs of 40 tokens; the second one holds no picture, pair or frame."""
+    packs = [
+        assemble([*pair(5, 7, 3), summary([0.9, 0.1], [[0, 1]])], WIDE),
+        assemble([segment(9)], WIDE),
+        assemble([summary([0.3], []), summary([0.2, 0.7], [[1, 0]]), *pair(6, 5, 2), *pair(5, 8, 4)], WIDE),
+    ]
+    batch = collate(packs)
+    assert batch.media_embedding.tolist() == [6, 80 + 17, 80 + 27]
+    assert batch.text_embedding.tolist() == [9, 80 + 19, 80 + 31]
+    assert batch.pair_ids.tolist() == [5, 6, 5]
+    assert batch.pairs_of_ranks == (3,)
+    assert batch.frame_tokens.tolist() == [14, 15, 80 + 2, 80 + 9, 80 + 10]
+    torch.testing.assert_close(batch.importance, torch.tensor([0.9, 0.1, 0.3, 0.2, 0.7]))
+    assert batch.ranked.tolist() == [[0, 1], [4, 3]]
+    frames = [120] * 6 + [14] * 3 + [15] * 3 + [82] * 3 + [89] * 3 + [90] * 3 + [120] * 12
+    assert batch.cell_frame.tolist() == frames
+    torch.testing.assert_close(batch.cell_frame_weight, torch.tensor([1 / 3 if at < 120 else 0.0 for at in frames]))
+    assert batch.counts == counted(
+        tokens=18 + 9 + 32, tokens_image=59, caption=5, summary=4 + 3 + 4, retrieval=3, importance=5, ranking=2
+    )
+    indices = (batch.media_embedding, batch.text_embedding, batch.pair_ids, batch.frame_tokens, batch.ranked)
+    assert {value.dtype for value in (*indices, batch.cell_frame)} == {torch.int64}
+    assert batch.importance.dtype == batch.cell_frame_weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("packs", [1, 2])
+def test_collate_without_pairs_and_frames(packs: int) -> None:
+    batch = collate([assemble([segment(8)], SHAPE)] * packs)
+    for name in ("media_embedding", "text_embedding", "pair_ids", "frame_tokens", "importance"):
+        assert getattr(batch, name).shape == (0,)
+    assert (batch.ranked.shape, batch.pairs_of_ranks) == ((0, 2), (0,))
+    assert (batch.cell_frame.tolist(), batch.cell_frame_weight.tolist()) == ([32 * packs], [0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""A trained model for use: its newest weights in a folder of their own, without experts that output nothing but zeros.
+
+OUTPUT/
+  model.safetensors   as in a checkpoint; a layer that lost experts also has `experts.kept`, the numbers of those left
+  tokenizer.model  plan.json
+  manifest.json       written last: a folder without it cannot be opened
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsmoe_vl.checkpoint.store import require_newest, write_manifest
+from dsmoe_vl.config.plan import recipe_from_json
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.moe.experts import null_experts
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerExport:
+    """What became of a sparse layer. `layer` counts the decoder's layers from 0."""
+
+    layer: int
+    experts: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported. Sizes of the weights in bytes."""
+
+    checkpoint: Path
+    layers: tuple[LayerExport, ...]
+    before_bytes: int
+    after_bytes: int
+
+
+def export_run(run_dir: Path, output: Path) -> Export:
+    """Write the newest complete checkpoint of a run to the new folder `output`, which `load_run` opens like a run.
+
+    The router keeps the rows of dropped experts, so outputs do not change. Raises CheckpointError where there is no
+    checkpoint, ConfigError for a run without a plan or an `output` that cannot be written or holds something.
+    """
+    checkpoint, manifest = require_newest(run_dir)
+    plan_file = run_dir / "plan.json"
+    recipe_from_json(plan_file)
+    weights = load_file(checkpoint / _WEIGHTS)
+    _make_folder(output)
+    layers = tuple(
+        _drop_null_experts(weights, name.removesuffix("w1")) for name in list(weights) if name.endswith(".experts.w1")
+    )
+    save_file(weights, output / _WEIGHTS)
+    shutil.copyfile(checkpoint / "tokenizer.model", output / "tokenizer.model")
+    shutil.copyfile(plan_file, output / "plan.json")
+    write_manifest(output, replace(manifest, files={}))
+    sizes = [(folder / _WEIGHTS).stat().st_size for folder in (checkpoint, output)]
+    return Export(checkpoint, tuple(sorted(layers, key=lambda layer: layer.layer)), *sizes)
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        empty = not any(output.iterdir())
+    except OSError as error:
+        raise ConfigError(f"output {output} cannot be made: {error.strerror}. Name a new folder.") from None
+    if not empty:
+        raise ConfigError(f"output {output} is not empty. Name a new folder, or remove this one.")
+
+
+def _drop_null_experts(weights: dict[str, Tensor], prefix: str) -> LayerExport:
+    """Remove the null experts of the layer whose tensors are named `prefix`w1, ... from `weights`, in place."""
+    matrices = {name: weights[prefix + name] for name in ("w1", "w2", "w3")}
+    null = null_experts(**matrices)
+    if null.any():
+        left = (~null).nonzero().squeeze(-1)
+        numbers = weights.get(prefix + "kept", torch.arange(len(null)))  # an exported model may be exported again
+        weights[prefix + "kept"] = numbers[left]
+        weights.update({prefix + name: matrix[left] for name, matrix in matrices.items()})
+    return LayerExport(int(prefix.split(".")[1]), len(null), int(null.sum()))

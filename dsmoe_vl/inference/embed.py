@@ -1,0 +1,42 @@
+"""Retrieval embeddings of pictures, videos and texts. W: width of an embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.inference.generate import prompt_batch
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.model.heads import RetrievalEmbeddings
+from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.retrieval import RetrievalTask
+
+
+def embed_media(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
+    """Unit vectors, float32 [n, W]. Raises ConfigError for a model without retrieval, DataError for bad media."""
+    task = _task(trained)
+    return _embed(trained, [task.media(sample) for sample in samples]).media.numpy()
+
+
+def embed_texts(trained: TrainedModel, texts: list[str]) -> np.ndarray:
+    """Unit vectors, float32 [n, W]. Raises ConfigError for a model without retrieval."""
+    task = _task(trained)
+    return _embed(trained, [task.text(text) for text in texts]).text.numpy()
+
+
+def _task(trained: TrainedModel) -> RetrievalTask:
+    config = trained.recipe.tasks.retrieval
+    if not config.weight:
+        raise ConfigError(f"{trained.checkpoint} has not learned retrieval: tasks.retrieval.weight was 0")
+    return RetrievalTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer, config)
+
+
+@torch.inference_mode()
+def _embed(trained: TrainedModel, segments: list[Segment]) -> RetrievalEmbeddings:
+    """Both projections of each segment's last token; the caller knows which one is meant."""
+    hidden, _ = trained.model(prompt_batch(trained, segments))
+    ends = torch.tensor([segment.length for segment in segments], device=hidden.device).cumsum(0) - 1
+    embedded = trained.model.retrieval(hidden[ends], hidden[ends])
+    return RetrievalEmbeddings(*(value.cpu() for value in embedded))

@@ -1,0 +1,139 @@
+"""The sparse feed-forward with bounded experts over ranks: DeepSpeed's classic MoE layer, decided by our router.
+
+From DeepSpeed come the gating functions, which give assignments their slots, the buffers, the all-to-all of equal
+splits, the residual branch, the process groups and the marks on expert parameters. Which experts a token wants, the
+gates and the statistics are ours; `l_aux` is not used. Kept private names: `tests/unit/test_deepspeed_contract.py`.
+
+Shapes: T tokens, D width, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.comm.pg_utils import is_parallel
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import (
+    TopKGate,
+    gumbel_rsample,
+    multiplicative_jitter,
+    top1gating,
+    top2gating,
+    topkgating,
+)
+from torch import Tensor
+
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, Expert, expert_slots
+from dsmoe_vl.moe.router import Routing
+from dsmoe_vl.moe.stats import RouterStats
+
+
+class CapacityGate(TopKGate):
+    """Our router, its decisions put into the form of logits that DeepSpeed's gating functions read."""
+
+    def __init__(self, source: CapacityFeedForward, width: int, expert_count: int) -> None:
+        super().__init__(width, expert_count, source.router.top_k)
+        del self.wg
+        self.router, self.moe, self.expert_count = source.router, source.moe, expert_count
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Tensor, sparse_routes: bool = True, use_tutel: bool = False
+    ) -> tuple[RouterStats, int, int, Tensor, Tensor, Tensor, None]:
+        """x [T, D]; tokens int64 [3, T]: task, modality, 1 where real.
+
+        Returns what `MOELayer` expects (statistics in the place of its loss): capacity, E, and by choice and token the
+        expert or -1 int32 [K, T], its slot int32 [K, T], the gate float32 [K, T].
+        """
+        task_ids, modality_ids, real = tokens[0], tokens[1], tokens[2].bool()
+        routing = self._route(x, task_ids, modality_ids)
+        slots = self._slots(routing, real)
+        _, _, _, experts, places, gates, _ = self._assign(_offered(routing, real), slots)
+        computed = (experts >= 0) & (experts < self.expert_count)
+        routing = routing._replace(experts=experts.long().clamp(0, self.expert_count - 1).t())
+        stats = RouterStats.of(
+            routing, task_ids, modality_ids, real, self.router.tasks, self.router.modalities, computed.t()
+        )
+        return stats, slots, self.expert_count, experts.masked_fill(~computed, -1), places, gates, None
+
+    def _route(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor) -> Routing:
+        """The router's decision, with noise where the recipe wants it, in training only."""
+        noise = None
+        if self.training and self.moe.noisy_gate == "Jitter":
+            x = multiplicative_jitter(x.float(), device=x.device)
+        elif self.training and self.moe.noisy_gate == "RSample":
+            noise = gumbel_rsample((len(x), self.expert_count), device=x.device)
+        return self.router(x, task_ids, modality_ids, noise)
+
+    def _slots(self, routing: Routing, real: Tensor) -> int:
+        """Slots of every expert, the same on all ranks that exchange. Collective where nothing is dropped."""
+        if self.moe.drop_tokens:
+            return expert_slots(self.moe, len(real), self.expert_count, self.training)
+        wanted = torch.bincount(routing.experts[real].flatten(), minlength=self.expert_count).max().clamp(min=1)
+        if is_parallel(self.ep_group):
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return int(wanted)
+
+    def _assign(self, offered: Tensor, slots: int) -> Any:
+        """DeepSpeed's function for this K, its sampling off. A factor of 0 leaves `slots`, its minimum, as capacity."""
+        if self.router.top_k == 2:
+            return top2gating(offered, 0.0, slots, top2_2nd_expert_sampling=False, sparse_routes=True)
+        if self.router.top_k > 2:
+            return topkgating(offered, self.router.top_k, 0.0, slots, sparse_routes=True)
+        if self.training and self.moe.random_token_selection:
+            return top1gating(offered, 0.0, slots, use_rts=True, sparse_routes=True)
+        # Without random selection top1gating keeps arbitrary ones of equals; this keeps the first.
+        return topkgating(offered, 1, 0.0, slots, drop_policy="position", sparse_routes=True)
+
+
+class CapacityMoE(MoE):
+    """`CapacityFeedForward` whose experts are divided among the ranks of an expert-parallel group. Same results."""
+
+    def __init__(self, source: CapacityFeedForward, plan: RunPlan, ep_rank: int) -> None:
+        expert_count, width, hidden_width = source.experts.w2.shape
+        super().__init__(
+            width, Expert(width, hidden_width), expert_count, plan.ep_size, source.router.top_k,
+            use_residual=source.mlp is not None,
+        )  # fmt: skip
+        self.deepspeed_moe.gate = CapacityGate(source, width, expert_count)
+        with torch.no_grad():
+            for index, expert in enumerate(self.local_experts, ep_rank * self.num_local_experts):
+                for name, parameter in expert.named_parameters():  # those that DeepSpeed has marked
+                    parameter.copy_(getattr(source.experts, name)[index])
+        self.mlp, self.coefficient, self.shared = source.mlp, source.coefficient, source.shared
+        self.pack_length, self.micro_batch = plan.recipe.data.pack_length, plan.micro_batch
+
+    @property
+    def local_experts(self) -> list[Expert]:
+        """This rank's experts."""
+        return list(self.deepspeed_moe.experts.deepspeed_experts)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor
+    ) -> tuple[Tensor, RouterStats]:
+        """As `CapacityFeedForward.forward`."""
+        # The capacity follows from this rank's tokens, and the all-to-all splits equally: ranks must have as many.
+        packs = self.micro_batch if self.training else 1
+        assert len(x) == packs * self.pack_length, f"{len(x)} tokens, not {packs} x {self.pack_length}"
+        out, stats, _ = super().forward(x, torch.stack((task_ids, modality_ids, real.long())))
+        self.deepspeed_moe.l_aux = None  # the statistics, whose graph it would keep alive
+        return (out if self.shared is None else out + self.shared(x)), stats
+
+
+def one_process_name(name: str) -> str:
+    """The name in `CapacityFeedForward` of a parameter or buffer, the experts' excepted."""
+    return name.replace(".deepspeed_moe.gate.", ".")
+
+
+def _offered(routing: Routing, real: Tensor) -> Tensor:
+    """Logits [T, E + K] under which a gating function must choose the router's experts, with the router's gates.
+
+    Experts that were not chosen have -inf. Padding chooses the last K columns, which no expert stands behind, so that
+    it takes no slot; real tokens have -inf there.
+    """
+    chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter_(1, routing.experts, True)
+    experts = routing.logits.masked_fill(~(chosen & real.unsqueeze(-1)), float("-inf"))
+    padding = torch.zeros_like(routing.gates).masked_fill(real.unsqueeze(-1), float("-inf"))
+    return torch.cat((experts, padding), dim=1)

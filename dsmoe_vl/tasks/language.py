@@ -1,0 +1,30 @@
+"""What captioning and summarization share: a text that follows a prompt, learned with a language-model loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Segment, TaskId
+from dsmoe_vl.model.vlm import VisionLanguageModel
+
+
+def followed_by(prompt: Segment, text: Sequence[int], end: int) -> Segment:
+    """The prompt and then `text`; its last token predicts the first piece, and the last piece predicts `end`."""
+    labels = np.full(prompt.length + len(text), IGNORE, dtype=np.int32)
+    labels[prompt.length - 1 :] = [*text, end]
+    return replace(
+        prompt,
+        tokens=np.concatenate((prompt.tokens, np.asarray(text, dtype=np.int32))),
+        labels=labels,
+        modality=np.concatenate((prompt.modality, np.full(len(text), Modality.TEXT, dtype=np.int32))),
+    )
+
+
+def language_loss(model: VisionLanguageModel, hidden: Tensor, batch: Batch, task: TaskId) -> Tensor:
+    """Sum of the cross entropies of the task's targets, a scalar in fp32 and nats. hidden [T, D]."""
+    rows = ((batch.labels != IGNORE) & (batch.task_ids == task)).nonzero().squeeze(1)
+    return model.head(hidden.index_select(0, rows), batch.labels.index_select(0, rows))

@@ -1,0 +1,88 @@
+"""Image-text and video-text retrieval: two segments, each ended by its embedding token.
+
+token   <image> * n  <embed>          "a"  "dog"  <embed>
+
+Pairs that show the same are no negatives of each other: those of one picture or video, or of one KEY.json `content`.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsmoe_vl.config.recipe import RetrievalConfig
+from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Sample, Segment, TaskId
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.model.heads import RetrievalEmbeddings
+from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.parallel.collectives import gather_rows, own_rank
+from dsmoe_vl.tasks.caption import chosen_caption
+from dsmoe_vl.tasks.contrastive import info_nce_sum, negative_pairs, sigmoid_sum
+from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.task import TaskOutput
+
+
+class RetrievalTask:
+    """See the module's drawing."""
+
+    name: str = "retrieval"
+    terms: tuple[str, ...] = ("retrieval",)
+
+    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, config: RetrievalConfig) -> None:
+        self.pictures = pictures
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def encode(self, sample: Sample) -> list[Segment]:
+        """Two segments. Raises DataError without media or without a caption."""
+        media, text = self.media(sample), self.text(chosen_caption(sample))
+        media.pair = text.pair = pair_id(sample)
+        return [media, text]
+
+    def media(self, sample: Sample) -> Segment:
+        """The picture's side. Raises DataError."""
+        modality, pictures, vision_tokens = self.pictures.read(sample)
+        tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<embed>")
+        return Segment(TaskId.RETRIEVAL, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+
+    def text(self, text: str) -> Segment:
+        """The text's side."""
+        tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.control("<embed>")], dtype=np.int32)
+        return Segment(TaskId.RETRIEVAL, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
+
+    def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
+        """Sum of the contrastive losses of this rank's pairs against all pairs of the micro-step.
+
+        In training with the gradient cache the loss is left to it.
+        """
+        embeddings = embed_pairs(model, hidden, batch)
+        if self.config.gradient_cache and model.training:
+            return TaskOutput({}, embeddings)
+        return TaskOutput({"retrieval": contrastive_sum(self.config.loss, embeddings, batch)}, embeddings)
+
+
+def embed_pairs(model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> RetrievalEmbeddings:
+    """Both sides of this rank's pairs: hidden [T, D] -> [n, W] each."""
+    media, text = (hidden.index_select(0, at) for at in (batch.media_embedding, batch.text_embedding))
+    return model.retrieval(media, text)
+
+
+def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor:
+    """The loss sum of this rank's pairs, whose negatives are gathered from all ranks with exact gradients."""
+    rows = batch.pairs_of_ranks
+    first = sum(rows[: own_rank()]) if len(rows) > 1 else 0
+    all_media, all_text = gather_rows(torch.cat((own.media, own.text), dim=-1), rows).chunk(2, dim=-1)
+    negatives = negative_pairs(batch.pair_ids, gather_rows(batch.pair_ids, rows))
+    if loss == "sigmoid":
+        return sigmoid_sum(own.media, all_text, own.scale, own.bias, negatives, first)
+    return info_nce_sum(own.media, own.text, all_media, all_text, own.scale, negatives, first)
+
+
+def pair_id(sample: Sample) -> int:
+    """The same for all texts of what shows the same: from KEY.json's `content`, its `id`, or the key; 63 bits."""
+    shown = sample.meta.get("content") or f"{sample.source}/{sample.meta.get('id', sample.key)}"
+    name = str(shown).encode()
+    return zlib.crc32(name) << 31 | zlib.adler32(name) & 0x7FFFFFFF

@@ -1,0 +1,104 @@
+"""Video summarization: the vision tokens of all frames, one frame token a frame, the task token, then the summary.
+
+token   <video> * n  <frame> * f  <summary>  "a"  "dog"  "barks"
+
+A frame's vision tokens come before the frame tokens, so that each of these is read with the whole video in view; a
+frame token receives its own frame's features once more, which tells it which frame it speaks of.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmoe_vl.config.recipe import SummaryConfig
+from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.errors import DataError
+from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.tasks.language import followed_by, language_loss
+from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.task import TaskOutput
+
+
+class VideoSummaryTask:
+    """See the module's drawing."""
+
+    name: str = "summary"
+    terms: tuple[str, ...] = ("summary", "importance", "ranking")
+
+    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, config: SummaryConfig) -> None:
+        self.pictures = pictures
+        self.tokenizer = tokenizer
+        self.margin = config.ranking_margin
+
+    def encode(self, sample: Sample) -> list[Segment]:
+        """One segment. Raises DataError for what is no video, or has no summary or no importance."""
+        summary = sample.meta.get("summary")
+        if not isinstance(summary, str) or not summary.strip():
+            raise DataError("no summary")
+        prompt = self.prompt(sample)
+        prompt.importance = importance_at(sample, [picture.time_seconds for picture in prompt.pictures])
+        prompt.ranked = ranked_pairs(prompt.importance, self.margin)
+        return [followed_by(prompt, self.tokenizer.encode(summary.strip()), self.tokenizer.eos)]
+
+    def prompt(self, sample: Sample) -> Segment:
+        """The segment up to the task token, from which a summary is generated. Raises DataError."""
+        modality, pictures, vision_tokens = self.pictures.read(sample)
+        if modality is not Modality.VIDEO:
+            raise DataError("no video to summarize")
+        length = vision_tokens + len(pictures)
+        tokens, modalities = self.pictures.placeholders(modality, length, self.tokenizer, "<summary>")
+        tokens[vision_tokens:length] = self.tokenizer.control("<frame>")
+        numbered = [
+            Picture(picture.patches, picture.grid, picture.time_seconds, picture.cell_token, vision_tokens + i)
+            for i, picture in enumerate(pictures)
+        ]
+        return Segment(TaskId.SUMMARY, tokens, np.full_like(tokens, IGNORE), modalities, numbered)
+
+    def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
+        """Sums over summary targets (cross entropy), frames (squared error) and compared pairs (logistic)."""
+        scores = model.importance(hidden.index_select(0, batch.frame_tokens))
+        more, less = batch.ranked.unbind(1)
+        return TaskOutput(
+            {
+                "summary": language_loss(model, hidden, batch, TaskId.SUMMARY),
+                "importance": (scores.sigmoid() - batch.importance).square().sum(),
+                # RankNet (Burges et al. 2005, eq. 3) with a target probability of 1.
+                "ranking": F.softplus(scores.index_select(0, less) - scores.index_select(0, more)).sum(),
+            }
+        )
+
+
+def importance_at(sample: Sample, seconds: list[float]) -> np.ndarray:
+    """The mean annotator's importance of the frames at some times, in [0, 1]: float32 [f]. Raises DataError."""
+    mean, duration = importance_curve(sample)
+    # A frame's time is a rounded fraction: what lies on a border belongs to the part that begins there.
+    parts = (np.asarray(seconds) / duration * len(mean) + 1e-6).astype(int)
+    return mean[parts.clip(0, len(mean) - 1)]
+
+
+def importance_curve(sample: Sample) -> tuple[np.ndarray, float]:
+    """The mean annotator's importance of each equal part of the video, float32 in [0, 1], and the seconds of the whole.
+
+    From KEY.json: `importance`, one number for each part, or `saliency`, a list of those, one an annotator; and
+    `duration_seconds`. Raises DataError where they are missing or not what they should be.
+    """
+    meta = sample.meta
+    try:
+        annotators = np.atleast_2d(np.asarray(meta.get("saliency") or meta.get("importance"), dtype=np.float32))
+        duration = float(meta["duration_seconds"])
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise DataError("no importance of frames") from None
+    known = annotators.size > 0 and annotators.ndim == 2 and np.isfinite(annotators).all()
+    if not known or not 0 < duration < float("inf"):
+        raise DataError("no importance of frames")
+    if annotators.min() < 0 or annotators.max() > 1:
+        raise DataError(f"importance outside of 0 to 1: {annotators.min():g} to {annotators.max():g}")
+    return annotators.mean(axis=0, dtype=np.float32), duration
+
+
+def ranked_pairs(importance: np.ndarray, margin: float) -> np.ndarray:
+    """Pairs of frames (more, less important) that differ by more than `margin`: float32 [f] -> int32 [r, 2]."""
+    return np.argwhere(importance[:, None] - importance[None, :] > margin).astype(np.int32)

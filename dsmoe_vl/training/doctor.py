@@ -1,0 +1,252 @@
+"""Does the objective stay the same however the work is split? A recipe, shrunk, trained for two steps in many ways.
+
+Everything that differs between two ways of splitting the same packs (ranks, expert parallelism, ZeRO stage,
+accumulation, order of packing) must leave every loss term and every gradient as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.resolve import resolve
+from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
+from dsmoe_vl.data.segment import Batch, Pack
+from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.stream import SampleRef
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.errors import DataError
+from dsmoe_vl.moe.router import Router
+from dsmoe_vl.objective.objective import Objective, load_fractions
+from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.tasks.registry import Encoder, build_tasks
+from dsmoe_vl.training.engine import build_engine, build_model, full_gradient
+from dsmoe_vl.training.step import OptimizerStep
+
+PACKS = 8  # of a step
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Split:
+    """One way of doing the same work."""
+
+    ranks: int
+    ep_size: int
+    zero_stage: int
+    accumulation: int
+    reversed_packs: bool
+
+    @staticmethod
+    def grid(ranks: int, stages: tuple[int, ...]) -> list[Split]:
+        """Every split on so many ranks."""
+        choices = product((1, 2)[:ranks], stages, (1, 2, 4), (False, True))
+        return [Split(ranks, *choice) for choice in choices]
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The same recipe with a model that trains a step in a moment: narrow, two sparse layers, eight experts at most."""
+    model, moe, vision = recipe.model, recipe.moe, recipe.model.vision
+    ratio = model.heads // model.kv_heads
+    kv_heads = 2 if ratio <= 2 else 1
+    dense = min(moe.first_dense_layers, 1)
+    experts = min(moe.experts, 8)
+    return replace(
+        recipe,
+        model=replace(
+            model, width=16 * kv_heads * ratio, layers=dense + 2, heads=kv_heads * ratio, kv_heads=kv_heads,
+            ffn_width=32, vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32),
+        ),
+        moe=replace(
+            moe, experts=experts, top_k=min(moe.top_k, experts), ffn_width=16, first_dense_layers=dense,
+            shared_ffn_width=min(moe.shared_ffn_width, 16),
+        ),
+        data=replace(recipe.data, workers=0),
+    )  # fmt: skip
+
+
+class Probe:
+    """Runs splits of one recipe on the ranks of this process group."""
+
+    def __init__(self, recipe: Recipe, deepspeed: dict[str, Any], ranks: Ranks, host: HostGroup) -> None:
+        """Reads STEPS * PACKS packs of the recipe's own data. Raises DataError where there are none."""
+        self.recipe, self.deepspeed, self.ranks, self.host = recipe, deepspeed, ranks, host
+        tokenizer = Tokenizer(recipe.tokenizer.path)
+        tokenizer.require_fit(recipe.tokenizer.vocab_size)
+        self.tasks = build_tasks(recipe, tokenizer)
+        vision = recipe.model.vision
+        self.shape = PackShape(recipe.data.pack_length, recipe.data.pack_patches, vision.patch_size, vision.merge)
+        self.contents = self._read()
+
+    def plan(self, split: Split) -> RunPlan:
+        """The run plan of a split, in fp32 on a CPU."""
+        micro_batch = PACKS // (split.ranks * split.accumulation)
+        ours = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": split.accumulation,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "zero_optimization": {"stage": split.zero_stage},
+            "gradient_clipping": 1.0,
+            "expert_parallel": {"enabled": True, "autoep_size": split.ep_size},
+        }
+        if "activation_checkpointing" in self.deepspeed:
+            ours["activation_checkpointing"] = self.deepspeed["activation_checkpointing"]
+        return resolve(self.recipe, ours, split.ranks, device="cpu", bf16_unit=False)
+
+    def run(self, split: Split) -> dict[str, float]:
+        """Every term and the gradient norm of both steps, and the gradients of the first, as `gradient/NAME` norms and
+        projections. The same on every rank. Collective."""
+        plan = self.plan(split)
+        engine = build_engine(plan, self.ranks, self.tasks)
+        take_step = OptimizerStep(plan, self.ranks, engine, self.host, torch.device("cpu"))
+        values: dict[str, float] = {}
+        for step in range(STEPS):
+            take_step.before_update = partial(_add_gradients, engine.module, values) if step == 0 else None
+            batches, counts, _ = take_step.share(self._batches(split, step))
+            result = take_step(batches, counts)
+            values |= {f"{name}, step {step}": float(value) for name, value in result.terms.items()}
+            values[f"grad_norm, step {step}"] = result.grad_norm
+        engine.destroy()
+        return values
+
+    def batch_with_padding(self) -> Batch:
+        """One pack that is half empty."""
+        items = self.contents[0][0]
+        return collate([self._pack(items[: max(1, len(items) // 2)])])
+
+    def _read(self) -> list[list[list[Encoded]]]:
+        """Packs by step, as the samples that they hold: the sources in turn, so that every task takes part."""
+        data = self.recipe.data
+        encode = Encoder(self.tasks, data.sources)
+        streams = cycle([self._samples(source.path, source.name, encode) for source in data.sources])
+        packer = Packer(self.shape, data.lookahead)
+        return [[packer.fill(lambda: next(next(streams))) for _ in range(PACKS)] for _ in range(STEPS)]
+
+    def _samples(self, path: str, name: str, encode: Encoder) -> Iterator[Encoded]:
+        while True:
+            usable = 0
+            for number, sample in enumerate(iterate_samples(path, name)):
+                try:
+                    yield encoded(SampleRef(0, 0, 0, number), sample.key, encode(sample), self.shape)
+                    usable += 1
+                except DataError:
+                    continue
+            if not usable:
+                raise DataError(f"{path}: no sample can be used by the recipe's tasks")
+
+    def _batches(self, split: Split, step: int) -> list[Batch]:
+        """This rank's micro-steps; each holds the same packs over all ranks, whatever their order."""
+        size = PACKS // split.accumulation
+        micro_steps = [self.contents[step][i : i + size] for i in range(0, PACKS, size)]
+        batches = []
+        for contents in micro_steps:
+            ordered = [items[::-1] for items in contents[::-1]] if split.reversed_packs else contents
+            batches.append(collate([self._pack(items) for items in ordered[self.ranks.rank :: split.ranks]]))
+        return batches
+
+    def _pack(self, items: list[Encoded]) -> Pack:
+        return assemble([segment for item in items for segment in item.segments], self.shape)
+
+
+def _add_gradients(module: torch.nn.Module, values: dict[str, float]) -> None:
+    """Add two numbers of each parameter's gradient: its norm, and its product with fixed numbers relative to that.
+
+    Expert parameters are summed over the ranks that share one set of experts: norms and products alike add up.
+    """
+    from dsmoe_vl.moe.layer import ExpertParallelMoE
+
+    owners = {
+        f"{name}.experts.{weight}": owner
+        for name, owner in module.named_modules()
+        if isinstance(owner, ExpertParallelMoE)
+        for weight in ("w1", "w2", "w3")
+    }
+    for name, parameter in module.named_parameters():
+        gradient = full_gradient(parameter)
+        assert gradient is not None, f"{name} has no gradient"
+        owner = owners.get(name)
+        first = 0 if owner is None or owner.ep_size == 1 else owner.ep_rank * len(gradient)
+        sums = torch.stack([gradient.double().square().sum(), (gradient.double() * _numbers(gradient, first)).sum()])
+        if owner is not None and owner.ep_size > 1:
+            dist.all_reduce(sums, group=owner.ep_group)
+        norm = float(sums[0].sqrt())
+        values[f"gradient/{name} norm"] = norm
+        values[f"gradient/{name} direction"] = float(sums[1]) / max(norm, 1e-12)
+
+
+def _numbers(like: Tensor, first: int) -> Tensor:
+    """Fixed pseudo-random numbers in -1 to 1 for rows `first`, `first + 1`, ... of a tensor."""
+    count = like.numel()
+    index = torch.arange(count, dtype=torch.float64) + first * (count // max(len(like), 1))
+    return torch.sin(index * 12.9898 + 78.233).view_as(like)
+
+
+def largest_differences(reference: dict[str, float], other: dict[str, float]) -> dict[str, tuple[float, str]]:
+    """The largest relative difference, and where: by `terms`, `grad_norm` and `gradients`.
+
+    Numbers below 1e-3 are compared absolutely, as if they were 1e-3: they are differences of larger ones.
+    """
+    assert reference.keys() == other.keys()
+    found = dict.fromkeys(("terms", "grad_norm", "gradients"), (0.0, ""))
+    for name, value in reference.items():
+        kind = "gradients" if name.startswith("gradient/") else "grad_norm" if name.startswith("grad_norm") else "terms"
+        difference = abs(other[name] - value) / max(abs(value), 1e-3)
+        found[kind] = max(found[kind], (difference, name))
+    return found
+
+
+def couples_micro_steps(recipe: Recipe) -> bool:
+    """Whether terms are defined over the micro-step, so that only splits of equal accumulation can be compared."""
+    retrieval, moe = recipe.tasks.retrieval, recipe.moe
+    contrast = retrieval.weight > 0 and not retrieval.gradient_cache
+    return contrast or moe.global_entropy_weight > 0 or moe.mutual_information_weight > 0
+
+
+def linear_terms(values: dict[str, float]) -> dict[str, float]:
+    """The first step's terms that are the same for every accumulation, whatever else the recipe holds."""
+    coupled = ("loss,", "loss_retrieval", "global_entropy", "mutual_information", "gradient/", "grad_norm")
+    return {name: value for name, value in values.items() if name.endswith("step 0") and not name.startswith(coupled)}
+
+
+def silent_faults(probe: Probe) -> list[str]:
+    """Faults that raise no error, looked for on one rank without an engine; a sentence each."""
+    plan = probe.plan(Split(1, 1, 1, 1, False))
+    model, objective = build_model(plan, probe.ranks, probe.tasks), Objective(plan)
+    batch = probe.batch_with_padding()
+    faults: list[str] = []
+
+    model.eval()
+    with torch.no_grad():
+        once, again = (model(batch)[0].loss_sums for _ in range(2))
+    faults += [f"evaluation is random: {term} changes when repeated" for term in once if once[term] != again[term]]
+
+    model.train()
+    _, stats = model(batch)
+    if stats is not None:
+        assigned = round(float(stats.load.sum() + stats.dropped.sum()))
+        wanted = batch.counts["tokens"] * plan.recipe.moe.top_k * len(stats.load)
+        if assigned != wanted:
+            faults.append(f"padding is routed into the statistics: {assigned} assignments of {wanted} real ones")
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        gates = [router.task_bias if router.mode == "task" else router.weight for router in routers]
+        fractions = load_fractions(stats.load, plan.recipe.moe.balance_over)
+        for name, _, part in [*objective.linear(stats, batch.counts, fractions), *objective.coupled(stats)]:
+            on = part.requires_grad
+            found = torch.autograd.grad(part, gates, retain_graph=True, allow_unused=True) if on else [None]
+            if any(gradient is None or not gradient.any() for gradient in found):
+                faults.append(f"{name} has no gradient in some router")
+    for name, parameter in model.named_parameters():
+        marked = getattr(parameter, "allreduce", True) is False
+        if marked != (".experts." in name):
+            faults.append(f"{name} is {'an expert' if marked else 'dense'} to DeepSpeed: a wrong mean of gradients")
+    return faults

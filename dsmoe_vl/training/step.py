@@ -1,0 +1,134 @@
+"""One optimizer step: counts over all ranks, forward, objective and backward of every micro-step, the engine's update.
+
+Shapes: N MoE layers, J tasks, M modalities, E experts, G groups of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.data.segment import COUNTS, Batch, TaskId
+from dsmoe_vl.moe.router import Router
+from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
+from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
+
+
+class RoutingSums(NamedTuple):
+    """Sums over the real tokens of a step."""
+
+    load: Tensor  # [N, J, M, E] assignments
+    entropy: Tensor  # [N], nats
+    dropped: Tensor  # [N] assignments
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, over all ranks: loss terms (scalars), routing (None without MoE layers), counts, and the
+    learning rate and gradient norm of the update.
+    """
+
+    terms: dict[str, Tensor]
+    routing: RoutingSums | None
+    counts: dict[str, int]
+    learning_rate: float
+    grad_norm: float
+
+
+class OptimizerStep:
+    """Takes steps with an engine, and carries what one step leaves to the next: loads and the balancing bias."""
+
+    def __init__(self, plan: RunPlan, ranks: Ranks, engine: Any, host: HostGroup, device: torch.device) -> None:
+        self.plan, self.ranks, self.engine, self.host, self.device = plan, ranks, engine, host, device
+        self.objective = Objective(plan)
+        self.moe = plan.recipe.moe
+        self.contrasts = plan.recipe.tasks.retrieval.weight > 0
+        experts, groups = experts_of_layers(plan.recipe), {"all": 1, "task": len(TaskId)}.get(self.moe.balance_over, 3)
+        self.even_load = uniform_load(experts, groups, device) if experts else None
+        self.load_fraction = self.even_load
+        self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are there
+        self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
+
+    def share(self, batches: list[Batch], stop: bool = False) -> tuple[list[Batch], dict[str, int], bool]:
+        """The batches with what their forwards must know of other ranks, the global counts ("patches" too), and whether
+        any rank wants to stop. One small all-reduce on the host. Collective.
+        """
+        names = (*COUNTS, "patches")
+        totals = [sum(batch.counts[name] for batch in batches) for name in COUNTS]
+        totals.append(sum(len(batch.patches) for batch in batches))
+        world, rank = self.ranks.world_size, self.ranks.rank
+        pairs = [0] * (world * len(batches)) if self.contrasts else []  # micro-step by micro-step, then rank by rank
+        if self.contrasts:
+            pairs[rank::world] = [batch.counts["retrieval"] for batch in batches]
+        stops, *summed = self.host.sum([int(stop), *totals, *pairs])
+        if self.contrasts:
+            of_ranks = summed[len(names) :]
+            batches = [
+                replace(batch, pairs_of_ranks=tuple(of_ranks[i * world : (i + 1) * world]))
+                for i, batch in enumerate(batches)
+            ]
+        return batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0
+
+    def __call__(self, batches: list[Batch], counts: dict[str, int]) -> StepResult:
+        """Update the model on batches and counts from `share`. Collective."""
+        learning_rate = self.engine.get_lr()[0]
+        terms: dict[str, Tensor] = {}
+        layer_stats: list[RouterStats] = []
+        for output, stats in self._forwards([batch.to(self.device) for batch in batches]):
+            loss = self.objective(output, stats, counts, self.load_fraction)
+            self.engine.backward(loss.scalar)
+            if self.before_update is not None and self.engine.is_gradient_accumulation_boundary():
+                self.before_update()
+            self.engine.step()
+            for name, value in loss.terms.items():
+                terms[name] = terms[name] + value if name in terms else value
+            if stats is not None:
+                layer_stats.append(RouterStats(*(value.detach() for value in stats)))
+        terms, routing = self._reduce(terms, layer_stats)
+        if routing is not None:
+            self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
+            self._move_selection_bias(routing.load.sum((1, 2)))
+        norm = self.engine.get_global_grad_norm()
+        grad_norm = float(norm) if norm is not None else float("nan")
+        return StepResult(terms, routing, counts, learning_rate, grad_norm)
+
+    def _forwards(self, batches: list[Batch]) -> Iterator[tuple[Any, RouterStats | None]]:
+        if not (self.contrasts and self.plan.recipe.tasks.retrieval.gradient_cache):
+            yield from (self.engine(batch) for batch in batches)
+            return
+        caches = cache_gradients(self.engine, batches, self.plan.recipe.tasks.retrieval.loss)
+        for batch, cache in zip(batches, caches, strict=True):
+            output, stats = self.engine(batch)
+            yield with_cached_gradients(output, cache), stats
+
+    def _move_selection_bias(self, load: Tensor) -> None:
+        if not self.moe.bias_rate:
+            return
+        for router, of_layer in zip(self.routers, load, strict=True):
+            router.move_selection_bias(of_layer[: len(router.selection_bias)], self.moe.bias_rate)
+
+    def _reduce(
+        self, terms: dict[str, Tensor], stats: list[RouterStats]
+    ) -> tuple[dict[str, Tensor], RoutingSums | None]:
+        """Loss terms and routing of the whole step, over all ranks: one all-reduce."""
+        pieces = [torch.stack(list(terms.values()))]
+        if stats:
+            sums = [(s.load, s.entropy_sum.sum(-1), s.dropped) for s in stats]
+            pieces += [torch.stack(list(values)).sum(0) for values in zip(*sums, strict=True)]
+        flat = torch.cat([piece.float().flatten() for piece in pieces])
+        if self.ranks.world_size > 1:
+            dist.all_reduce(flat)
+        split = flat.split([piece.numel() for piece in pieces])
+        values, *rest = (part.view_as(piece) for part, piece in zip(split, pieces, strict=True))
+        reduced = dict(zip(terms, values.unbind(), strict=True))
+        return reduced, RoutingSums(*rest) if stats else None

@@ -1,0 +1,42 @@
+"""Export a trained model: `python launch/export.py --run runs/NAME --output DIR`.
+
+Writes the weights, tokenizer and plan of the newest checkpoint to DIR, which the other programs take as `--run DIR`.
+Experts that output nothing but zeros, as the L1 term makes them, are left out; the model's outputs stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsmoe_vl.checkpoint.export import export_run
+from dsmoe_vl.errors import DsmoeVlError
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Export a trained model for use.")
+    parser.add_argument("--run", type=Path, required=True, help="a run directory, such as runs/quickstart")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print what was dropped and the sizes. Exit status 2 where the run or the folder cannot be used."""
+    args = parse()
+    try:
+        export = export_run(args.run, args.output)
+    except DsmoeVlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{export.checkpoint}")
+    for layer in export.layers:
+        print(f"  layer {layer.layer}: {layer.dropped} of {layer.experts} experts are null and dropped")
+    print(f"  weights: {export.before_bytes:,} bytes before, {export.after_bytes:,} bytes after")
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

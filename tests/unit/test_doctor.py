@@ -1,0 +1,67 @@
+"""The doctor finds the faults that it is there for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.training import doctor
+
+
+@pytest.fixture
+def probe(tiny):
+    recipe = load_recipe(tiny.recipe, ["tasks.retrieval.weight=1", "tasks.summary.weight=1"])
+    return doctor.Probe(doctor.shrink(recipe), {}, Ranks(0, 1, 0), None)
+
+
+def test_a_healthy_recipe_has_no_faults(probe):
+    assert doctor.silent_faults(probe) == []
+
+
+def test_padding_in_the_statistics(probe, monkeypatch):
+    right = RouterStats.of
+
+    def wrong(routing, task_ids, modality_ids, real, *sizes):
+        return right(routing, task_ids, modality_ids, torch.ones_like(real), *sizes)
+
+    monkeypatch.setattr(RouterStats, "of", staticmethod(wrong))
+    (fault,) = doctor.silent_faults(probe)
+    assert fault.startswith("padding is routed into the statistics")
+
+
+def test_a_balancing_term_without_gradient(probe, monkeypatch):
+    right = RouterStats.of
+    monkeypatch.setattr(
+        RouterStats, "of", staticmethod(lambda *given: (s := right(*given))._replace(z_sum=s.z_sum.detach()))
+    )
+    (fault,) = doctor.silent_faults(probe)
+    assert fault == "z_loss has no gradient in some router"
+
+
+def test_an_expert_that_is_dense_to_deepspeed(probe, monkeypatch):
+    right = doctor.build_model
+
+    def wrong(*given):
+        model = right(*given)
+        next(p for name, p in model.named_parameters() if name.endswith("experts.w2")).allreduce = True
+        return model
+
+    monkeypatch.setattr(doctor, "build_model", wrong)
+    (fault,) = doctor.silent_faults(probe)
+    assert "experts.w2 is dense to DeepSpeed" in fault
+
+
+def test_random_evaluation(probe, monkeypatch):
+    right = doctor.build_model
+
+    def wrong(*given):
+        model = right(*given)
+        model.backbone.norm.register_forward_hook(lambda _module, _inputs, out: out + 1e-3 * torch.randn_like(out))
+        return model
+
+    monkeypatch.setattr(doctor, "build_model", wrong)
+    assert all(fault.startswith("evaluation is random: ") for fault in doctor.silent_faults(probe))
+    assert doctor.silent_faults(probe)
