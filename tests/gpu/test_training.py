@@ -19,3 +19,12 @@ def test_bf16_on_one_gpu_learns_like_fp32_on_the_cpu(zero):
     gpu.close()
     for ours, theirs in zip(rounded["terms"], exact["terms"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+
+
+def test_capacity_backend_on_one_gpu_learns_like_fp32_on_the_cpu():
+    flags = ("--zero", "2", "--ep", "1", "--moe", '{"backend": "capacity"}', *FLAGS)
+    gpu = WarmRanks(SCRIPT, 1, ("cuda",), DS_ACCELERATOR="cuda", CUDA_VISIBLE_DEVICES="0")
+    rounded, exact = gpu.ask([*flags, "--bf16"]), curve(1, 2, 1, *flags[4:])
+    gpu.close()
+    for ours, theirs in zip(rounded["terms"], exact["terms"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)

@@ -18,6 +18,7 @@ from dsmoe_vl.inference.generate import generate, prompt_batch
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.moe.experts import Experts, RemainingExperts
 from dsmoe_vl.tasks.caption import CaptionTask
 from dsmoe_vl.tasks.pictures import PictureReader
 from tests.unit.test_caption_task import sample
@@ -74,6 +75,20 @@ def test_same_outputs_from_fewer_weights(run, tmp_path):
     assert ours[0].equal(theirs[0]) and ours[1].equal(theirs[1]) and ours[2] == theirs[2]
     load = ours[1].sum((1, 2))
     assert load[1, :2].sum() > 0 and load[2].sum() > 0  # tokens did choose null experts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: an export was not checked on CUDA")
+def test_remaining_experts_on_cuda():
+    whole, left = Experts(EXPERTS, 64, 32), RemainingExperts(2, 64, 32)
+    kept, counts = torch.tensor([1, 3]), torch.tensor([5, 17, 0, 9])
+    for name in ("w1", "w2", "w3"):
+        torch.nn.init.normal_(getattr(whole, name), std=0.3).data[[0, 2]] = 0
+        getattr(left, name).data.copy_(getattr(whole, name).data[kept])
+    left.kept.copy_(kept)
+    with torch.inference_mode():
+        x, counts = torch.randn(31, 64, device="cuda", dtype=torch.bfloat16), counts.cuda()
+        ours, theirs = (experts.to("cuda", torch.bfloat16)(x, counts) for experts in (left, whole))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_an_exported_model_can_be_exported_again(run, tmp_path):
