@@ -6,9 +6,12 @@ The evaluation splits show only combinations of shape, colour and size (motion, 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from tqdm import tqdm
 
 from data_tools.command import run
 from data_tools.films import film
+from data_tools.parallel import default_workers
 from data_tools.scenes import scene
 from data_tools.writer import ShardWriter
 from dsmoe_vl.errors import DataError
 
 SAMPLES_PER_SHARD = 500
+_CHUNK = 64  # samples that a process draws at a time
 
 Draw = Callable[[np.random.Generator, bool, int, int], tuple[bytes, dict[str, Any]]]
 
@@ -68,18 +73,29 @@ def generate(
             raise DataError(f"{output / name} exists already: delete it first, or choose another --output")
     unfinished = output / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
+    # Spawned, since a trainer that makes its default data has threads, which a fork would not carry over.
+    pool = ProcessPoolExecutor(default_workers(), multiprocessing.get_context("spawn"))
     for stream, (name, _, draw, media_type, held_out, count) in enumerate(kinds):
         if count == 0:
             continue
+        one = partial(_sample, draw, seed, stream, held_out, size, max_objects)
+        # A few samples are sooner drawn than a process is started.
+        samples = pool.map(one, range(count), chunksize=_CHUNK) if count > _CHUNK else map(one, range(count))
         with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
-            for i in tqdm(range(count), desc=name, unit="sample", disable=None, leave=False):
-                media, meta = draw(np.random.default_rng([seed, stream, i]), held_out, size, max_objects)
+            for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
                 key = f"{name}-{i:07d}"
                 meta |= {"id": key, "source": "synthetic", "tasks": of_videos if media_type == "mp4" else of_images}
                 writer.write(key, media, media_type, meta["captions"][0], meta)
+    pool.shutdown()
     for folder in unfinished.iterdir():
         folder.rename(output / folder.name)
     unfinished.rmdir()
+
+
+def _sample(
+    draw: Draw, seed: int, stream: int, held_out: bool, size: int, max_objects: int, i: int
+) -> tuple[bytes, dict[str, Any]]:
+    return draw(np.random.default_rng([seed, stream, i]), held_out, size, max_objects)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import MoEConfig, Recipe
 from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
 from dsmoe_vl.data.segment import Batch, Pack
@@ -33,6 +33,11 @@ from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine, build_model, full_gradient
 from dsmoe_vl.training.step import OptimizerStep
 
+# Settings of the capacity backend under which no token is dropped and no choice is random.
+_WITHOUT_CHANCE: dict[str, Any] = {
+    **{name: getattr(MoEConfig(), name) for name in ("capacity_factor", "eval_capacity_factor", "min_capacity")},
+    **{"drop_tokens": False, "noisy_gate": "", "random_token_selection": False},
+}
 PACKS = 8  # of a step
 STEPS = 2
 
@@ -55,7 +60,10 @@ class Split:
 
 
 def shrink(recipe: Recipe) -> Recipe:
-    """The same recipe with a model that trains a step in a moment: narrow, two sparse layers, eight experts at most."""
+    """The same recipe with a model that trains a step in a moment: narrow, two sparse layers, eight experts at most.
+
+    Without noise and dropped tokens, which depend on the split by their nature.
+    """
     model, moe, vision = recipe.model, recipe.moe, recipe.model.vision
     ratio = model.heads // model.kv_heads
     kv_heads = 2 if ratio <= 2 else 1
@@ -69,7 +77,8 @@ def shrink(recipe: Recipe) -> Recipe:
         ),
         moe=replace(
             moe, experts=experts, top_k=min(moe.top_k, experts), ffn_width=16, first_dense_layers=dense,
-            shared_ffn_width=min(moe.shared_ffn_width, 16),
+            shared_ffn_width=min(moe.shared_ffn_width, 16), experts_per_layer=(),
+            **(_WITHOUT_CHANCE if moe.backend == "capacity" else {}),
         ),
         data=replace(recipe.data, workers=0),
     )  # fmt: skip

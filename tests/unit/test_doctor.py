@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsmoe_vl.config.checks import check_recipe
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.parallel.ranks import Ranks
@@ -65,3 +66,11 @@ def test_random_evaluation(probe, monkeypatch):
     monkeypatch.setattr(doctor, "build_model", wrong)
     assert all(fault.startswith("evaluation is random: ") for fault in doctor.silent_faults(probe))
     assert doctor.silent_faults(probe)
+
+
+def test_the_shrunk_recipe_of_either_backend_leaves_nothing_to_chance(tiny):
+    settings = ["moe.backend=capacity", "moe.capacity_factor=1.0", "moe.top_k=1", "moe.noisy_gate=RSample"]
+    recipe = doctor.shrink(load_recipe(tiny.recipe, settings))
+    assert (recipe.moe.drop_tokens, recipe.moe.noisy_gate, recipe.moe.capacity_factor) == (False, "", 1.25)
+    check_recipe(recipe, 2, "tiny.toml")
+    assert doctor.shrink(load_recipe(tiny.recipe)).moe.drop_tokens
