@@ -44,24 +44,44 @@ def parse() -> argparse.Namespace:
 
 
 def examine(args: argparse.Namespace) -> None:
-    """One rank's part: all splits of this world size; rank 0 writes what they came to. Raises DsmoeVlError."""
+    """One rank's part: all splits of this world size; rank 0 writes what they came to. Raises DsmoeVlError.
+
+    Gradients are compared here with those of the first split, which one rank leaves in a file for two.
+    """
     import logging
+
+    import torch
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
-    from dsmoe_vl.training.doctor import Probe, Split, couples_micro_steps, shrink, silent_faults
+    from dsmoe_vl.training.doctor import (
+        Probe,
+        Split,
+        couples_micro_steps,
+        largest_gradient_difference,
+        shrink,
+        silent_faults,
+    )
 
     ranks = Ranks.discover()
     start_process_group(ranks, "cpu")
     recipe = shrink(load_recipe(args.recipe, args.overrides))
+    coupled = couples_micro_steps(recipe)
     probe = Probe(recipe, load_deepspeed(args.deepspeed), ranks, HostGroup())
+    gradients_file = args.results.with_name("gradients.pt")
+    references = torch.load(gradients_file) if gradients_file.exists() else {}
     with args.results.open("w") if ranks.rank == 0 else open(os.devnull, "w") as file:
         if ranks.world_size == 1:
-            found = {"coupled": couples_micro_steps(recipe), "faults": silent_faults(probe)}
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps({"coupled": coupled, "faults": silent_faults(probe)}) + "\n")
         for split in Split.grid(ranks.world_size, (1, 2) if recipe.moe.backend == "capacity" else (1, 2, 3)):
-            file.write(json.dumps({"split": asdict(split), "values": probe.run(split)}) + "\n")
+            values, gradients = probe.run(split)
+            reference = references.setdefault(split.accumulation if coupled else 0, gradients)
+            line = {"split": asdict(split), "values": values}
+            line["gradients"] = largest_gradient_difference(reference, gradients)
+            file.write(json.dumps(line) + "\n")
             file.flush()
+    if ranks.world_size == 1:
+        torch.save(references, gradients_file)
 
 
 def start_world(ranks: int, results: Path) -> int:
@@ -88,7 +108,7 @@ def start_world(ranks: int, results: Path) -> int:
 
 def report(lines: list[dict[str, Any]]) -> bool:
     """Print the table and the faults; whether all is well."""
-    from dsmoe_vl.training.doctor import largest_differences, linear_terms
+    from dsmoe_vl.training.doctor import largest_difference, linear_terms
 
     coupled = any(line.get("coupled") for line in lines)
     first = next(line["values"] for line in lines if "values" in line)
@@ -100,15 +120,16 @@ def report(lines: list[dict[str, Any]]) -> bool:
             continue
         split, values = line["split"], line["values"]
         accumulation, order = split["accumulation"], "reversed" if split["reversed_packs"] else "as drawn"
-        compared = [(references.setdefault(accumulation if coupled else 0, values), values)]
-        if compared[0][0] is values:  # the first of its accumulation
-            compared.append((linear_terms(first), linear_terms(values)))
-        differences = [largest_differences(*pair) for pair in compared]
-        found = {kind: max(difference[kind] for difference in differences) for kind in differences[0]}
-        shown = "".join(f"{difference:11.1e}" for difference, _ in found.values())
+        reference = references.setdefault(accumulation if coupled else 0, values)
+        norms = [name for name in values if name.startswith("grad_norm")]
+        terms = largest_difference(reference, values, [name for name in values if name not in norms])
+        if coupled:
+            terms = max(terms, largest_difference(first, values, linear_terms(values)))
+        found = [terms, largest_difference(reference, values, norms), tuple(line["gradients"])]
+        shown = "".join(f"{difference:11.1e}" for difference, _ in found)
         print(f"{split['ranks']:6}{split['ep_size']:4}{split['zero_stage']:6}{accumulation:13}{order:>10}{shown}")
-        worst = max(worst, *(difference for difference, _ in found.values()))
-        for difference, name in found.values():
+        worst = max(worst, *(difference for difference, _ in found))
+        for difference, name in found:
             if difference > _TOLERANCE:
                 print(f"      differs: {name}")
     verdict = "ok" if worst <= _TOLERANCE else "FAILED"

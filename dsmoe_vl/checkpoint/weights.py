@@ -1,9 +1,8 @@
-"""The weights of a model in one file that needs neither DeepSpeed nor the topology that trained it."""
+"""The tensors of a trained model under the names of the one-process model, whatever topology holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepspeed
@@ -19,30 +18,44 @@ EXPERT_WEIGHTS = ("w1", "w2", "w3")
 
 
 def save_weights(model: nn.Module, zero_stage: int, path: Path) -> None:
-    """Gather every parameter to rank 0, one at a time, and write it under its name in the one-process model.
+    """Gather every parameter, one at a time, into one file that needs neither DeepSpeed nor the topology.
 
-    Collective: every rank calls it. Expert tensors of the ranks of one expert-parallel group are joined.
+    Collective: every rank calls it.
     """
+
+    def whole(parameter: nn.Parameter) -> Tensor:
+        if zero_stage < 3:
+            return parameter.detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
     weights: dict[str, Tensor] = {}
-    for name, held, group in _held(model):
-        gathered = deepspeed.zero.GatheredParameters([held]) if zero_stage == 3 else nullcontext()
-        with gathered, torch.no_grad():
-            value = torch.stack(held) if isinstance(held, list) else held.detach()
-            if group is not None:
-                parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-                dist.all_gather(parts, value.contiguous(), group=group)
-                value = torch.cat(parts)
-            if dist.get_rank() == 0:
-                weights[name.removeprefix("backbone.")] = value.to("cpu", copy=True).contiguous()
+    for name, value in one_process_tensors(model, whole):
+        if dist.get_rank() == 0:
+            weights[name.removeprefix("backbone.")] = value.to("cpu", copy=True).contiguous()
     for name, buffer in model.named_buffers():  # the routers' balancing biases, the same on every rank
         weights[one_process_name(name).removeprefix("backbone.")] = buffer.to("cpu", copy=True)
     if dist.get_rank() == 0:
         save_file(weights, path)
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, Tensor | list[Tensor], dist.ProcessGroup | None]]:
-    """What this rank holds of every tensor of the one-process model: its name, the tensor (or one tensor an expert),
-    and the ranks that hold the other experts, in order, where there are any."""
+def one_process_tensors(model: nn.Module, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What `read` gives for every parameter (its value, its gradient), under its name in the one-process model.
+
+    Expert tensors of the ranks of one expert-parallel group are joined. Every rank gets everything. Collective.
+    """
+    for name, held, group in _held(model):
+        value = torch.stack([read(one) for one in held]) if isinstance(held, list) else read(held)
+        if group is not None:
+            parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, value.contiguous(), group=group)
+            value = torch.cat(parts)
+        yield name, value
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, nn.Parameter | list[nn.Parameter], dist.ProcessGroup | None]]:
+    """What this rank holds of every tensor of the one-process model: its name, the parameter (or one an expert), and
+    the ranks that hold the other experts, in order, where there are any."""
     groups: dict[str, dist.ProcessGroup] = {}
     separate: set[int] = set()
     for name, module in model.named_modules():

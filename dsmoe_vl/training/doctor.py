@@ -6,16 +6,17 @@ accumulation, order of packing) must leave every loss term and every gradient as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, product
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dsmoe_vl.checkpoint.weights import one_process_tensors
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import MoEConfig, Recipe
 from dsmoe_vl.config.resolve import resolve
@@ -112,21 +113,22 @@ class Probe:
             ours["activation_checkpointing"] = self.deepspeed["activation_checkpointing"]
         return resolve(self.recipe, ours, split.ranks, device="cpu", bf16_unit=False)
 
-    def run(self, split: Split) -> dict[str, float]:
-        """Every term and the gradient norm of both steps, and the gradients of the first, as `gradient/NAME` norms and
-        projections. The same on every rank. Collective."""
+    def run(self, split: Split) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Every term and the gradient norm of both steps, and every parameter's gradient in the first, under its name
+        in the one-process model. The same on every rank. Collective."""
         plan = self.plan(split)
         engine = build_engine(plan, self.ranks, self.tasks)
         take_step = OptimizerStep(plan, self.ranks, engine, self.host, torch.device("cpu"))
         values: dict[str, float] = {}
+        gradients: dict[str, Tensor] = {}
         for step in range(STEPS):
-            take_step.before_update = partial(_add_gradients, engine.module, values) if step == 0 else None
+            take_step.before_update = partial(_collect, engine.module, gradients) if step == 0 else None
             batches, counts, _ = take_step.share(self._batches(split, step))
             result = take_step(batches, counts)
             values |= {f"{name}, step {step}": float(value) for name, value in result.terms.items()}
             values[f"grad_norm, step {step}"] = result.grad_norm
         engine.destroy()
-        return values
+        return values, gradients
 
     def batch_with_padding(self) -> Batch:
         """One pack that is half empty."""
@@ -167,51 +169,29 @@ class Probe:
         return assemble([segment for item in items for segment in item.segments], self.shape)
 
 
-def _add_gradients(module: torch.nn.Module, values: dict[str, float]) -> None:
-    """Add two numbers of each parameter's gradient: its norm, and its product with fixed numbers relative to that.
-
-    Expert parameters are summed over the ranks that share one set of experts: norms and products alike add up.
-    """
-    from dsmoe_vl.moe.layer import ExpertParallelMoE
-
-    owners = {
-        f"{name}.experts.{weight}": owner
-        for name, owner in module.named_modules()
-        if isinstance(owner, ExpertParallelMoE)
-        for weight in ("w1", "w2", "w3")
-    }
-    for name, parameter in module.named_parameters():
-        gradient = full_gradient(parameter)
-        assert gradient is not None, f"{name} has no gradient"
-        owner = owners.get(name)
-        first = 0 if owner is None or owner.ep_size == 1 else owner.ep_rank * len(gradient)
-        sums = torch.stack([gradient.double().square().sum(), (gradient.double() * _numbers(gradient, first)).sum()])
-        if owner is not None and owner.ep_size > 1:
-            dist.all_reduce(sums, group=owner.ep_group)
-        norm = float(sums[0].sqrt())
-        values[f"gradient/{name} norm"] = norm
-        values[f"gradient/{name} direction"] = float(sums[1]) / max(norm, 1e-12)
+def _collect(module: torch.nn.Module, gradients: dict[str, Tensor]) -> None:
+    gradients.update((name, value.clone()) for name, value in one_process_tensors(module, full_gradient))
 
 
-def _numbers(like: Tensor, first: int) -> Tensor:
-    """Fixed pseudo-random numbers in -1 to 1 for rows `first`, `first + 1`, ... of a tensor."""
-    count = like.numel()
-    index = torch.arange(count, dtype=torch.float64) + first * (count // max(len(like), 1))
-    return torch.sin(index * 12.9898 + 78.233).view_as(like)
-
-
-def largest_differences(reference: dict[str, float], other: dict[str, float]) -> dict[str, tuple[float, str]]:
-    """The largest relative difference, and where: by `terms`, `grad_norm` and `gradients`.
+def largest_difference(reference: dict[str, float], other: dict[str, float], names: Iterable[str]) -> tuple[float, str]:
+    """The largest relative difference of the named values, and which.
 
     Numbers below 1e-3 are compared absolutely, as if they were 1e-3: they are differences of larger ones.
     """
+    differences = ((abs(other[name] - reference[name]) / max(abs(reference[name]), 1e-3), name) for name in names)
+    return max(differences, default=(0.0, ""))
+
+
+def largest_gradient_difference(reference: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest `||other - reference|| / ||reference||` of a parameter's gradient, and which.
+
+    A gradient smaller than 1e-6 of the whole one is what rounding leaves of 0, and is compared with that.
+    """
     assert reference.keys() == other.keys()
-    found = dict.fromkeys(("terms", "grad_norm", "gradients"), (0.0, ""))
-    for name, value in reference.items():
-        kind = "gradients" if name.startswith("gradient/") else "grad_norm" if name.startswith("grad_norm") else "terms"
-        difference = abs(other[name] - value) / max(abs(value), 1e-3)
-        found[kind] = max(found[kind], (difference, name))
-    return found
+    norms = {name: float(gradient.double().norm()) for name, gradient in reference.items()}
+    least = 1e-6 * math.hypot(*norms.values())
+    differences = {name: float((other[name].double() - value.double()).norm()) for name, value in reference.items()}
+    return max((difference / max(norms[name], least), name) for name, difference in differences.items())
 
 
 def couples_micro_steps(recipe: Recipe) -> bool:
@@ -221,10 +201,10 @@ def couples_micro_steps(recipe: Recipe) -> bool:
     return contrast or moe.global_entropy_weight > 0 or moe.mutual_information_weight > 0
 
 
-def linear_terms(values: dict[str, float]) -> dict[str, float]:
+def linear_terms(names: Iterable[str]) -> list[str]:
     """The first step's terms that are the same for every accumulation, whatever else the recipe holds."""
-    coupled = ("loss,", "loss_retrieval", "global_entropy", "mutual_information", "gradient/", "grad_norm")
-    return {name: value for name, value in values.items() if name.endswith("step 0") and not name.startswith(coupled)}
+    coupled = ("loss,", "loss_retrieval", "global_entropy", "mutual_information", "grad_norm")
+    return [name for name in names if name.endswith("step 0") and not name.startswith(coupled)]
 
 
 def silent_faults(probe: Probe) -> list[str]:

@@ -51,9 +51,11 @@ def wrap(plan: RunPlan, model: nn.Module) -> Any:
     return engine
 
 
-def full_gradient(parameter: nn.Parameter) -> Tensor | None:
+def full_gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter that ZeRO has partitioned, between the last backward of a step and its update.
 
     Of an expert, that of this rank's slice. Collective.
     """
-    return safe_get_full_grad(parameter)
+    gradient = safe_get_full_grad(parameter)
+    assert gradient is not None, "a parameter took no part"
+    return gradient
