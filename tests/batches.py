@@ -80,14 +80,19 @@ def text_only(rng: np.random.Generator) -> list[Segment]:
 
 
 def mixed_pack(seed: int, without: tuple[str, ...] = ()) -> Pack:
-    """A pack of all tasks, of images and of videos, some padding at its end; a pure function of its arguments."""
+    """A pack of all tasks, of images and of videos, some padding at its end; a pure function of its arguments.
+
+    `without` names tasks and "image"; text alone where nothing is left.
+    """
     rng = np.random.default_rng(seed)
-    makers = {
-        "caption": [caption, lambda r: caption(r, 2)],
-        "retrieval": [pair, lambda r: pair(r, 2)],
-        "summary": [summary],
-    }
-    choice = [make for task, those in makers.items() if task not in without for make in those] or [text_only]
+    makers = [
+        ({"caption", "image"}, caption),
+        ({"caption"}, lambda r: caption(r, 2)),
+        ({"retrieval", "image"}, pair),
+        ({"retrieval"}, lambda r: pair(r, 2)),
+        ({"summary"}, summary),
+    ]
+    choice = [make for holds, make in makers if not holds.intersection(without)] or [text_only]
     segments: list[Segment] = []
     while True:
         more = choice[rng.integers(len(choice))](rng)

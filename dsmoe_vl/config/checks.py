@@ -70,7 +70,7 @@ _NOT_NEGATIVE = (
 
 _CHOICES = {
     "moe.backend": ("dropless", "capacity"),
-    "moe.routing": ("token", "task", "isolated"),
+    "moe.routing": ("token", "plain", "task", "isolated"),
     "moe.balance_over": ("all", "task", "modality"),
     "tasks.retrieval.loss": ("info_nce", "sigmoid"),
 }

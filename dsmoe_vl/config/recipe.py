@@ -45,7 +45,8 @@ class MoEConfig:
     ffn_width: int = 1408  # F; hidden width of one expert
     shared_ffn_width: int = 0  # hidden width of the always-on shared expert; 0: none
     first_dense_layers: int = 1  # the first decoder layers that stay dense
-    routing: str = "token"  # what the gate reads: "token" (token, task, modality), "task", or "isolated" modalities
+    # What the gate reads: "token" (token, task and modality), "plain" (token), "task", or "isolated" (by modality).
+    routing: str = "token"
     balance_weight: float = 0.01  # coefficient of the load-balance loss; 0: off, as for all below
     balance_over: str = "all"  # tokens among which load is balanced: "all", those of a "task", or of a "modality"
     z_weight: float = 0.001  # coefficient of the router z-loss

@@ -52,6 +52,8 @@ class CapacityGate(TopKGate):
         slots = self._slots(routing, real)
         _, _, _, experts, places, gates, _ = self._assign(_offered(routing, real), slots)
         computed = (experts >= 0) & (experts < self.expert_count)
+        if self.router.top_k == 1:
+            gates = routing.gates.t() * computed  # DeepSpeed's is 1
         routing = routing._replace(experts=experts.long().clamp(0, self.expert_count - 1).t())
         stats = RouterStats.of(
             routing, task_ids, modality_ids, real, self.router.tasks, self.router.modalities, computed.t()

@@ -61,7 +61,8 @@ class CapacityFeedForward(nn.Module):
             kept = within_capacity(routing.experts, routing.gates, real, expert_count, slots)
         stats = RouterStats.of(routing, task_ids, modality_ids, real, self.router.tasks, self.router.modalities, kept)
         gates = routing.gates * kept
-        gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
+        if self.router.top_k > 1:
+            gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
         out = run_sorted(self.experts, x, routing.experts, gates, expert_count)
         if self.mlp is not None and self.coefficient is not None:
             share = self.coefficient(x).softmax(-1)

@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     """The decision for T tokens. A tuple, because ZeRO-3 looks for tensors in tuples only."""
 
     experts: Tensor  # int64 [T, K]
-    gates: Tensor  # float32 [T, K], each row sums to 1
+    gates: Tensor  # float32 [T, K], each row sums to 1; with K = 1, p
     probabilities: Tensor  # float32 [T, E]
     logits: Tensor  # float32 [T, E]
 
@@ -26,11 +26,15 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """`z = W x + b[task] + u[modality]`, softmax in fp32, the K largest of `p + beta`, their p renormalised to sum 1.
 
+    With K = 1 the gate is p itself (Fedus et al. 2021, eq. 2): renormalised it would be 1, and no task's loss would
+    reach the router.
+
     b and u start at zero: before they learn, this is the plain softmax gate (Shazeer et al. 2017). beta is the
     aux-loss-free balancing bias (Wang et al. 2024, eq. 3): it chooses experts and never weighs them; the trainer moves
     it. Modes:
 
     - "token": all three terms of z.
+    - "plain": z = W x alone, the gate that knows neither task nor modality; to compare with.
     - "task": z = b[task] alone, so that all tokens of a task go to the same experts.
     - "isolated": as "token", within the experts of the token's modality: expert e belongs to modality e * M // E.
     """
@@ -58,15 +62,20 @@ class Router(nn.Module):
             scores = scores.masked_fill(logits.isinf(), float("-inf"))
         experts = scores.topk(self.top_k, dim=-1).indices
         gates = probabilities.gather(-1, experts)
-        gates = gates / gates.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        if self.top_k > 1:
+            gates = gates / gates.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         return Routing(experts, gates, probabilities, logits)
 
     def _logits(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor) -> Tensor:
         from_task = F.embedding(task_ids, self.task_bias).float()
-        from_token = F.linear(x.float(), self.weight.float()) + F.embedding(modality_ids, self.modality_bias)
+        from_modality = F.embedding(modality_ids, self.modality_bias).float()
+        from_token = F.linear(x.float(), self.weight.float())
+        # What a mode does not use stays in the graph: every rank reduces the same gradients.
         if self.mode == "task":
-            return from_task + 0 * from_token  # W and u stay in the graph: every rank reduces the same gradients
-        logits = from_token + from_task
+            return from_task + 0 * (from_token + from_modality)
+        if self.mode == "plain":
+            return from_token + 0 * (from_task + from_modality)
+        logits = from_token + from_modality + from_task
         if self.mode == "isolated":
             logits = logits.masked_fill(self._owners(x.device) != modality_ids.unsqueeze(-1), float("-inf"))
         return logits

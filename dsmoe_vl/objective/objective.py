@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.config.recipe import TasksConfig
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.moe.balance import (
     global_entropy_loss,
@@ -42,14 +43,7 @@ class Objective:
     """Turns the sums of one micro-step into one scalar."""
 
     def __init__(self, plan: RunPlan) -> None:
-        tasks, self.moe = plan.recipe.tasks, plan.recipe.moe
-        self.weights = {
-            "caption": tasks.caption.weight,
-            "retrieval": tasks.retrieval.weight,
-            "summary": tasks.summary.weight,
-            "importance": tasks.summary.importance_weight,
-            "ranking": tasks.summary.ranking_weight,
-        }
+        self.moe, self.weights = plan.recipe.moe, term_weights(plan.recipe.tasks)
         self.ranks, self.accumulation = plan.dp_size, plan.accumulation
         self.experts = torch.tensor(experts_of_layers(plan.recipe)).view(-1, 1, 1)
 
@@ -111,6 +105,17 @@ class Objective:
         if moe.mutual_information_weight:
             value = -mutual_information(grouped(sums, "task")).sum() / self.accumulation
             yield "mutual_information_loss", moe.mutual_information_weight, value
+
+
+def term_weights(tasks: TasksConfig) -> dict[str, float]:
+    """w_i of every term of the tasks' losses."""
+    return {
+        "caption": tasks.caption.weight,
+        "retrieval": tasks.retrieval.weight,
+        "summary": tasks.summary.weight,
+        "importance": tasks.summary.importance_weight,
+        "ranking": tasks.summary.ranking_weight,
+    }
 
 
 def uniform_load(experts: Sequence[int], groups: int, device: torch.device | str) -> Tensor:

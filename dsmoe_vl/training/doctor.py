@@ -220,7 +220,7 @@ def silent_faults(probe: Probe) -> list[str]:
     faults += [f"evaluation is random: {term} changes when repeated" for term in once if once[term] != again[term]]
 
     model.train()
-    _, stats = model(batch)
+    output, stats = model(batch)
     if stats is not None:
         assigned = round(float(stats.load.sum() + stats.dropped.sum()))
         wanted = batch.counts["tokens"] * plan.recipe.moe.top_k * len(stats.load)
@@ -229,7 +229,9 @@ def silent_faults(probe: Probe) -> list[str]:
         routers = [module for module in model.modules() if isinstance(module, Router)]
         gates = [router.task_bias if router.mode == "task" else router.weight for router in routers]
         fractions = load_fractions(stats.load, plan.recipe.moe.balance_over)
-        for name, _, part in [*objective.linear(stats, batch.counts, fractions), *objective.coupled(stats)]:
+        sums = list(output.loss_sums.values())  # none where the gradient cache holds the only task's
+        terms = [("the tasks' loss", 1.0, torch.stack(sums).sum())] if sums else []
+        for name, _, part in [*terms, *objective.linear(stats, batch.counts, fractions), *objective.coupled(stats)]:
             on = part.requires_grad
             found = torch.autograd.grad(part, gates, retain_graph=True, allow_unused=True) if on else [None]
             if any(gradient is None or not gradient.any() for gradient in found):

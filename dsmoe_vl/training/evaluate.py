@@ -13,6 +13,7 @@ from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.loader import evaluation_packs
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.data.segment import Batch
+from dsmoe_vl.objective.objective import term_weights
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.tasks.registry import Encoder
@@ -23,7 +24,7 @@ class HeldOut:
 
     def __init__(self, plan: RunPlan, ranks: Ranks, encode: Encoder, terms: tuple[str, ...], host: HostGroup) -> None:
         recipe = plan.recipe
-        self.terms = terms
+        self.terms, self.weights = terms, term_weights(recipe.tasks)
         self.batches: dict[str, list[Batch]] = {}
         sources = recipe.data.evaluation
         for source in sources:
@@ -46,7 +47,8 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, engine: Any, device: torch.device) -> dict[str, float]:
-        """Mean loss per target of every term: over all sources (`eval_loss_TERM`) and per source. Collective."""
+        """Mean loss per target of every term, over all sources (`eval_loss_TERM`) and per source, and the weighted sum
+        of the former (`eval_loss`). Collective."""
         engine.eval()
         sums = {name: torch.zeros(2, len(self.terms), device=device, dtype=torch.float64) for name in self.batches}
         for name, batches in self.batches.items():
@@ -60,9 +62,10 @@ class HeldOut:
         if dist.get_world_size() > 1:
             dist.all_reduce(stacked)
         totals = {"": stacked.sum(0), **{f"_{name}": stacked[row] for row, name in enumerate(sums)}}
-        return {
+        means = {
             f"eval_loss_{term}{suffix}": float(total[0, column] / total[1, column])
             for suffix, total in totals.items()
             for column, term in enumerate(self.terms)
             if total[1, column] > 0
         }
+        return {"eval_loss": sum(self.weights[t] * means.get(f"eval_loss_{t}", 0.0) for t in self.terms), **means}

@@ -67,12 +67,13 @@ def test_dropless_pyramid(tmp_path):
     assert largest_difference(curve(2, 2, 2, *flags, *wide), one) < 1e-5
 
 
+@pytest.mark.parametrize("zero", [1, 2])
 @pytest.mark.parametrize("more", [
     NARROW, settings(drop_tokens=False), settings(top_k=1, random_token_selection=True, noisy_gate="RSample"),
     settings(noisy_gate="Jitter"),
 ], ids=str)  # fmt: skip
-def test_a_rank_with_text_alone_does_not_hang(more):
-    result = curve(2, 2, 2, "--one-sided", "--steps", "2", *more)
+def test_text_alone_beside_videos_alone_does_not_hang(more, zero):
+    result = curve(2, zero, 2, "--one-sided", "--steps", "2", *more)
     assert len(result["terms"]) == 2
 
 

@@ -56,7 +56,15 @@ def test_four_steps_of_all_tasks(zero, ep):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--all-terms", "--routing task", "--routing isolated", "--contrast sigmoid", "--gradient-cache"]
+    "flags",
+    [
+        "--all-terms",
+        "--routing plain",
+        "--routing task",
+        "--routing isolated",
+        "--contrast sigmoid",
+        "--gradient-cache",
+    ],
 )
 def test_every_choice_is_the_same_on_two_ranks(flags):
     flags = (*flags.split(), "--accumulation", "2", "--steps", "3")
@@ -73,7 +81,7 @@ def test_the_gradient_cache_contrasts_over_accumulation():
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_a_rank_without_pictures_pairs_or_summaries_does_not_hang(zero):
+def test_text_alone_beside_videos_alone_does_not_hang(zero):
     for flags in [(), ("--contrast", "sigmoid", "--all-terms"), ("--gradient-cache",)]:
         result = curve(2, zero, 2, "--one-sided", "--steps", "2", *flags)
         assert len(result["terms"]) == 2

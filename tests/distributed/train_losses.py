@@ -78,7 +78,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reload", type=Path, help="write the weights there and read them without the engine")
     parser.add_argument("--contrast", default="info_nce")
     parser.add_argument("--gradient-cache", action="store_true")
-    parser.add_argument("--one-sided", action="store_true", help="text alone on rank 0, no text alone on the others")
+    parser.add_argument("--one-sided", action="store_true", help="text alone on rank 0, videos alone on the others")
     return parser.parse_args(arguments)
 
 
@@ -125,8 +125,8 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     terms, norms, dropped = [], [], []
     for step in range(args.steps):
         without = ("retrieval", "summary") if args.caption_only else ()
-        if args.one_sided and ranks.rank == 0:
-            without = ("caption", "retrieval", "summary")
+        if args.one_sided:
+            without = ("image",) if ranks.rank else ("caption", "retrieval", "summary")
         own = range(ranks.rank, PACKS_PER_STEP, ranks.world_size)
         packs = [mixed_pack(100 * step + index, without) for index in own]
         batches = [collate(packs[i : i + micro_batch]) for i in range(0, len(packs), micro_batch)]

@@ -44,7 +44,8 @@ def oracle(layer, x, tasks, modalities):
         out = torch.zeros(WIDTH)
         for e in best:
             hidden = F.silu(experts.w1[e] @ x[t]) * (experts.w3[e] @ x[t])
-            out = out + p[e] / p[best].sum() * (experts.w2[e] @ hidden)
+            gate = p[e] / p[best].sum() if router.top_k > 1 else p[e]
+            out = out + gate * (experts.w2[e] @ hidden)
         if layer.shared is not None:
             out = out + layer.shared(x[t])
         rows.append(out)

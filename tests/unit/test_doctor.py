@@ -7,6 +7,7 @@ import torch
 
 from dsmoe_vl.config.checks import check_recipe
 from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.training import doctor
@@ -74,3 +75,15 @@ def test_the_shrunk_recipe_of_either_backend_leaves_nothing_to_chance(tiny):
     assert (recipe.moe.drop_tokens, recipe.moe.noisy_gate, recipe.moe.capacity_factor) == (False, "", 1.25)
     check_recipe(recipe, 2, "tiny.toml")
     assert doctor.shrink(load_recipe(tiny.recipe)).moe.drop_tokens
+
+
+def test_a_router_that_no_task_teaches(probe, monkeypatch):
+    right = Router.forward
+
+    def wrong(*given):
+        routing = right(*given)
+        return routing._replace(gates=routing.gates.detach())
+
+    monkeypatch.setattr(Router, "forward", wrong)
+    (fault,) = doctor.silent_faults(probe)
+    assert fault == "the tasks' loss has no gradient in some router"

@@ -6,7 +6,7 @@ import torch
 from dsmoe_vl.moe.router import Router
 
 WIDTH, TOP_K, TASKS, MODALITIES, TOKENS = 8, 2, 2, 3, 60
-MODES = ("token", "task", "isolated")
+MODES = ("token", "plain", "task", "isolated")
 
 
 def build(mode, experts=7, seed=0):
@@ -42,9 +42,12 @@ def test_every_token_against_loops(mode):
         for e in range(7):
             if mode == "isolated" and e * MODALITIES // 7 != modalities[t]:
                 continue
-            z[e] = router.task_bias[tasks[t], e]
-            if mode != "task":
-                z[e] = z[e] + router.weight[e] @ x[t] + router.modality_bias[modalities[t], e]
+            if mode == "task":
+                z[e] = router.task_bias[tasks[t], e]
+                continue
+            z[e] = router.weight[e] @ x[t]
+            if mode != "plain":
+                z[e] = z[e] + router.task_bias[tasks[t], e] + router.modality_bias[modalities[t], e]
         partition = sum(value.exp() for value in z.values())
         p = {e: value.exp() / partition for e, value in z.items()}
         chosen = sorted(p, key=lambda e: p[e] + router.selection_bias[e], reverse=True)[:TOP_K]

@@ -1,0 +1,292 @@
+"""Does sparsity help, does the gate's knowledge of the task help, does learning together cost anything?
+
+    python benchmarks/compare.py [--seeds 1 2 3] [--steps 400] [--jobs 2]      (some forty minutes on two cores)
+
+Trains, one process a run, and writes benchmarks/results/compare.json, docs/results.md and its plot. Runs are kept in
+runs/compare; those that are there are not trained again. Needs the quickstart's shards and matplotlib (the extra
+"compare").
+
+- Variants: `three_tasks.toml` on smaller packs, as it is, with a plain gate, and dense at equal active FLOPs; a seed
+  decides first values and the order of the data. All variants of a seed see the same packs.
+- Alone: `three_tasks.toml` as it is, and with one task and packs so much smaller that a step holds as many of its
+  samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dsmoe_vl.config.deepspeed_json import load_deepspeed
+from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.resolve import resolve
+from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.tasks.registry import Encoder, build_tasks
+
+_ROOT = Path(__file__).resolve().parent.parent
+_RECIPE = _ROOT / "launch/recipes/three_tasks.toml"
+_DEEPSPEED = _ROOT / "ds_configs/moe.json"
+_RESULTS = _ROOT / "benchmarks/results/compare.json"
+_PAGE = _ROOT / "docs/results.md"
+_PLOT = _ROOT / "docs/images/sparse_against_dense.png"
+
+SMALLER = ("data.pack_length=1024", "data.pack_patches=3840")
+VARIANTS = {
+    "sparse, gate knows task and modality": (),
+    "sparse, plain gate": ("moe.routing=plain",),
+    # The experts of a token are together as wide as the dense feed-forward.
+    "dense, equal active FLOPs": ("moe.first_dense_layers=4", "model.ffn_width=512"),
+}
+TOGETHER = "together"
+# Of each task: its scores, as (folder of shards, name in eval.json).
+SCORES = {
+    "caption": [("images_eval", "attribute_accuracy"), ("videos_eval", "attribute_accuracy")],
+    "retrieval": [
+        ("images_eval", "media_to_text_r1"), ("images_eval", "text_to_media_r1"),
+        ("videos_eval", "media_to_text_r1"), ("videos_eval", "text_to_media_r1"),
+    ],
+    "summary": [
+        ("videos_eval", "key_frame_f"), ("videos_eval", "kendall_tau"), ("videos_eval", "attribute_accuracy"),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and where it is kept."""
+
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    ranks: int = 1
+
+    def train(self) -> None:
+        """Train, or continue, or do nothing where it is done. Raises CalledProcessError."""
+        command = [str(_ROOT / "launch/train.py"), "--deepspeed", str(_DEEPSPEED), "--recipe", str(_RECIPE)]
+        launcher = [sys.executable]
+        if self.ranks > 1:
+            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.txt").open("a") as log:
+            subprocess.run(
+                [*launcher, *command, "--run-dir", str(self.folder), *self.overrides],
+                cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True,
+            )  # fmt: skip
+
+    def evaluate(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores by folder of shards and task, as launch/evaluate.py finds them."""
+        scores = self.folder / "eval.json"
+        if not scores.exists():
+            subprocess.run(
+                [sys.executable, str(_ROOT / "launch/evaluate.py"), "--run", str(self.folder)],
+                cwd=_ROOT, stdout=subprocess.DEVNULL, check=True,
+            )  # fmt: skip
+        return {Path(folder).name: found for folder, found in json.loads(scores.read_text()).items()}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass
+class Variant:
+    """What the seeds of one variant came to."""
+
+    name: str
+    parameters: int
+    active: int
+    flops_per_token: float
+    steps: list[int] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)  # [seed][evaluation]
+    last: list[dict[str, float]] = field(default_factory=list)  # [seed], every held-out term at the end
+
+
+def compare_variants(args: argparse.Namespace) -> list[Variant]:
+    """Train every variant with every seed."""
+    common = (*SMALLER, f"run.steps={args.steps}", f"run.evaluate_every={args.steps // 8}", "run.evaluate_packs=24")
+    found: list[Variant] = []
+    runs: list[tuple[Variant, Run]] = []
+    for name, overrides in VARIANTS.items():
+        plan = _plan((*common, *overrides))
+        variant = Variant(name, plan.parameters.total, plan.parameters.active, plan.flops_per_token)
+        found.append(variant)
+        for seed in args.seeds:
+            folder = args.runs / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+            runs.append((variant, Run(folder, (*common, *overrides, f"run.seed={seed}"))))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda pair: pair[1].train(), runs))
+    for variant, run in runs:
+        lines = [line for line in run.metrics() if "eval_loss" in line]
+        variant.steps = [line["step"] for line in lines]
+        variant.losses.append([line["eval_loss"] for line in lines])
+        variant.last.append({name: value for name, value in lines[-1].items() if name.startswith("eval_loss")})
+    return found
+
+
+def compare_alone(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train all tasks together, then each of them alone: rows of scores."""
+    recipe = load_recipe(_RECIPE)
+    together = Run(args.together, (), ranks=2)
+    together.train()
+    rows: list[dict[str, Any]] = []
+    for task, scores in SCORES.items():
+        alone = Run(args.runs / f"alone_{task}", _alone(recipe, task), ranks=2)
+        alone.train()
+        counts = [_samples(run, recipe, task) for run in (together, alone)]
+        for folder, name in scores:
+            values = [run.evaluate()[folder][task][name] for run in (together, alone)]
+            rows.append({"task": task, "score": f"{folder.removesuffix('_eval')}: {name}", "values": values,
+                         "samples": counts})  # fmt: skip
+    return rows
+
+
+def _alone(recipe: Recipe, task: str) -> tuple[str, ...]:
+    """Overrides that leave one task, and as many of its samples a step as before."""
+    sources = [source for source in recipe.data.sources if source.tasks == (task,)]
+    lengths = {source.name: source.weight * _mean_tokens(recipe, source.name) for source in recipe.data.sources}
+    share = sum(lengths[source.name] for source in sources) / sum(lengths.values())
+    length = round(recipe.data.pack_length * share / 8) * 8
+    tables = ", ".join(f'{{name="{s.name}", path="{s.path}", weight={s.weight}, tasks=["{task}"]}}' for s in sources)
+    off = [f"tasks.{other}.weight=0" for other in SCORES if other != task]
+    patches = length * recipe.model.vision.merge**2  # enough for a pack of pictures alone
+    return (*off, f"data.sources=[{tables}]", f"data.pack_length={length}", f"data.pack_patches={patches}")
+
+
+def _mean_tokens(recipe: Recipe, source_name: str) -> float:
+    """Tokens of an average sample of a source."""
+    encode = Encoder(build_tasks(recipe, Tokenizer(recipe.tokenizer.path)), recipe.data.sources)
+    source = next(source for source in recipe.data.sources if source.name == source_name)
+    samples = islice(iterate_samples(source.path, source.name), 100)
+    return statistics.fmean(sum(segment.length for segment in encode(sample)) for sample in samples)
+
+
+def _samples(run: Run, recipe: Recipe, task: str) -> int:
+    """Samples of a task that a run has read."""
+    last = [line for line in run.metrics() if "loss" in line][-1]
+    return sum(last[f"{source.name}/samples"] for source in recipe.data.sources if source.tasks == (task,))
+
+
+def _plan(overrides: Sequence[str]) -> Any:
+    return resolve(load_recipe(_RECIPE, overrides), load_deepspeed(_DEEPSPEED), 1, device="cpu", bf16_unit=False)
+
+
+def write_page(variants: list[Variant], alone: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """docs/results.md and its plot."""
+    seeds = ", ".join(map(str, args.seeds))
+    text = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/compare.py`. Small models, synthetic scenes, combinations of attributes that "
+        "training never shows; two CPU cores.",
+        "",
+        "## Sparse against dense, and what the gate knows",
+        "",
+        f"`three_tasks.toml` with packs of 1,024 tokens, {args.steps} steps, seeds {seeds}. Equal data, equal steps, "
+        "equal active FLOPs a token. Held-out loss: the tasks' weighted sum, without balancing terms.",
+        "",
+        "![Held-out loss by step](images/sparse_against_dense.png)",
+        "",
+        *_table(
+            ["", "parameters", "active", "MFLOP a token", *(f"seed {seed}" for seed in args.seeds), "mean"],
+            [
+                [v.name, f"{v.parameters / 1e6:.2f} M", f"{v.active / 1e6:.2f} M", f"{v.flops_per_token / 1e6:.2f}",
+                 *(f"{losses[-1]:.4f}" for losses in v.losses),
+                 f"**{statistics.fmean(losses[-1] for losses in v.losses):.4f}**"]
+                for v in variants
+            ],
+        ),
+        "",
+        "By term, mean of the seeds:",
+        "",
+        *_table(
+            ["", *(_TERMS[term] for term in _TERMS)],
+            [[v.name, *(f"{statistics.fmean(last[f'eval_loss_{term}'] for last in v.last):.4f}" for term in _TERMS)]
+             for v in variants],
+        ),
+        "",
+        "## Three tasks together, and each alone",
+        "",
+        "`three_tasks.toml` on two ranks; alone with as many steps, and as many samples of the task, in smaller packs. "
+        "R@1 of images among 200, of videos among all that differ.",
+        "",
+        *_table(
+            ["task", "score", "together", "alone", "difference", "samples together, alone"],
+            [
+                [row["task"], row["score"], *(f"{value:.3f}" for value in row["values"]),
+                 f"{100 * (row['values'][0] - row['values'][1]):+.1f} points",
+                 " / ".join(f"{count:,}" for count in row["samples"])]
+                for row in alone
+            ],
+        ),
+        "",
+    ]  # fmt: skip
+    _PAGE.write_text("\n".join(text))
+    _draw(variants)
+
+
+_TERMS = {
+    "caption": "caption", "retrieval": "retrieval", "summary": "summary", "importance": "importance (squared error)",
+    "ranking": "ranking",
+}  # fmt: skip
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _draw(variants: list[Variant]) -> None:
+    """Mean and range of the seeds by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for variant in variants:
+        by_step = list(zip(*variant.losses, strict=True))[1:]  # the first is before training
+        (line,) = axes.plot(variant.steps[1:], [statistics.fmean(step) for step in by_step], marker="o", ms=3,
+                            label=variant.name)  # fmt: skip
+        axes.fill_between(
+            variant.steps[1:], [min(s) for s in by_step], [max(s) for s in by_step], color=line.get_color(), alpha=0.2
+        )
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("held-out loss")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(_PLOT)
+
+
+def main() -> int:
+    """Train, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=400, help="of the variants")
+    parser.add_argument("--jobs", type=int, default=2, help="variants that train at a time, a core each")
+    parser.add_argument("--runs", type=Path, default=_ROOT / "runs/compare")
+    parser.add_argument("--together", type=Path, default=_ROOT / "runs/three_tasks", help="the run of all tasks")
+    args = parser.parse_args()
+    variants, alone = compare_variants(args), compare_alone(args)
+    _RESULTS.parent.mkdir(exist_ok=True)
+    _RESULTS.write_text(json.dumps({"variants": [vars(v) for v in variants], "alone": alone}, indent=1) + "\n")
+    write_page(variants, alone, args)
+    print(f"wrote {_RESULTS}, {_PAGE} and {_PLOT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
