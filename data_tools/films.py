@@ -1,4 +1,7 @@
-"""Videos of the synthetic world: shapes enter, rest, change colour or collide, and every frame has its truth."""
+"""Videos of the synthetic world: shapes enter, rest, change colour or collide, and every frame has its truth.
+
+The truth is that of the frames: an event happens at the first frame that shows it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from data_tools.scenes import COLOURS, Combination, article, background, combinations, paint
+from data_tools.scenes import COLOURS, Combination, article, background, combinations, on_grid, paint
 
 FRAMES_PER_SECOND = 8
 FRAME_COUNT = (20, 28)  # least and greatest
@@ -25,10 +28,35 @@ IDLE, MOVING = 0.1, 0.3
 EVENT_SPREAD_SECONDS = 0.25
 
 
+@dataclass(frozen=True)
+class Stage:
+    """The frames that a video has."""
+
+    size: int  # pixels, width and height
+    frames: int
+
+    @property
+    def cell(self) -> int:
+        return self.size // CELLS
+
+    @property
+    def diameter(self) -> int:
+        return DIAMETER * self.cell
+
+    @property
+    def duration_seconds(self) -> float:
+        return self.frames / FRAMES_PER_SECOND
+
+    @property
+    def times(self) -> list[float]:
+        return [i / FRAMES_PER_SECOND for i in range(self.frames)]
+
+
 @dataclass
 class Actor:
     """One moving shape: from `start` to `end` (pixels, x and y of the centre) between two times, at rest before and
-    after; `becomes` is its colour from `turn_seconds` on.
+    after; `becomes` is its colour from `turn_seconds` on. `seen_seconds` are the frames where it is first in the
+    picture, and where it has come to rest.
     """
 
     shape: str
@@ -38,6 +66,7 @@ class Actor:
     end: tuple[float, float]
     start_seconds: float
     stop_seconds: float
+    seen_seconds: tuple[float, float] = (0.0, 0.0)
     becomes: str | None = None
     turn_seconds: float = math.inf
 
@@ -52,7 +81,14 @@ class Actor:
         )
 
     def moves(self, seconds: float) -> bool:
-        return self.start_seconds <= seconds < self.stop_seconds
+        return self.seen_seconds[0] <= seconds < self.seen_seconds[1]
+
+    def watch(self, stage: Stage) -> None:
+        """Find `seen_seconds`: a shape stands on a grid, so it is seen to move later than it does."""
+        corners = [on_grid(stage.diameter, self.centre(seconds), stage.cell) for seconds in stage.times]
+        inside = [all(-stage.diameter < side < stage.size for side in corner) for corner in corners]
+        moved = [i for i in range(1, stage.frames) if corners[i] != corners[i - 1]]
+        self.seen_seconds = stage.times[inside.index(True)], stage.times[moved[-1]]
 
     def attributes(self) -> dict[str, str]:
         known = {"shape": self.shape, "colour": self.colour, "motion": self.motion}
@@ -85,34 +121,30 @@ def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) 
     `events` (name, time_seconds) and `importance` (one number in [0, 1] a frame). Two-object plots need `max_objects`
     >= 2.
     """
-    frames = int(rng.integers(FRAME_COUNT[0], FRAME_COUNT[1] + 1))
-    duration = frames / FRAMES_PER_SECOND
-    cell = size // CELLS
-    diameter = DIAMETER * cell
+    stage = Stage(size, int(rng.integers(FRAME_COUNT[0], FRAME_COUNT[1] + 1)))
     plots = (_move, _turn, _collide)[: 2 + (max_objects > 1)]
-    plot = plots[rng.integers(len(plots))](rng, combinations(list(VECTORS), held_out), size, diameter, duration)
+    plot = plots[rng.integers(len(plots))](rng, combinations(list(VECTORS), held_out), stage)
 
     still = background(rng, size, size)
-    times = [i / FRAMES_PER_SECOND for i in range(frames)]
     pictures = []
-    for seconds in times:
+    for seconds in stage.times:
         canvas = still.copy()
         for actor in plot.actors:
             colour = actor.becomes if actor.becomes and seconds >= actor.turn_seconds else actor.colour
-            paint(canvas, actor.shape, colour, diameter, actor.centre(seconds), cell)
+            paint(canvas, actor.shape, colour, stage.diameter, actor.centre(seconds), stage.cell)
         pictures.append(canvas)
     return encode_mp4(pictures), {
         "width": size,
         "height": size,
         "fps": FRAMES_PER_SECOND,
-        "frames": frames,
-        "duration_seconds": duration,
+        "frames": stage.frames,
+        "duration_seconds": stage.duration_seconds,
         "captions": [plot.captions[i] for i in rng.permutation(len(plot.captions))],
         "summary": plot.summary,
         "content": plot.content,
         "attributes": [actor.attributes() for actor in plot.actors],
         "events": [{"name": event.name, "time_seconds": round(event.time_seconds, 3)} for event in plot.events],
-        "importance": [round(_importance(plot, seconds), 3) for seconds in times],
+        "importance": [round(_importance(plot, seconds), 3) for seconds in stage.times],
     }
 
 
@@ -132,16 +164,17 @@ def encode_mp4(pictures: list[Image.Image]) -> bytes:
     return file.getvalue()
 
 
-def _move(rng: np.random.Generator, choice: list[Combination], size: int, diameter: int, duration: float) -> Plot:
+def _move(rng: np.random.Generator, choice: list[Combination], stage: Stage) -> Plot:
     """One shape enters, crosses the picture and comes to rest near the other side."""
     combination = choice[rng.integers(len(choice))]
-    start, stop = rng.uniform(0.02, 0.15) * duration, rng.uniform(0.7, 0.9) * duration
-    reach = size - 0.5 * diameter - rng.uniform(0, 0.1) * size
-    actor = _entering(rng, combination, size, diameter, reach, start, stop)
+    start, stop = (rng.uniform(*within) * stage.duration_seconds for within in ((0.02, 0.15), (0.7, 0.9)))
+    reach = stage.size - 0.5 * stage.diameter - rng.uniform(0, 0.1) * stage.size
+    actor = _entering(rng, combination, stage, reach, start, stop)
     side = SIDES[actor.motion]
+    enters, rests = actor.seen_seconds
     return Plot(
         [actor],
-        [Event("enters", start), Event("stops", stop)],
+        [Event("enters", enters), Event("stops", rests)],
         [
             f"{article(str(actor))} moves {actor.motion}",
             f"there is {article(str(actor))} moving {actor.motion}",
@@ -152,16 +185,18 @@ def _move(rng: np.random.Generator, choice: list[Combination], size: int, diamet
     )
 
 
-def _turn(rng: np.random.Generator, choice: list[Combination], size: int, diameter: int, duration: float) -> Plot:
+def _turn(rng: np.random.Generator, choice: list[Combination], stage: Stage) -> Plot:
     """One shape enters, rests in the middle and changes colour."""
     combination = choice[rng.integers(len(choice))]
     becomes = str(rng.choice([colour for colour in COLOURS if colour != combination[1]]))
-    start, stop, turn = (rng.uniform(low, low + 0.1) * duration for low in (0.05, 0.3, 0.5))
-    actor = _entering(rng, combination, size, diameter, 0.5 * size, start, stop)
+    start, stop, turn = (rng.uniform(low, low + 0.1) * stage.duration_seconds for low in (0.05, 0.3, 0.5))
+    actor = _entering(rng, combination, stage, 0.5 * stage.size, start, stop)
+    turn = math.ceil(turn * FRAMES_PER_SECOND) / FRAMES_PER_SECOND
     actor.becomes, actor.turn_seconds = becomes, turn
+    enters, rests = actor.seen_seconds
     return Plot(
         [actor],
-        [Event("enters", start), Event("stops", stop), Event(f"turns {becomes}", turn)],
+        [Event("enters", enters), Event("stops", rests), Event(f"turns {becomes}", turn)],
         [
             f"{article(str(actor))} moves {actor.motion} and turns {becomes}",
             f"there is {article(str(actor))} moving {actor.motion} and turning {becomes}",
@@ -171,10 +206,10 @@ def _turn(rng: np.random.Generator, choice: list[Combination], size: int, diamet
     )
 
 
-def _collide(rng: np.random.Generator, choice: list[Combination], size: int, diameter: int, duration: float) -> Plot:
+def _collide(rng: np.random.Generator, choice: list[Combination], stage: Stage) -> Plot:
     """Two shapes enter from opposite sides and stop where they meet."""
-    start, meet = rng.uniform(0.05, 0.15) * duration, rng.uniform(0.55, 0.75) * duration
-    across = rng.uniform(0.3, 0.7) * size
+    start, meet = (rng.uniform(*within) * stage.duration_seconds for within in ((0.05, 0.15), (0.55, 0.75)))
+    across = rng.uniform(0.3, 0.7) * stage.size
     actors = []
     pair = (("right", "left"), ("down", "up"))[rng.integers(2)]
     of_split = int(rng.integers(2))  # the other actor is one that training shows
@@ -182,12 +217,13 @@ def _collide(rng: np.random.Generator, choice: list[Combination], size: int, dia
         pool = choice if number == of_split else combinations(list(VECTORS), False)
         fitting = [combination for combination in pool if combination[2] == motion]
         combination = fitting[rng.integers(len(fitting))]
-        reach = 0.5 * size - 0.5 * diameter  # centres one diameter apart: they touch in the middle
-        actors.append(_entering(rng, combination, size, diameter, reach, start, meet, across))
+        reach = 0.5 * (stage.size - stage.diameter)  # centres one diameter apart: they touch in the middle
+        actors.append(_entering(rng, combination, stage, reach, start, meet, across))
+    enters, rests = zip(*(actor.seen_seconds for actor in actors), strict=True)
     first, second = (article(str(actor)) for actor in actors)
     return Plot(
         actors,
-        [Event("enters", start), Event("collide", meet)],
+        [Event("enters", min(enters)), Event("collide", max(rests))],
         [
             f"{first} moves {pair[0]} and collides with {second}",
             f"{second} moves {pair[1]} and collides with {first}",
@@ -201,8 +237,7 @@ def _collide(rng: np.random.Generator, choice: list[Combination], size: int, dia
 def _entering(
     rng: np.random.Generator,
     combination: Combination,
-    size: int,
-    diameter: int,
+    stage: Stage,
     reach: float,
     start_seconds: float,
     stop_seconds: float,
@@ -210,11 +245,14 @@ def _entering(
 ) -> Actor:
     """An actor that starts just outside and moves until its centre is `reach` pixels inside of the edge it crossed."""
     shape, colour, motion = combination
+    size, diameter = stage.size, stage.diameter
     across = across if across is not None else rng.uniform(diameter / 2, size - diameter / 2)
     dx, dy = VECTORS[motion]
     path = [-diameter / 2, reach] if dx + dy > 0 else [size + diameter / 2, size - reach]
     start, end = ((p, across) if dx else (across, p) for p in path)
-    return Actor(shape, colour, motion, start, end, start_seconds, stop_seconds)
+    actor = Actor(shape, colour, motion, start, end, start_seconds, stop_seconds)
+    actor.watch(stage)
+    return actor
 
 
 def _importance(plot: Plot, seconds: float) -> float:

@@ -118,8 +118,13 @@ def paint(canvas: Image.Image, shape: str, colour: str, diameter: int, centre: t
 
     `centre` (x, y) and `diameter` in pixels. Parts outside of the canvas are cut off.
     """
+    canvas.paste(COLOURS[colour], on_grid(diameter, centre, cell), shape_mask(shape, diameter))
+
+
+def on_grid(diameter: int, centre: tuple[float, float], cell: int) -> tuple[int, int]:
+    """Where `paint` puts the upper left corner, pixels."""
     left, top = (math.floor((middle - diameter / 2) / cell) * cell for middle in centre)
-    canvas.paste(COLOURS[colour], (left, top), shape_mask(shape, diameter))
+    return left, top
 
 
 def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:

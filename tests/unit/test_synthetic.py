@@ -160,7 +160,7 @@ def test_motion_colour_changes_and_importance_are_true_of_the_frames():
         for event in meta["events"]:
             assert 0 <= event["time_seconds"] < meta["duration_seconds"]
             nearest = round(event["time_seconds"] * meta["fps"])
-            assert meta["importance"][nearest] > 0.9 * WEIGHTS[event["name"].split()[0]]
+            assert meta["importance"][nearest] >= WEIGHTS[event["name"].split()[0]]
         assert all(0 <= value <= 1 for value in meta["importance"])
         if len({item["colour"] for item in meta["attributes"]}) < len(meta["attributes"]):
             continue
@@ -176,6 +176,29 @@ def test_motion_colour_changes_and_importance_are_true_of_the_frames():
                         assert (after == 0) if seconds < turn else (before < 10 < after)
             seen["becomes" if "becomes" in item else item["motion"]] += 1
     assert set(seen) == {"becomes", *VECTORS}
+
+
+def test_events_happen_at_the_frames_that_show_them():
+    seen = Counter()
+    for number in range(60):
+        media, meta = film(np.random.default_rng(number), number % 2 == 0, 64, 2)
+        colours = {item["colour"] for item in meta["attributes"]}
+        if len(colours) < len(meta["attributes"]):
+            continue
+        frames = [picture for _, picture in decode_video(media, meta["frames"])]
+        found = [[centroid(picture, colour) for colour in colours] for picture in frames]
+        for event in meta["events"]:
+            at, kind = round(event["time_seconds"] * meta["fps"]), event["name"].split()[0]
+            if kind == "enters":
+                assert all(n <= 2 for places in found[:at] for _, _, n in places)
+                assert any(n > 2 for _, _, n in found[at])
+            elif kind in ("stops", "collide"):
+                until = next((i for i, places in enumerate(found) if i > at and places[0][2] < 10), len(frames))
+                rest = [np.array(places)[:, :2] for places in found[at:until]]  # until it changes its colour
+                assert np.abs(np.array(rest) - rest[0]).max() < 1
+                assert np.abs(np.array(found[at - 1])[:, :2] - rest[0]).max() > 1
+            seen[kind] += 1
+    assert seen.keys() == {"enters", "stops", "turns", "collide"}
 
 
 @pytest.mark.parametrize("size", [48, 80, 128])
