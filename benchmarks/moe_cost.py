@@ -9,8 +9,6 @@ too; the balancing terms need most of them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -20,19 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import random_batch
+from train_step import parse, plan_of, random_batch, report
 
-from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig, Recipe
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.data.segment import Batch
 from dsmoe_vl.moe.stats import RouterStats
-from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
+from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.ranks import Ranks
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 def variants(recipe: Recipe) -> dict[str, Recipe]:
@@ -79,7 +73,7 @@ class Variant:
         self.engine.step()
         marks.append(self._now())
         layers = [] if stats is None else [RouterStats(*(value.detach() for value in stats))]
-        terms, routing = self.step._reduce(dict(loss.terms), layers)
+        terms, routing = self.step.reduce(dict(loss.terms), layers)
         self.window.add(StepResult(terms, routing, counts, 0.0, 0.0))
         self.window.time(1.0, 0.0)
         marks.append(self._now())
@@ -186,31 +180,11 @@ def measure(plans: dict[str, RunPlan], ranks: Ranks, steps: int) -> dict[str, An
 
 
 def main() -> int:
-    """Print the figures; rank 0 only."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=_ROOT / "launch/recipes/quickstart.toml")
-    parser.add_argument("--deepspeed", type=Path, default=_ROOT / "ds_configs/moe.json")
-    parser.add_argument("--micro-batch", type=int, help="packs, in place of the JSON's")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
-    ranks, device = Ranks.discover(), device_name()
-    deepspeed = load_deepspeed(args.deepspeed)
-    if args.micro_batch:
-        deepspeed["train_micro_batch_size_per_gpu"] = args.micro_batch
-    plans = {
-        name: resolve(recipe, deepspeed, ranks.world_size, device=device, bf16_unit=has_bf16_unit(device))
-        for name, recipe in variants(load_recipe(args.recipe, args.overrides)).items()
-    }
-    result = measure(plans, ranks, args.steps)
-    if ranks.rank == 0:
-        for name, value in result.items():
-            print(f"{name:36} {value:,.4g}" if isinstance(value, float) else f"{name:36} {value}")
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
+    """Measure the variants of one recipe."""
+    args, ranks = parse(__doc__), Ranks.discover()
+    recipes = variants(load_recipe(args.recipe, args.overrides))
+    plans = {name: plan_of(recipe, args, ranks) for name, recipe in recipes.items()}
+    report(measure(plans, ranks, args.steps), ranks, args.json)
     return 0
 
 

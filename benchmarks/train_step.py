@@ -211,9 +211,9 @@ def _operators(step: Callable[[], None], device: str) -> dict[str, float]:
     return {name: round(100 * value / total, 1) for name, value in largest}
 
 
-def main() -> int:
-    """Print the figures; rank 0 only."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None) -> argparse.Namespace:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=_ROOT / "launch/recipes/quickstart.toml")
     parser.add_argument("--deepspeed", type=Path, default=_ROOT / "ds_configs/moe.json")
     parser.add_argument("--micro-batch", type=int, help="packs, in place of the JSON's")
@@ -222,20 +222,33 @@ def main() -> int:
     parser.add_argument("--no-profile", action="store_true", help="leave out the table of operators")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
-    ranks, device = Ranks.discover(), device_name()
-    deepspeed = load_deepspeed(args.deepspeed)
+    return parser.parse_args()
+
+
+def plan_of(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> RunPlan:
+    """The plan of a recipe on this machine. Raises ConfigError."""
+    deepspeed, device = load_deepspeed(args.deepspeed), device_name()
     if args.micro_batch:
         deepspeed["train_micro_batch_size_per_gpu"] = args.micro_batch
-    recipe = load_recipe(args.recipe, args.overrides)
-    plan = resolve(recipe, deepspeed, ranks.world_size, device=device, bf16_unit=has_bf16_unit(device))
-    result = measure(plan, ranks, args.steps, not args.no_profile)
-    if ranks.rank == 0:
-        for name, value in result.items():
-            print(f"{name:36} {value:,.4g}" if isinstance(value, float) else f"{name:36} {value}")
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return resolve(recipe, deepspeed, ranks.world_size, device=device, bf16_unit=has_bf16_unit(device))
+
+
+def report(result: dict[str, Any], ranks: Ranks, file: Path | None) -> None:
+    """Print the figures, and write them where wanted; rank 0 only."""
+    if ranks.rank != 0:
+        return
+    for name, value in result.items():
+        print(f"{name:36} {value:,.4g}" if isinstance(value, float) else f"{name:36} {value}")
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> int:
+    """Measure one recipe."""
+    args, ranks = parse(__doc__), Ranks.discover()
+    plan = plan_of(load_recipe(args.recipe, args.overrides), args, ranks)
+    report(measure(plan, ranks, args.steps, not args.no_profile), ranks, args.json)
     return 0
 
 

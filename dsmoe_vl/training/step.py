@@ -94,7 +94,7 @@ class OptimizerStep:
                 terms[name] = terms[name] + value if name in terms else value
             if stats is not None:
                 layer_stats.append(RouterStats(*(value.detach() for value in stats)))
-        terms, routing = self._reduce(terms, layer_stats)
+        terms, routing = self.reduce(terms, layer_stats)
         if routing is not None:
             self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
             self._move_selection_bias(routing.load.sum((1, 2)))
@@ -117,10 +117,10 @@ class OptimizerStep:
         for router, of_layer in zip(self.routers, load, strict=True):
             router.move_selection_bias(of_layer[: len(router.selection_bias)], self.moe.bias_rate)
 
-    def _reduce(
+    def reduce(
         self, terms: dict[str, Tensor], stats: list[RouterStats]
     ) -> tuple[dict[str, Tensor], RoutingSums | None]:
-        """Loss terms and routing of the whole step, over all ranks: one all-reduce."""
+        """Loss terms and routing of the whole step, over all ranks: one all-reduce. Collective."""
         pieces = [torch.stack(list(terms.values()))]
         if stats:
             sums = [(s.load, s.entropy_sum.sum(-1), s.dropped) for s in stats]
