@@ -15,9 +15,10 @@ from dsmoe_vl.config.recipe import VisionConfig
 from dsmoe_vl.model.attention import Attention, SegmentLayout
 from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_2d
 
-_TIME_FEATURES = 32
-_LONGEST_PERIOD_SECONDS = 1024.0
-_SHORTEST_PERIOD_SECONDS = 0.5
+_TIME_PERIODS = 16
+_SECONDS = (0.5, 1024.0)  # shortest and longest period
+_PLACE_PERIODS = 8  # for the row and for the column
+_CELLS = (2.0, 256.0)
 
 
 class VisionLayer(nn.Module):
@@ -57,26 +58,32 @@ class VisionEncoder(nn.Module):
 
 
 class Connector(nn.Module):
-    """Turns each cell of merge x merge patches into one vector of the decoder's width, and adds its time."""
+    """Turns each cell of merge x merge patches into one vector of the decoder's width; adds its place and its time.
+
+    The encoder's rotations know distances only, and the decoder's the order of cells: neither says where a cell stands.
+    """
 
     def __init__(self, config: VisionConfig, width: int) -> None:
         super().__init__()
         self.cell_size = config.merge**2
         self.up = nn.Linear(config.width * self.cell_size, width)
         self.down = nn.Linear(width, width)
-        self.time = nn.Linear(_TIME_FEATURES, width, bias=False)
+        self.place = nn.Linear(2 * 2 * _PLACE_PERIODS, width, bias=False)
+        self.time = nn.Linear(2 * _TIME_PERIODS, width, bias=False)
+        self.merge = config.merge
 
-    def forward(self, features: Tensor, cell_time: Tensor) -> Tensor:
-        """features [N, Dv], cell_time float32 [Q] seconds (-1: a still image) -> [Q, D]."""
+    def forward(self, features: Tensor, positions: Tensor, cell_time: Tensor) -> Tensor:
+        """features [N, Dv], positions int64 [N, 2], cell_time float32 [Q] seconds (-1: a still image) -> [Q, D]."""
         cells = features.view(-1, self.cell_size * features.shape[-1])
-        return self.down(F.gelu(self.up(cells))) + self.time(_time_features(cell_time).type_as(features))
+        places = positions.view(-1, self.cell_size, 2)[:, 0] // self.merge  # row and column of the cell
+        place = _sinusoids(places.float(), _PLACE_PERIODS, *_CELLS).flatten(1)
+        time = _sinusoids(cell_time, _TIME_PERIODS, *_SECONDS) * (cell_time >= 0).unsqueeze(-1)
+        embedded = self.down(F.gelu(self.up(cells)))
+        return embedded + self.place(place.type_as(features)) + self.time(time.type_as(features))
 
 
-def _time_features(seconds: Tensor) -> Tensor:
-    """Sines and cosines of geometrically spaced periods; zeros for a still image. float32 [Q] -> [Q, 32]."""
-    half = _TIME_FEATURES // 2
-    exponent = torch.linspace(0, 1, half, device=seconds.device)
-    periods = _SHORTEST_PERIOD_SECONDS * (_LONGEST_PERIOD_SECONDS / _SHORTEST_PERIOD_SECONDS) ** exponent
-    angles = 2 * math.pi * seconds.unsqueeze(-1) / periods
-    features = torch.cat((angles.sin(), angles.cos()), dim=-1)
-    return features * (seconds >= 0).unsqueeze(-1)
+def _sinusoids(values: Tensor, count: int, shortest: float, longest: float) -> Tensor:
+    """Sines and cosines of `count` geometrically spaced periods. float32 [...] -> [..., 2 * count]."""
+    exponent = torch.linspace(0, 1, count, device=values.device)
+    angles = 2 * math.pi * values.unsqueeze(-1) / (shortest * (longest / shortest) ** exponent)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)

@@ -151,7 +151,7 @@ class VisionLanguageModel(nn.Module):
         """What the pictures add to the token embeddings: [T, D], zero where there is no vision token."""
         layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
         features = self.vision(batch.patches, batch.patch_positions, layout)
-        cells = self.connector(features, batch.cell_time)
+        cells = self.connector(features, batch.patch_positions, batch.cell_time)
         placed = cells.new_zeros(len(batch.tokens) + 1, cells.shape[-1])  # the last row takes the padding cells
         placed = placed.index_add(0, batch.cell_position, cells * batch.cell_weight.unsqueeze(-1).type_as(cells))
         if len(batch.frame_tokens):

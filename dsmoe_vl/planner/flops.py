@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.planner.parameters import TIME_FEATURES, experts_of_layers, sparse_layers
+from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers, sparse_layers
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,6 @@ def _per_token(recipe: Recipe, context: float) -> float:
 def _per_patch(recipe: Recipe, context: float) -> float:
     vision, width = recipe.model.vision, recipe.model.width
     layer = 4 * vision.width**2 + 3 * vision.width * vision.ffn_width
-    cell = vision.merge**2 * vision.width * width + width * width + TIME_FEATURES * width
+    cell = vision.merge**2 * vision.width * width + width * width + PLACE_AND_TIME_FEATURES * width
     products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer + cell / vision.merge**2
     return 2 * products + vision.layers * 4 * vision.width * context

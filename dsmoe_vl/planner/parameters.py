@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dsmoe_vl.config.recipe import MoEConfig, Recipe, VisionConfig
 
-TIME_FEATURES = 32  # sinusoids of a frame's time, the input of the connector's time embedding
+PLACE_AND_TIME_FEATURES = 64  # sinusoids, the inputs of the connector's embeddings of a cell's place and time
 _TASKS = 3  # rows of the router's task bias
 _MODALITIES = 3  # rows of its modality bias
 
@@ -114,4 +114,4 @@ def _vision(vision: VisionConfig) -> int:
 
 def _connector(vision: VisionConfig, width: int) -> int:
     cell = vision.merge**2 * vision.width
-    return (cell * width + width) + (width * width + width) + TIME_FEATURES * width
+    return (cell * width + width) + (width * width + width) + PLACE_AND_TIME_FEATURES * width

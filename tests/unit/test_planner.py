@@ -52,7 +52,7 @@ def test_parameters_by_hand():
     counts = count_parameters(TINY)
     vision_layer = 2 * 4 + (4 * 4 * 4 + 2 * 4) + 3 * 4 * 6
     assert counts.vision == (12 * 4 + 4) + vision_layer + 4
-    assert counts.connector == (16 * 8 + 8) + (8 * 8 + 8) + 32 * 8
+    assert counts.connector == (16 * 8 + 8) + (8 * 8 + 8) + 64 * 8
     assert counts.embedding == 11 * 8
     assert counts.attention == 3 * (8 * 8 + 2 * (4 * 8) + 8 * 8 + 2 * 4)
     assert counts.dense_ffn == 3 * 8 * 10
@@ -70,7 +70,7 @@ def test_flops_by_hand():
     assert flops.per_token == attention + feed_forward
     assert flops.per_label == 2 * 8 * 11
     encoder = 2 * (12 * 4 + 4 * 4 * 4 + 3 * 4 * 6) + 4 * 4 * 16
-    assert flops.per_patch == encoder + 2 * (16 * 8 + 8 * 8 + 32 * 8) / 4
+    assert flops.per_patch == encoder + 2 * (16 * 8 + 8 * 8 + 64 * 8) / 4
     assert flops.training(5, 3, 2) == 3 * (5 * flops.per_token + 3 * flops.per_patch + 2 * flops.per_label)
 
 
