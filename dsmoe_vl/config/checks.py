@@ -53,6 +53,7 @@ _NOT_NEGATIVE = (
     "moe.bias_rate",
     "moe.min_capacity",
     "tasks.caption.weight",
+    "tasks.caption.word_dropout",
     "tasks.retrieval.weight",
     "tasks.summary.weight",
     "tasks.summary.importance_weight",
@@ -109,7 +110,8 @@ def _ranges(recipe: Recipe) -> Iterator[Rule]:
         yield _value(recipe, key) >= 1, key, "must be at least 1"  # type: ignore[operator]
     for key in _NOT_NEGATIVE:
         yield _value(recipe, key) >= 0, key, "must not be negative"  # type: ignore[operator]
-    yield recipe.data.max_bad_fraction <= 1, "data.max_bad_fraction", "is a fraction, at most 1"
+    for key in ("data.max_bad_fraction", "tasks.caption.word_dropout"):
+        yield _value(recipe, key) <= 1, key, "is a fraction, at most 1"  # type: ignore[operator]
     for key in ("data.temperature", "moe.capacity_factor", "moe.eval_capacity_factor"):
         yield _value(recipe, key) > 0, key, "must be above 0"  # type: ignore[operator]
     for key, choices in _CHOICES.items():

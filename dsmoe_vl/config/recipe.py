@@ -68,10 +68,11 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """One task's place in the objective."""
+class CaptionConfig:
+    """Captioning of images and videos."""
 
     weight: float = 1.0  # w_i; 0: the task is not learned
+    word_dropout: float = 0.0  # share of a caption's tokens that training hides from the words that follow them
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class SummaryConfig:
 class TasksConfig:
     """The tasks that the model learns."""
 
-    caption: TaskConfig = field(default_factory=TaskConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     summary: SummaryConfig = field(default_factory=SummaryConfig)
 

@@ -22,19 +22,29 @@ from dsmoe_vl.tasks.task import TaskOutput
 
 
 class CaptionTask:
-    """See the module's drawing. One caption of a sample is learned an epoch, the next one in the next."""
+    """See the module's drawing. One caption of a sample is learned an epoch, the next one in the next.
+
+    Word dropout (Bowman et al. 2016, section 3.1) hides tokens from what follows them, so that a word is learned from
+    the picture more than from the words that it usually follows.
+    """
 
     name: str = "caption"
     terms: tuple[str, ...] = ("caption",)
 
-    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer) -> None:
+    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, word_dropout: float = 0.0) -> None:
         self.pictures = pictures
         self.tokenizer = tokenizer
+        self.word_dropout = word_dropout
 
     def encode(self, sample: Sample) -> list[Segment]:
         """One segment. Raises DataError without media or without a caption."""
         text = self.tokenizer.encode(chosen_caption(sample))
-        return [followed_by(self.prompt(sample), text, self.tokenizer.eos)]
+        segment = followed_by(self.prompt(sample), text, self.tokenizer.eos)
+        if self.word_dropout:
+            rng = np.random.default_rng((zlib.crc32(sample.key.encode()), sample.epoch))
+            hidden = rng.random(len(text)) < self.word_dropout
+            segment.tokens[segment.length - len(text) :][hidden] = self.tokenizer.unk
+        return [segment]
 
     def prompt(self, sample: Sample) -> Segment:
         """The segment up to the task token, from which a caption is generated."""

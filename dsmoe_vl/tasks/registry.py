@@ -13,12 +13,12 @@ from dsmoe_vl.tasks.task import Task
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
 
 
-def build_tasks(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Task, ...]:
-    """Every task with a weight above 0, in a fixed order."""
+def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> tuple[Task, ...]:
+    """Every task with a weight above 0, in a fixed order. Not for `training`: samples are encoded as they are."""
     pictures, tasks = PictureReader(recipe.data, recipe.model.vision), recipe.tasks
     built: list[Task] = []
     if tasks.caption.weight:
-        built.append(CaptionTask(pictures, tokenizer))
+        built.append(CaptionTask(pictures, tokenizer, tasks.caption.word_dropout if training else 0.0))
     if tasks.retrieval.weight:
         built.append(RetrievalTask(pictures, tokenizer, tasks.retrieval))
     if tasks.summary.weight:

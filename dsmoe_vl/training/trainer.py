@@ -55,7 +55,8 @@ class Trainer:
             accumulation=plan.accumulation,
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
-        self.held_out = HeldOut(plan, ranks, Encoder(self.tasks, recipe.data.evaluation), terms, self.host)
+        as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False), recipe.data.evaluation)
+        self.held_out = HeldOut(plan, ranks, as_they_are, terms, self.host)
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0

@@ -76,3 +76,15 @@ def test_frames_carry_their_times_and_share_tokens(task):
 def test_what_cannot_be_used_says_why(task, changes, message):
     with pytest.raises(DataError, match=message):
         task.encode(sample("image", **changes))
+
+
+def test_word_dropout_hides_inputs_and_never_targets(task):
+    dropping = CaptionTask(task.pictures, task.tokenizer, word_dropout=0.5)
+    given = sample("image")
+    (whole,), (dropped,), (again,) = task.encode(given), dropping.encode(given), dropping.encode(given)
+    assert dropped.labels.tolist() == whole.labels.tolist()
+    hidden = dropped.tokens != whole.tokens
+    assert 0 < hidden.sum() < (whole.labels != IGNORE).sum()
+    assert (dropped.tokens[hidden] == task.tokenizer.unk).all()
+    assert not hidden[: task.prompt(given).length].any()
+    assert dropped.tokens.tolist() == again.tokens.tolist()  # a pure function of the sample and the epoch

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import RetrievalConfig, SourceConfig, SummaryConfig, TaskConfig, TasksConfig
+from dsmoe_vl.config.recipe import CaptionConfig, RetrievalConfig, SourceConfig, SummaryConfig, TasksConfig
 from dsmoe_vl.data.segment import TaskId
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
@@ -36,7 +36,7 @@ def test_tasks_with_a_weight_in_a_fixed_order(tiny, tasks):
     assert [task.name for task in tasks] == ["caption", "retrieval", "summary"]
     recipe = load_recipe(tiny.recipe)
     assert [task.name for task in build_tasks(recipe, None)] == ["caption"]
-    alone = dataclasses.replace(recipe, tasks=TasksConfig(TaskConfig(0.0), summary=SummaryConfig(0.5)))
+    alone = dataclasses.replace(recipe, tasks=TasksConfig(CaptionConfig(0.0), summary=SummaryConfig(0.5)))
     assert [task.name for task in build_tasks(alone, None)] == ["summary"]
 
 
