@@ -1,6 +1,6 @@
 """Does sparsity help, does the gate's knowledge of the task help, does learning together cost anything?
 
-    python benchmarks/compare.py [--seeds 1 2 3] [--steps 320] [--jobs 2]      (some forty minutes on two cores)
+    python benchmarks/compare.py [--seeds 1 2 3] [--steps 256] [--jobs 2]      (some forty minutes on two cores)
 
 Trains, one process a run, and writes benchmarks/results/compare.json, docs/results.md and its plot. Runs are kept in
 runs/compare; those that are there are not trained again. Needs the quickstart's shards and matplotlib (the extra
@@ -275,7 +275,7 @@ def main() -> int:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=320, help="of the variants")
+    parser.add_argument("--steps", type=int, default=256, help="of the variants")
     parser.add_argument("--jobs", type=int, default=2, help="variants that train at a time, a core each")
     parser.add_argument("--runs", type=Path, default=_ROOT / "runs/compare")
     parser.add_argument("--together", type=Path, default=_ROOT / "runs/three_tasks", help="the run of all tasks")
