@@ -30,7 +30,7 @@ def test_every_step_is_logged_with_finite_values(trained):
 def test_held_out_loss_is_taken_and_falls(trained):
     _, evaluations = split_lines(trained)
     assert [line["step"] for line in evaluations] == [0, STEPS // 2, STEPS]
-    names = {"eval_loss_caption", "eval_loss_caption_images", "eval_loss_caption_videos"}
+    names = {"eval_loss", "eval_loss_caption", "eval_loss_caption_images", "eval_loss_caption_videos"}
     assert all(line.keys() == {"step", *names} for line in evaluations)
     assert evaluations[-1]["eval_loss_caption"] < 0.8 * evaluations[0]["eval_loss_caption"]
 

@@ -101,7 +101,14 @@ def test_bf16_learns_like_fp32():
 
 def test_a_noisy_run_resumes_bit_for_bit_and_can_be_used(tiny):
     run = tiny.folder / "runs" / "capacity"
-    keys = ("backend=capacity", "top_k=1", "random_token_selection=true", "noisy_gate=RSample", "residual=true")
+    keys = (
+        "backend=capacity",
+        "capacity_factor=1.0",
+        "top_k=1",
+        "random_token_selection=true",
+        "noisy_gate=RSample",
+        "residual=true",
+    )
     overrides = ("run.steps=8", "run.checkpoint_every=4", *(f"moe.{key}" for key in keys))
     run_ranks(TRAIN, tiny.arguments(run, *overrides), world_size=2)
     whole = losses(run)
