@@ -158,9 +158,16 @@ def _alone(recipe: Recipe, task: str) -> tuple[str, ...]:
     share = sum(lengths[source.name] for source in sources) / sum(lengths.values())
     length = round(recipe.data.pack_length * share / 8) * 8
     tables = ", ".join(f'{{name="{s.name}", path="{s.path}", weight={s.weight}, tasks=["{task}"]}}' for s in sources)
+    folders = {folder for folder, _ in SCORES[task]}
+    held_out = ", ".join(
+        f'{{name="{source.name}", path="{source.path}"}}'
+        for source in recipe.data.evaluation
+        if Path(source.path).name in folders
+    )
     off = [f"tasks.{other}.weight=0" for other in SCORES if other != task]
     patches = length * recipe.model.vision.merge**2  # enough for a pack of pictures alone
-    return (*off, f"data.sources=[{tables}]", f"data.pack_length={length}", f"data.pack_patches={patches}")
+    packs = (f"data.pack_length={length}", f"data.pack_patches={patches}")
+    return (*off, f"data.sources=[{tables}]", f"data.evaluation=[{held_out}]", *packs)
 
 
 def _mean_tokens(recipe: Recipe, source_name: str) -> float:
