@@ -45,9 +45,9 @@ _PLOT = _ROOT / "docs/images/sparse_against_dense.png"
 SMALLER = ("data.pack_length=1024", "data.pack_patches=3840")
 VARIANTS = {
     "sparse, gate knows task and modality": (),
-    "sparse, plain gate": ("moe.routing=plain",),
     # The experts of a token are together as wide as the dense feed-forward.
     "dense, equal active FLOPs": ("moe.first_dense_layers=4", "model.ffn_width=512"),
+    "sparse, plain gate": ("moe.routing=plain",),
 }
 TOGETHER = "together"
 # Of each task: its scores, as (folder of shards, name in eval.json).
