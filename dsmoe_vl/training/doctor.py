@@ -130,10 +130,10 @@ class Probe:
         engine.destroy()
         return values, gradients
 
-    def batch_with_padding(self) -> Batch:
-        """One pack that is half empty."""
-        items = self.contents[0][0]
-        return collate([self._pack(items[: max(1, len(items) // 2)])])
+    def batch_with_padding(self, packs: int) -> Batch:
+        """Packs that are half empty, at most PACKS."""
+        halves = [items[: max(1, len(items) // 2)] for items in self.contents[0][:packs]]
+        return collate([self._pack(items) for items in halves])
 
     def _read(self) -> list[list[list[Encoded]]]:
         """Packs by step, as the samples that they hold: the sources in turn, so that every task takes part."""
@@ -211,15 +211,16 @@ def silent_faults(probe: Probe) -> list[str]:
     """Faults that raise no error, looked for on one rank without an engine; a sentence each."""
     plan = probe.plan(Split(1, 1, 1, 1, False))
     model, objective = build_model(plan, probe.ranks, probe.tasks), Objective(plan)
-    batch = probe.batch_with_padding()
     faults: list[str] = []
 
     model.eval()
+    batch = probe.batch_with_padding(1)
     with torch.no_grad():
         once, again = (model(batch)[0].loss_sums for _ in range(2))
     faults += [f"evaluation is random: {term} changes when repeated" for term in once if once[term] != again[term]]
 
     model.train()
+    batch = probe.batch_with_padding(plan.micro_batch)
     output, stats = model(batch)
     if stats is not None:
         assigned = round(float(stats.load.sum() + stats.dropped.sum()))

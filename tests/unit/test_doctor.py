@@ -23,6 +23,12 @@ def test_a_healthy_recipe_has_no_faults(probe):
     assert doctor.silent_faults(probe) == []
 
 
+def test_a_healthy_recipe_of_the_capacity_backend(tiny):
+    settings = ["moe.backend=capacity", "moe.top_k=1", "tasks.retrieval.weight=1", "tasks.summary.weight=1"]
+    recipe = doctor.shrink(load_recipe(tiny.recipe, settings))
+    assert doctor.silent_faults(doctor.Probe(recipe, {}, Ranks(0, 1, 0), None)) == []
+
+
 def test_padding_in_the_statistics(probe, monkeypatch):
     right = RouterStats.of
 
