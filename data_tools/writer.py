@@ -1,4 +1,4 @@
-"""Writing shards: plain WebDataset tars with a manifest, and the list of records that did not make it into them."""
+"""Writing shards: plain WebDataset tars with a manifest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,8 +48,7 @@ class ShardWriter:
             raise DataError(
                 f"a shard of {samples_per_shard} samples and {bytes_per_shard} bytes: both must be positive"
             )
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-            raise DataError(f"split {split!r} names the shard files: use letters, digits, '_' and '-'")
+        check_split(split)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -67,6 +65,7 @@ class ShardWriter:
         self._keys: set[str] = set()
         self._shards: list[dict[str, Any]] = []
         self._tar: TarWriter | None = None
+        self._file: _Hashed
         self._tar_samples = 0
         self._tar_bytes = 0
 
@@ -92,7 +91,8 @@ class ShardWriter:
         sample["json"] = _utf8(json.dumps(known, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
 
         if self._tar is None:
-            self._tar = TarWriter(str(self._partial(len(self._shards))), mtime=0, encoder=False)
+            self._file = _Hashed(self._partial(len(self._shards)))
+            self._tar = TarWriter(self._file, mtime=0, encoder=False)
         self._tar_bytes += self._tar.write(sample)
         self._tar_samples += 1
         self._keys.add(safe_key)
@@ -105,15 +105,13 @@ class ShardWriter:
         self._finish_shard()
         for number, shard in enumerate(self._shards):
             os.replace(self._partial(number), self.output / shard["name"])
-        index = {"schema_version": SCHEMA_VERSION, "split": self.split, "shards": self._shards}
-        temporary = self.output / f"{INDEX_NAME}.partial"
-        temporary.write_text(json.dumps(index, indent=2) + "\n")
-        os.replace(temporary, self.output / INDEX_NAME)
+        write_index(self.output, self.split, self._shards)
 
     def discard(self) -> None:
         """Remove what was written."""
         if self._tar is not None:
             self._tar.close()
+            self._file.close()
             self._tar = None
         for partial in self.output.glob(f"{self.split}-*.tar.partial"):
             partial.unlink()
@@ -125,9 +123,8 @@ class ShardWriter:
         if self._tar is None:
             return
         self._tar.close()
+        digest = self._file.close()
         path = self._partial(len(self._shards))
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._shards.append(
             {
                 "name": path.name.removesuffix(".partial"),
@@ -150,43 +147,41 @@ class ShardWriter:
             self.discard()
 
 
-class Rejects:
-    """Records that were skipped: counted by reason and listed in `output`/rejected.jsonl, a line each, as they come."""
+def check_split(split: str) -> None:
+    """Raise DataError where a split cannot be part of a file's name."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+        raise DataError(f"split {split!r} names the shard files: use letters, digits, '_' and '-'")
 
-    def __init__(self, output: Path, max_rejected: float) -> None:
-        """`max_rejected`: the fraction of all records, in [0, 1], above which `check` raises."""
-        if not 0.0 <= max_rejected <= 1.0:
-            raise DataError(f"--max-rejected {max_rejected}: a fraction between 0 and 1")
-        self.path = output / "rejected.jsonl"
-        self.max_rejected = max_rejected
-        self.reasons: Counter[str] = Counter()
-        self.path.unlink(missing_ok=True)
 
-    def add(self, identifier: str, reason: str, detail: str = "") -> None:
-        """Note one skipped record; `reason` is a class of problems, `detail` this one's."""
-        self.reasons[reason] += 1
-        with self.path.open("ab") as file:
-            line = json.dumps({"id": identifier, "reason": reason, "detail": detail}, ensure_ascii=False)
-            file.write(_utf8(line) + b"\n")
+def write_index(folder: Path, split: str, shards: list[dict[str, Any]]) -> None:
+    """Write `index.json`, at once or not at all. A shard's row has its name, samples, bytes and sha256."""
+    index = {"schema_version": SCHEMA_VERSION, "split": split, "shards": shards}
+    temporary = folder / f"{INDEX_NAME}.partial"
+    temporary.write_text(json.dumps(index, indent=2) + "\n")
+    os.replace(temporary, folder / INDEX_NAME)
 
-    def summary(self) -> str:
-        """`12 missing file, 3 empty caption`, most frequent first; "none" without any."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common()) or "none"
 
-    def check(self, written: int) -> None:
-        """Raise a DataError if too many records were rejected, or if none of them was `written`."""
-        rejected = self.reasons.total()
-        if written == 0:
-            raise DataError(f"no record could be used ({rejected} rejected: {self.summary()}){self._where()}")
-        fraction = rejected / (rejected + written)
-        if fraction > self.max_rejected:
-            raise DataError(
-                f"{rejected} of {rejected + written} records were rejected ({self.summary()}): {fraction:.1%} is more "
-                f"than --max-rejected {self.max_rejected:g}{self._where()}"
-            )
+class _Hashed:
+    """A file that hashes what is written to it, which saves reading it again."""
 
-    def _where(self) -> str:
-        return f"; they are listed in {self.path}" if self.reasons else ""
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> str:
+        """The hash of all that was written, in hexadecimal digits."""
+        self._file.close()
+        return self._digest.hexdigest()
 
 
 def _utf8(text: str) -> bytes:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.convert import FORMATS, convert
+from data_tools import convert as tool
+from data_tools.convert import FORMATS
 from data_tools.films import encode_mp4
+from data_tools.parts import Settings
 from dsmoe_vl.data.shards import iterate_samples
 from dsmoe_vl.errors import DataError
 
@@ -30,6 +32,10 @@ def records(name, *options):
     parser = argparse.ArgumentParser()
     FORMAT[name].add_arguments(parser)
     return FORMAT[name].records(parser.parse_args([str(option) for option in options]))
+
+
+def convert(found, source, output, max_rejected=0.1, workers=1, **settings):
+    return tool.convert(found, output, Settings(source, **settings), max_rejected, workers)
 
 
 def coco(folder, photos, captions, **extra):
@@ -56,9 +62,9 @@ def test_coco_photos_arrive_with_their_bytes_and_all_captions(shared_data, tmp_p
         annotations = shared_data / "coco_cc_by" / "annotations" / f"captions_{split}2017.json"
         photos = shared_data / "coco_cc_by" / f"{split}2017"
         found = records("coco", "--images", photos, "--annotations", annotations)
-        written, rejects = convert(found, "coco", tmp_path / split, split=split, samples_per_shard=10, workers=2)
+        outcome = convert(found, "coco", tmp_path / split, split=split, samples_per_shard=10, workers=2)
         content = json.loads(annotations.read_text())
-        assert written == len(content["images"]) == len(list(photos.iterdir())) and not rejects.reasons
+        assert outcome.written == len(content["images"]) == len(list(photos.iterdir())) and not outcome.reasons
         for sample, image in zip(iterate_samples(tmp_path / split), content["images"], strict=True):
             assert sample.media == (photos / image["file_name"]).read_bytes() and sample.media_type == "jpg"
             theirs = [
@@ -92,10 +98,8 @@ def test_every_kind_of_bad_record_is_listed_with_its_reason(tmp_path):
         "blank.jpg": picture(),
     }
     captions = [(i, "a photo") for i in (0, 1, 2, 3, 4)] + [(6, " \n"), (6, None), (99, "of what?")]
-    written, rejects = convert(
-        coco(tmp_path, photos, captions), "coco", tmp_path / "shards", max_rejected=1.0, workers=3
-    )
-    assert written == 1
+    outcome = convert(coco(tmp_path, photos, captions), "coco", tmp_path / "shards", max_rejected=1.0, workers=3)
+    assert outcome.written == 1
     assert reasons(tmp_path / "shards") == {
         "1": "missing file",
         "2": "unreadable image",
@@ -105,7 +109,7 @@ def test_every_kind_of_bad_record_is_listed_with_its_reason(tmp_path):
         "6": "empty caption",
         "99": "unlisted file",
     }
-    assert rejects.reasons.total() == 7
+    assert outcome.reasons.total() == 7
 
 
 def test_unusual_photos_are_kept_as_they_are(tmp_path):
@@ -151,7 +155,7 @@ def test_the_budget_of_rejects(tmp_path):
     with pytest.raises(DataError, match=r"1 of 3 records .*33.3% is more than --max-rejected 0.1"):
         convert(found, "coco", tmp_path / "shards")
     assert not list((tmp_path / "shards").glob("*.tar*"))
-    assert convert(found, "coco", tmp_path / "shards", max_rejected=0.4)[0] == 2
+    assert convert(found, "coco", tmp_path / "shards", max_rejected=0.4).written == 2
 
 
 def test_an_identifier_that_occurs_twice(tmp_path):
@@ -202,8 +206,8 @@ def test_real_videos_with_no_frame_count_in_their_headers(shared_data, tmp_path)
         writer.writerows([name, f"this is {name}"] for name in names)
     columns = ("--file-column", "clip", "--text-column", "label")
     found = records("videos", "--videos", folder, "--texts", tmp_path / "texts.csv", *columns)
-    written, _ = convert(found, "videos", tmp_path / "shards", max_rejected=0)
-    assert written == len(names) == 11
+    outcome = convert(found, "videos", tmp_path / "shards", max_rejected=0)
+    assert outcome.written == len(names) == 11
     for name, sample in zip(names, iterate_samples(tmp_path / "shards"), strict=True):
         assert sample.media == (folder / name).read_bytes()
         assert (sample.meta["id"], sample.text) == (name, f"this is {name}")

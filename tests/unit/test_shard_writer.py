@@ -8,7 +8,7 @@ import json
 import pytest
 import webdataset
 
-from data_tools.writer import Rejects, ShardWriter, sample_key
+from data_tools.writer import ShardWriter, sample_key
 from dsmoe_vl.data.shards import ShardIndex, iterate_samples
 from dsmoe_vl.errors import DataError
 
@@ -108,24 +108,3 @@ def test_an_output_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot make the folder"):
         ShardWriter(tmp_path / "file", "train")
-
-
-def test_rejects_are_counted_listed_and_bounded(tmp_path):
-    rejects = Rejects(tmp_path, max_rejected=0.25)
-    rejects.add("7", "missing file", "a/7.jpg")
-    rejects.check(written=3)
-    rejects.add("8", "missing file")
-    rejects.add("9", "empty caption", "été")
-    assert rejects.summary() == "2 missing file, 1 empty caption"
-    with pytest.raises(DataError, match=r"3 of 6 records.*2 missing file.*50.0%.*--max-rejected 0.25.*rejected.jsonl"):
-        rejects.check(written=3)
-    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in lines] == ["7", "8", "9"]
-    assert lines[2] == {"id": "9", "reason": "empty caption", "detail": "été"}
-
-
-def test_no_sample_at_all_is_an_error_whatever_the_budget(tmp_path):
-    with pytest.raises(DataError, match="no record"):
-        Rejects(tmp_path, max_rejected=1.0).check(written=0)
-    with pytest.raises(DataError, match=r"--max-rejected 1.5"):
-        Rejects(tmp_path, max_rejected=1.5)

@@ -72,13 +72,13 @@ def test_a_small_corpus_gets_the_largest_vocabulary_it_fills(world, tmp_path, ca
 def test_real_captions(shared_data, tmp_path):
     from data_tools.convert import convert
     from data_tools.formats import Record
+    from data_tools.parts import Settings
 
     photos = sorted((shared_data / "coco_cc_by" / "train2017").iterdir())
     novel = (shared_data / "text" / "botchan.txt").read_text(encoding="utf-8-sig").split("\n")
     lines = [novel[i :: len(photos)] for i in range(len(photos))]
-    convert(
-        (Record(p.stem, "image", p, text) for p, text in zip(photos, lines, strict=True)), "novel", tmp_path / "shards"
-    )
+    records = [Record(p.stem, "image", p, text) for p, text in zip(photos, lines, strict=True)]
+    convert(records, tmp_path / "shards", Settings("novel"))
     tokenizer = train([tmp_path / "shards"], tmp_path / "tokenizer.model", vocab_size=3000)
     assert tokenizer.size == 3000
     assert all(tokenizer.decode(tokenizer.encode(line)) == line for line in novel)

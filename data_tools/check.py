@@ -1,0 +1,144 @@
+"""Whether a record can be trained on, and what it then is: its bytes and their type, clean captions, KEY.json."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import av
+from PIL import Image, ImageOps
+
+from data_tools.formats import Record
+from dsmoe_vl.data.decode import decode_image, decode_video
+from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
+from dsmoe_vl.errors import DataError
+
+IMAGE_TYPES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension
+ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on the picture lies on its side
+CHECKED_FRAMES = 16  # of a video are decoded to see whether it is whole
+QUALITY = 92  # of a JPEG that has to be made smaller, where none was asked for
+
+
+@dataclass(frozen=True)
+class Reencoding:
+    """How images are written anew; the default keeps their bytes. Videos always keep theirs."""
+
+    max_side: int = 0  # pixels; a larger image is scaled down to it; 0: no limit
+    quality: int = 0  # JPEG quality at which every image is written; 0: only those that are scaled, at QUALITY
+
+    def __post_init__(self) -> None:
+        if self.max_side < 0:
+            raise DataError(f"--max-side {self.max_side}: give pixels, or leave it out to keep the original bytes")
+        if not 0 <= self.quality <= 100:
+            raise DataError(f"--quality {self.quality}: give 1 to 100, or leave it out to keep the original bytes")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A record that can be trained on."""
+
+    identifier: str
+    media: bytes
+    media_type: str  # extension without a dot, that of the content
+    text: str  # the first caption, or the summary where there is none
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that cannot, and why: a class of problems, and this one's detail."""
+
+    identifier: str
+    reason: str
+    detail: str
+
+
+def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Rejected:
+    """Read and decode one record's media as training will, and clean its captions."""
+    if record.problem:
+        reason, _, detail = record.problem.partition(":")
+        return Rejected(record.identifier, reason, detail.strip())
+    captions = [" ".join(caption.split()) for caption in record.captions if isinstance(caption, str)]
+    captions = [caption for caption in captions if caption]
+    tasks = tasks_of(record, captions)
+    if not tasks:
+        return Rejected(record.identifier, "empty caption", f"{len(record.captions)} captions, none with text")
+    if record.media is None:
+        return Rejected(record.identifier, "unlisted file", "the annotations caption it but name no file")
+    try:
+        data = record.media.read_bytes()
+    except FileNotFoundError:
+        return Rejected(record.identifier, "missing file", str(record.media))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+        return Rejected(record.identifier, "unreadable file", f"{record.media}: {error}")
+    try:
+        if record.kind == "image":
+            data, media_type, facts = image_facts(data, reencoding)
+        else:
+            media_type, facts = video_facts(data, record.media.suffix)
+    except DataError as error:
+        return Rejected(record.identifier, f"unreadable {record.kind}", f"{record.media}: {error}")
+    own = {"source": source, "id": record.identifier, "captions": captions or None}
+    meta = {"tasks": tasks, **record.meta, **facts, **own}
+    text = captions[0] if captions else str(record.meta.get("summary") or "")
+    return Checked(record.identifier, data, media_type, text, meta)
+
+
+def tasks_of(record: Record, captions: list[str]) -> list[str]:
+    """What a record with these clean captions can be used for."""
+    tasks = ["caption", "retrieval"] if captions else []
+    scored = record.meta.get("saliency") is not None or record.meta.get("importance") is not None
+    return [*tasks, "summary"] if record.kind == "video" and (scored or record.meta.get("summary")) else tasks
+
+
+def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[str, Any]]:
+    """The bytes to keep, their extension by content, and width and height of the upright picture.
+
+    Raises DataError where they do not decode.
+    """
+    # At an eighth of its sides a JPEG is read to its end all the same, in half of the time.
+    decode_image(data, enough_pixels=1)
+    with Image.open(io.BytesIO(data)) as opened:
+        media_type = IMAGE_TYPES[opened.format or ""]
+        is_turned = opened.getexif().get(ORIENTATION_TAG, 1) >= 5
+        width, height = opened.size[::-1] if is_turned else opened.size
+    is_larger = 0 < reencoding.max_side < max(width, height)
+    if is_larger or reencoding.quality:
+        picture = decode_image(data)
+        if is_larger:
+            side = reencoding.max_side
+            picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=reencoding.quality or QUALITY)
+        data, media_type, (width, height) = file.getvalue(), "jpg", picture.size
+    return data, media_type, {"width": width, "height": height}
+
+
+def video_facts(data: bytes, suffix: str) -> tuple[str, dict[str, Any]]:
+    """Extension, width, height, fps and duration_seconds. Raises DataError where frames do not decode.
+
+    The times come from the packets: several containers leave frame count and duration out of their headers.
+    """
+    media_type = suffix.lower().removeprefix(".")
+    if media_type not in VIDEO_EXTENSIONS:
+        raise DataError(f"a {suffix or 'nameless'} file; {', '.join(VIDEO_EXTENSIONS)} are read")
+    picture = decode_video(data, CHECKED_FRAMES)[0][1]
+    with av.open(io.BytesIO(data), "r") as container:
+        stream = container.streams.video[0]
+        tick_seconds = float(stream.time_base or 0)
+        times = sorted(
+            ticks * tick_seconds
+            for packet in container.demux(stream)
+            if packet.size and (ticks := packet.dts if packet.pts is None else packet.pts) is not None
+        )
+        rate = float(stream.average_rate or 0)
+    span = times[-1] - times[0]
+    rate = rate or ((len(times) - 1) / span if span else 0.0)
+    facts = {
+        "width": picture.width,
+        "height": picture.height,
+        "fps": round(rate, 3) or None,
+        "duration_seconds": round(span + 1 / rate, 3) if rate else None,
+    }
+    return media_type, facts

@@ -1,0 +1,118 @@
+"""Annotation files: JSON, and rows of CSV, TSV, JSON lines and Parquet. Errors name option, file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsmoe_vl.errors import DataError
+
+Row = tuple[int, dict[str, Any]]  # line in the file, from 1; value by column
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def read_text(path: Path, option: str) -> str:
+    """The whole file, without a byte-order mark. Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{option} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{option} {path}: not UTF-8: {error}") from error
+
+
+def read_json(path: Path, option: str) -> Any:
+    """The value in a JSON file. Raises DataError."""
+    try:
+        return json.loads(read_text(path, option))
+    except ValueError as error:
+        raise DataError(f"{option} {path}: not JSON: {error}") from error
+
+
+def existing_folder(path: Path, option: str) -> Path:
+    """`path`. Raises DataError where it is no folder."""
+    if not path.is_dir():
+        raise DataError(f"{option} {path}: no such folder")
+    return path
+
+
+def read_rows(path: Path, option: str, columns: dict[str, str] | None = None) -> list[Row]:
+    """The rows of a table, its kind being that of its suffix (TABLE_SUFFIXES).
+
+    Args:
+        columns: of those that every row must have, name -> the option that says which column it is; none: any.
+
+    Raises DataError where the file is missing, malformed, or lacks a column.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise DataError(
+            f"{option} {path}: the name must end in {', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}"
+        )
+    if suffix == ".parquet":
+        rows = list(_parquet_rows(path, option))
+    elif suffix == ".jsonl":
+        rows = list(jsonl_rows(path, option))
+    else:
+        rows = list(csv_rows(path, option, "\t" if suffix == ".tsv" else ","))
+    for line, row in rows:
+        for column, named_by in (columns or {}).items():
+            if column not in row:
+                found = ", ".join(row) or "no columns"
+                raise DataError(f"{path}, line {line}: no {column!r} among {found}: name it with {named_by}")
+    return rows
+
+
+def csv_rows(path: Path, option: str, delimiter: str = ",") -> Iterator[Row]:
+    """Rows of a table with a header; cells that are missing are None. Raises DataError."""
+    reader = csv.DictReader(
+        io.StringIO(read_text(path, option), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
+    try:
+        header = reader.fieldnames
+        if not header:
+            raise DataError(f"{option} {path}: empty; its first line must name the columns")
+        reader.fieldnames = [name.strip() for name in header]
+        for row in reader:
+            if None in row:
+                raise DataError(
+                    f"{option} {path}, line {reader.line_num}: more cells than columns; a text with the delimiter in "
+                    "it needs quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{option} {path}, line {reader.reader.line_num}: {error}") from error
+
+
+def jsonl_rows(path: Path, option: str) -> Iterator[Row]:
+    """The object of every line that is not blank. Raises DataError."""
+    for line, text in enumerate(read_text(path, option).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{option} {path}, line {line}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{option} {path}, line {line}: an object is expected, not {text[:40]!r}")
+        yield line, row
+
+
+def _parquet_rows(path: Path, option: str) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{option} {path}: reading Parquet needs pyarrow: pip install 'dsmoe-vl[parquet]'") from error
+    try:
+        table = parquet.ParquetFile(path)
+        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
+    except OSError as error:
+        raise DataError(f"{option} {path}: {error.strerror or error}") from error
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{option} {path}: not Parquet: {error}") from error

@@ -1,0 +1,199 @@
+"""A conversion in parts: what any number of processes on any number of hosts do, and do again after an interruption.
+
+Records n * samples_per_shard and the following are part n. It becomes a complete folder of shards of its own,
+`OUTPUT/.unfinished/part-00000n/`, whose `index.json` is written last; a part without one is done again. Which process
+makes a part does not change its bytes. When all are there, `publish` gives the shards their final names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.check import Checked, Reencoding, Rejected, check
+from data_tools.formats import Record
+from data_tools.writer import ShardWriter, check_split, sample_key, write_index
+from dsmoe_vl.data.shards import INDEX_NAME
+from dsmoe_vl.errors import DataError
+
+REJECTED_NAME = "rejected.jsonl"
+_UNFINISHED = ".unfinished"
+_PLAN_NAME = "conversion.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, besides the records, the bytes of the output depend on."""
+
+    source: str  # name of the dataset, noted in every KEY.json
+    split: str = "train"
+    samples_per_shard: int = 1000
+    bytes_per_shard: int = 256 * 2**20
+    reencoding: Reencoding = field(default_factory=Reencoding)
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.samples_per_shard < 1 or self.bytes_per_shard < 1:
+            raise DataError(
+                f"a shard of {self.samples_per_shard} samples and {self.bytes_per_shard} bytes: both must be positive"
+            )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion came to. `reasons`: records that were skipped, by reason; all are listed in `listing`."""
+
+    written: int
+    reasons: Counter[str]
+    listing: Path
+
+    def summary(self) -> str:
+        """`12 missing file, 3 empty caption`, most frequent first; "none" without any."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common()) or "none"
+
+
+class Parts:
+    """The parts of one conversion."""
+
+    def __init__(self, output: Path, records: Sequence[Record], settings: Settings) -> None:
+        self.output, self.settings = output, settings
+        self.records = records
+        self.folder = output / _UNFINISHED
+        self.count = -(-len(records) // settings.samples_per_shard)
+
+    def open(self) -> list[int]:
+        """Make the folder, or accept what an interrupted conversion of the same records left in it.
+
+        Returns the numbers of the parts that are still to be made. Raises DataError where the output holds shards or
+        another conversion, or two records would have one key.
+        """
+        _check_keys(self.records)
+        plan = self.folder / _PLAN_NAME
+        described = {"records": fingerprint(self.records), **asdict(self.settings)}
+        if plan.exists():
+            if _loaded(plan) != described:
+                raise DataError(
+                    f"{self.folder} holds an unfinished conversion of other records or with other settings: repeat "
+                    "that command, or delete the folder"
+                )
+        elif (self.output / INDEX_NAME).exists() or any(self.output.glob("*.tar")):
+            raise DataError(f"{self.output} already holds shards: give an empty folder, or delete it first")
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            (self.output / REJECTED_NAME).unlink(missing_ok=True)
+            try:
+                self.folder.mkdir(parents=True)
+                _write_whole(plan, json.dumps(described))
+            except OSError as error:
+                raise DataError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        return [number for number in range(self.count) if not (self.path(number) / INDEX_NAME).exists()]
+
+    def of(self, number: int) -> Sequence[Record]:
+        """The records of a part."""
+        first = number * self.settings.samples_per_shard
+        return self.records[first : first + self.settings.samples_per_shard]
+
+    def path(self, number: int) -> Path:
+        """The folder of a part."""
+        return self.folder / f"part-{number:06d}"
+
+    def publish(self, max_rejected: float) -> Outcome:
+        """Give all shards their final names, list what was rejected, write index.json and remove the parts.
+
+        May be repeated after an interruption. Raises DataError, and leaves only the list, where more than the fraction
+        `max_rejected` of the records was rejected or none could be used.
+        """
+        indexes = [_loaded(self.path(number) / INDEX_NAME)["shards"] for number in range(self.count)]
+        listing = self.output / REJECTED_NAME
+        lists = [(self.path(number) / REJECTED_NAME).read_text(encoding="utf-8") for number in range(self.count)]
+        reasons = Counter(json.loads(line)["reason"] for part in lists for line in part.splitlines())
+        outcome = Outcome(sum(shard["samples"] for index in indexes for shard in index), reasons, listing)
+        if reasons:
+            _write_whole(listing, "".join(lists))
+        try:
+            _check_budget(outcome, max_rejected)
+        except DataError:
+            shutil.rmtree(self.folder)
+            raise
+        shards: list[dict[str, Any]] = []
+        for number, index in enumerate(indexes):
+            for shard in index:
+                name = f"{self.settings.split}-{len(shards):05d}.tar"
+                if (made := self.path(number) / shard["name"]).exists():  # else it was moved before an interruption
+                    os.replace(made, self.output / name)
+                shards.append({**shard, "name": name})
+        write_index(self.output, self.settings.split, shards)
+        shutil.rmtree(self.folder)
+        return outcome
+
+
+def make_part(folder: Path, records: Sequence[Record], settings: Settings, progress: Callable[[int], Any]) -> None:
+    """Check and write the records of one part. `progress(n)` is called after each n records."""
+    shutil.rmtree(folder, ignore_errors=True)
+    rejected: list[Rejected] = []
+    with ShardWriter(folder, settings.split, settings.samples_per_shard, settings.bytes_per_shard) as writer:
+        for record in records:
+            found = check(record, settings.source, settings.reencoding)
+            if isinstance(found, Checked):
+                writer.write(found.identifier, found.media, found.media_type, found.text, found.meta)
+            else:
+                rejected.append(found)
+            progress(1)
+        lines = [
+            json.dumps({"id": one.identifier, "reason": one.reason, "detail": one.detail}, ensure_ascii=False) + "\n"
+            for one in rejected
+        ]
+        (folder / REJECTED_NAME).write_bytes("".join(lines).encode("utf-8", "replace"))
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Hash over everything that the annotations say."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(record).encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def _check_keys(records: Sequence[Record]) -> None:
+    owners: dict[str, str] = {}
+    for record in records:
+        key = sample_key(record.identifier)
+        if key in owners:
+            raise DataError(
+                f"two records have the key {key!r} (identifiers {owners[key]!r} and {record.identifier!r}): "
+                "identifiers must be unique"
+            )
+        owners[key] = record.identifier
+
+
+def _check_budget(outcome: Outcome, max_rejected: float) -> None:
+    rejected = outcome.reasons.total()
+    where = f"; they are listed in {outcome.listing}" if rejected else ""
+    if outcome.written == 0:
+        raise DataError(f"no record could be used ({rejected} rejected: {outcome.summary()}){where}")
+    fraction = rejected / (rejected + outcome.written)
+    if fraction > max_rejected:
+        raise DataError(
+            f"{rejected} of {rejected + outcome.written} records were rejected ({outcome.summary()}): {fraction:.1%} "
+            f"is more than --max-rejected {max_rejected:g}{where}"
+        )
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: delete {path.parent} and convert again") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

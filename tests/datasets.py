@@ -1,0 +1,36 @@
+"""Raw datasets for the tests of converters."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+from types import ModuleType
+
+from PIL import Image
+
+from data_tools.films import encode_mp4
+from data_tools.formats import Record
+
+
+def read(module: ModuleType, *options: object) -> list[Record]:
+    """The records of a format module, its options given as on the command line."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return list(module.records(parser.parse_args([str(option) for option in options])))
+
+
+def photo(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
+    """Write a small JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").save(file, "JPEG")
+    path.write_bytes(file.getvalue())
+    return path
+
+
+def clip(path: Path, frames: int = 8) -> Path:
+    """Write a small MP4."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_mp4([Image.effect_noise((64, 48), 50).convert("RGB") for _ in range(frames)]))
+    return path
