@@ -105,7 +105,7 @@ def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[s
         width, height = opened.size[::-1] if is_turned else opened.size
     is_larger = 0 < reencoding.max_side < max(width, height)
     if is_larger or reencoding.quality:
-        picture = decode_image(data)
+        picture = Image.fromarray(decode_image(data))
         if is_larger:
             side = reencoding.max_side
             picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
@@ -123,7 +123,7 @@ def video_facts(data: bytes, suffix: str) -> tuple[str, dict[str, Any]]:
     media_type = suffix.lower().removeprefix(".")
     if media_type not in VIDEO_EXTENSIONS:
         raise DataError(f"a {suffix or 'nameless'} file; {', '.join(VIDEO_EXTENSIONS)} are read")
-    picture = decode_video(data, CHECKED_FRAMES)[0][1]
+    height, width = decode_video(data, CHECKED_FRAMES)[0][1].shape[:2]
     with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         tick_seconds = float(stream.time_base or 0)
@@ -136,8 +136,8 @@ def video_facts(data: bytes, suffix: str) -> tuple[str, dict[str, Any]]:
     span = times[-1] - times[0]
     rate = rate or ((len(times) - 1) / span if span else 0.0)
     facts = {
-        "width": picture.width,
-        "height": picture.height,
+        "width": width,
+        "height": height,
         "fps": round(rate, 3) or None,
         "duration_seconds": round(span + 1 / rate, 3) if rate else None,
     }

@@ -17,13 +17,33 @@ from tqdm import tqdm
 
 from data_tools.check import Reencoding
 from data_tools.command import run
-from data_tools.formats import Record, coco, video_folder
+from data_tools.formats import (
+    Record,
+    activitynet,
+    coco,
+    flickr,
+    folder,
+    img2dataset,
+    karpathy,
+    llava,
+    msrvtt,
+    msvd,
+    qvhighlights,
+    summe,
+    tvsum,
+    vatex,
+    videoxum,
+    webvid,
+)
 from data_tools.parallel import default_workers
 from data_tools.parts import Outcome, Parts, Settings, make_part
 from data_tools.workforce import Hosts, work
 from dsmoe_vl.errors import DataError
 
-FORMATS = (coco, video_folder)
+FORMATS = (
+    folder, coco, karpathy, flickr, llava, img2dataset,
+    msrvtt, msvd, vatex, webvid, activitynet, videoxum, tvsum, summe, qvhighlights,
+)  # fmt: skip
 
 
 def convert(

@@ -1,6 +1,7 @@
 """Look at a folder of shards: what is in it, whether it is whole, and whether every sample can be read.
 
-The exit status is 0 for sound shards, 1 where problems were found, 2 where there is nothing to look at.
+Shards of other tools (img2dataset, video2dataset, any WebDataset) are read too; of these a manifest and KEY.json are
+not expected. The exit status is 0 for sound shards, 1 where problems were found, 2 where there is nothing to look at.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from tqdm import tqdm
 from data_tools.command import run
 from data_tools.contact_sheet import Cell, contact_sheet
 from data_tools.parallel import default_workers, ordered_map
+from data_tools.schema import captions_of, is_own, problems
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards import INDEX_NAME, VIDEO_EXTENSIONS, Shard, ShardIndex, read_sample
 from dsmoe_vl.data.tar import scan_shard
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 
 FRAMES = 6  # decoded of a video, and shown
@@ -40,7 +43,10 @@ class Report:
     shards: int = 0
     total_bytes: int = 0
     media_types: Counter[str] = field(default_factory=Counter)
-    caption_words: list[int] = field(default_factory=list)
+    foreign: int = 0  # samples that other tools have written
+    lengths: list[int] = field(default_factory=list)  # of captions, in words or tokens
+    unit: str = "words"
+    kib: list[int] = field(default_factory=list)  # of the media
     sides: list[int] = field(default_factory=list)  # pixels, the longer one of an image or video
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     cells: list[Cell] = field(default_factory=list)
@@ -60,16 +66,18 @@ class Look:
     errors: list[tuple[str, DataError]]  # where, what
 
 
-def inspect(folder: Path, limit: int | None = None) -> Report:
+def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None = None) -> Report:
     """Read and decode the samples of a shard folder, the first `limit` of them if given.
 
-    The tars themselves are compared with `index.json` in any case. Raises DataError where there are no tars.
+    The length of captions is counted in pieces of `tokenizer`, or in words. The tars themselves are compared with
+    `index.json` in any case. Raises DataError where there are no tars.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: must be positive")
-    report = Report()
+    report = Report(unit="tokens" if tokenizer else "words")
+    measure: Callable[[str], Sized] = tokenizer.encode if tokenizer else str.split
     index = _scan(folder, report)
-    _compare_with_manifest(index, report)
+    has_manifest = _compare_with_manifest(index, report)
     places = [(shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples)][:limit]
     sheet_every = -(-len(places) // SHEET_CELLS)
     seen: set[str] = set()
@@ -84,11 +92,17 @@ def inspect(folder: Path, limit: int | None = None) -> Report:
         seen.add(look.sample.key)
         report.samples += 1
         report.media_types[look.sample.media_type or "text only"] += 1
-        report.caption_words.extend(len(caption.split()) for caption in _captions(look.sample))
+        report.foreign += not is_own(look.sample)
+        report.lengths.extend(len(measure(caption)) for caption in captions_of(look.sample))
+        if look.sample.media is not None:
+            report.kib.append(len(look.sample.media) // 1024)
         if look.pictures:
             report.sides.append(max(look.pictures[0].size))
             if number % sheet_every == 0:
-                report.cells.append(Cell(_thumbnails(look.pictures), look.sample.text))
+                text = (captions_of(look.sample) or [""])[0]
+                report.cells.append(Cell(_thumbnails(look.pictures), text))
+    if not has_manifest and report.foreign < report.samples:
+        report.problems[f"no {INDEX_NAME}"].append(f"{folder}: changed or lost shards cannot be noticed")
     return report
 
 
@@ -106,17 +120,17 @@ def _scan(folder: Path, report: Report) -> ShardIndex:
     return ShardIndex(folder, "", tuple(shards))
 
 
-def _compare_with_manifest(index: ShardIndex, report: Report) -> None:
+def _compare_with_manifest(index: ShardIndex, report: Report) -> bool:
+    """Whether there is one."""
     path = index.folder / INDEX_NAME
     if not path.exists():
-        report.problems[f"no {INDEX_NAME}"].append(f"{path}: changed or lost shards cannot be noticed")
-        return
+        return False
     try:
         rows = {row["name"]: row for row in json.loads(path.read_bytes())["shards"]}
         expected = {name: Shard(name, row["samples"], row["bytes"], row["sha256"]) for name, row in rows.items()}
     except (ValueError, TypeError, KeyError) as error:
         report.problems[f"malformed {INDEX_NAME}"].append(f"{path}: {error!r}")
-        return
+        return True
     found = {shard.name: shard for shard in index.shards}
     for name in sorted(expected.keys() - found.keys()):
         report.problems["missing shard"].append(f"{name} is in {INDEX_NAME} only")
@@ -127,6 +141,7 @@ def _compare_with_manifest(index: ShardIndex, report: Report) -> None:
             is_now, was = getattr(found[name], attribute), getattr(expected[name], attribute)
             if is_now != was:
                 report.problems[f"{attribute} differ from {INDEX_NAME}"].append(f"{name}: {is_now}, not {was}")
+    return True
 
 
 def _look(index: ShardIndex, shard: int, number: int) -> Look:
@@ -135,34 +150,16 @@ def _look(index: ShardIndex, shard: int, number: int) -> Look:
         sample = read_sample(index, shard, number)
     except DataError as error:
         return Look(None, [], [(place, error)])
-    errors = [DataError(problem) for problem in _incomplete(sample)]
+    errors = [DataError(problem) for problem in problems(sample)]
     pictures: list[Image.Image] = []
     try:
         if sample.media is not None and sample.media_type in VIDEO_EXTENSIONS:
-            pictures = [picture for _, picture in decode_video(sample.media, FRAMES)]
+            pictures = [Image.fromarray(frame) for _, frame in decode_video(sample.media, FRAMES)]
         elif sample.media is not None:
-            pictures = [decode_image(sample.media)]
+            pictures = [Image.fromarray(decode_image(sample.media))]
     except DataError as error:
         errors.append(error)
     return Look(sample, pictures, [(f"{place}, {sample.key}", error) for error in errors])
-
-
-def _incomplete(sample: Sample) -> Iterator[str]:
-    """What a sample of this project's layout has and `sample` has not."""
-    if sample.media is None:
-        yield "no image or video"
-    if not sample.text.strip():
-        yield "missing or empty txt"
-    if not sample.meta:
-        yield "missing or empty json"
-    expected = sample.meta.get("sha256")
-    if expected and sample.media is not None and hashlib.sha256(sample.media).hexdigest() != expected:
-        yield "media differ from the sha256 in json"
-
-
-def _captions(sample: Sample) -> list[str]:
-    captions = sample.meta.get("captions")
-    return [str(caption) for caption in captions] if isinstance(captions, list) and captions else [sample.text]
 
 
 def _thumbnails(pictures: list[Image.Image]) -> list[Image.Image]:
@@ -182,8 +179,11 @@ def describe(report: Report) -> Iterator[str]:
     """The report as lines of text."""
     yield f"{report.samples} samples read, {report.shards} shards, {report.total_bytes / 2**20:.1f} MiB"
     yield "media: " + (", ".join(f"{count} {name}" for name, count in report.media_types.most_common()) or "none")
-    yield from _histogram("caption length, words", report.caption_words)
+    if report.foreign:
+        yield f"{report.foreign} samples of another tool, read as they are; `convert img2dataset` adds what ours have"
+    yield from _histogram(f"caption length, {report.unit}", report.lengths)
     yield from _histogram("longer side, pixels", report.sides)
+    yield from _histogram("media size, KiB", report.kib)
     if not report.problems:
         yield "no problems"
     for kind, places in sorted(report.problems.items(), key=lambda item: -len(item[1])):
@@ -211,13 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of tars")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help=f"draw up to {SHEET_CELLS} samples")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="count captions in its tokens, not in words")
     parser.add_argument("--limit", type=int, metavar="N", help="decode the first N samples only")
     given = parser.parse_args(arguments)
 
     def command() -> int:
         if given.contact_sheet and given.contact_sheet.suffix.lower() not in (".png", ".jpg"):
             raise DataError(f"--contact-sheet {given.contact_sheet}: the name must end in .png or .jpg")
-        report = inspect(given.shards, given.limit)
+        tokenizer = Tokenizer(given.tokenizer) if given.tokenizer else None
+        report = inspect(given.shards, given.limit, tokenizer)
         print(*describe(report), sep="\n")
         if given.contact_sheet and report.cells:
             given.contact_sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -119,8 +119,8 @@ def pictures(sample: Sample) -> list[Image.Image]:
     """The image, or some frames of the video."""
     assert sample.media is not None, "it has been captioned"
     if sample.media_type in VIDEO_EXTENSIONS:
-        return [frame for _, frame in decode_video(sample.media, 4)]
-    return [decode_image(sample.media)]
+        return [Image.fromarray(frame) for _, frame in decode_video(sample.media, 4)]
+    return [Image.fromarray(decode_image(sample.media))]
 
 
 def main() -> int:

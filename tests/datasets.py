@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from PIL import Image
 
@@ -34,3 +36,15 @@ def clip(path: Path, frames: int = 8) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_mp4([Image.effect_noise((64, 48), 50).convert("RGB") for _ in range(frames)]))
     return path
+
+
+def written(path: Path, content: Any) -> Path:
+    """Write a text, or anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def problems(records: list[Record]) -> dict[str, str]:
+    """The reasons of the records that annotations alone make unusable, by identifier."""
+    return {record.identifier: record.problem.partition(":")[0] for record in records if record.problem}

@@ -11,6 +11,8 @@ from typing import Any
 
 from dsmoe_vl.errors import DataError
 
+csv.field_size_limit(2**27)  # characters of a cell; an importance curve has more than Python's 131,072
+
 Row = tuple[int, dict[str, Any]]  # line in the file, from 1; value by column
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 

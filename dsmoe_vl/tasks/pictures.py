@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 
 from dsmoe_vl.config.recipe import DataConfig, VisionConfig
 from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
@@ -47,23 +46,23 @@ class PictureReader:
             raise DataError("no image or video")
         if sample.media_type not in VIDEO_EXTENSIONS:
             image = decode_image(sample.media, self.data.image_max_patches * self.vision.patch_size**2)
-            grid = self._grid(image.size, self.data.image_max_patches)
+            grid = self._grid(image, self.data.image_max_patches)
             cells = np.arange(self._cells(grid), dtype=np.int32)
             return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)
         pictures: list[Picture] = []
         used = 0
         for seconds, frame in decode_video(sample.media, self.data.video_frames):
-            grid = self._grid(frame.size, self.data.frame_max_patches)
+            grid = self._grid(frame, self.data.frame_max_patches)
             tokens = self._pooled_tokens(grid)
             pictures.append(Picture(self._cut(frame, grid), grid, seconds, tokens + used))
             used += int(tokens[-1]) + 1
         return Modality.VIDEO, pictures, used
 
-    def _grid(self, size: tuple[int, int], budget: int) -> tuple[int, int]:
-        return fit_grid(size[0], size[1], self.vision.patch_size, self.vision.merge, budget)
+    def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:
+        return fit_grid(pixels.shape[1], pixels.shape[0], self.vision.patch_size, self.vision.merge, budget)
 
-    def _cut(self, image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
-        return to_patches(image, grid, self.vision.patch_size, self.vision.merge)
+    def _cut(self, pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        return to_patches(pixels, grid, self.vision.patch_size, self.vision.merge)
 
     def _cells(self, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1] // self.vision.merge**2

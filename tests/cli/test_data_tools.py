@@ -78,7 +78,7 @@ def test_inspect_fails_on_damage(world, tmp_path):
             ["convert", "coco", "--images", "{tmp}", "--annotations", "{tmp}/a.json", "--output", "{tmp}/s"],
             "No such file",
         ),
-        (["convert", "videos", "--videos", "{tmp}", "--texts", "{tmp}/a.txt", "--output", "{tmp}/s"], ".csv or .jsonl"),
+        (["convert", "folder", "--media", "{tmp}", "--table", "{tmp}/a.txt", "--output", "{tmp}/s"], "must end in"),
         (["tokenizer", "train", "--data", "{tmp}", "--output", "{tmp}/t.model"], "neither index.json nor *.tar"),
         (["inspect", "{tmp}/gone"], "no such folder"),
         (["inspect", "{tmp}", "--contact-sheet", "sheet.pdf"], "must end in .png"),
@@ -94,9 +94,9 @@ def test_a_user_error_is_one_line_and_status_2(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("module", "arguments", "words"),
     [
-        (convert, [], ["coco", "videos"]),
+        (convert, [], ["coco", "folder", "tvsum"]),
         (convert, ["coco"], ["captions_train2017.json", "python -m data_tools.convert coco", "--max-rejected"]),
-        (convert, ["videos"], ["texts.csv", "python -m data_tools.convert videos", "--file-column"]),
+        (convert, ["folder"], ["texts.csv", "python -m data_tools.convert folder", "--map"]),
         (tokenizer, ["train"], ["python -m data_tools.tokenizer train", "--vocab-size"]),
         (synthetic, [], ["--eval-videos", "8000"]),
         (inspect, [], ["--contact-sheet", "exit status"]),

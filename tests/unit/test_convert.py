@@ -191,10 +191,10 @@ def test_missing_paths(tmp_path):
         list(records("coco", "--images", tmp_path, "--annotations", tmp_path / "gone.json"))
     with pytest.raises(DataError, match=r"--images .*gone: no such folder"):
         list(records("coco", "--images", tmp_path / "gone", "--annotations", tmp_path / "a.json"))
-    with pytest.raises(DataError, match=r"--videos .*gone: no such folder"):
-        list(records("videos", "--videos", tmp_path / "gone", "--texts", tmp_path / "a.csv"))
-    with pytest.raises(DataError, match=r"--texts .*gone.csv: No such file"):
-        list(records("videos", "--videos", tmp_path, "--texts", tmp_path / "gone.csv"))
+    with pytest.raises(DataError, match=r"--media .*gone: no such folder"):
+        list(records("folder", "--media", tmp_path / "gone", "--table", tmp_path / "a.csv"))
+    with pytest.raises(DataError, match=r"--table .*gone.csv: No such file"):
+        list(records("folder", "--media", tmp_path, "--table", tmp_path / "gone.csv"))
 
 
 def test_real_videos_with_no_frame_count_in_their_headers(shared_data, tmp_path):
@@ -204,9 +204,9 @@ def test_real_videos_with_no_frame_count_in_their_headers(shared_data, tmp_path)
         writer = csv.writer(file)
         writer.writerow(["clip", "label"])
         writer.writerows([name, f"this is {name}"] for name in names)
-    columns = ("--file-column", "clip", "--text-column", "label")
-    found = records("videos", "--videos", folder, "--texts", tmp_path / "texts.csv", *columns)
-    outcome = convert(found, "videos", tmp_path / "shards", max_rejected=0)
+    columns = ("--map", "file=clip", "--map", "text=label")
+    found = records("folder", "--media", folder, "--table", tmp_path / "texts.csv", *columns)
+    outcome = convert(found, "folder", tmp_path / "shards", max_rejected=0)
     assert outcome.written == len(names) == 11
     for name, sample in zip(names, iterate_samples(tmp_path / "shards"), strict=True):
         assert sample.media == (folder / name).read_bytes()
@@ -237,8 +237,8 @@ JSONL = '{"file": "a.mp4", "text": ["one, two", "three"]}\n\n{"file": "sub/b b.m
 @pytest.mark.parametrize(("name", "content"), [("texts.csv", CSV), ("texts.jsonl", JSONL)])
 def test_rows_of_one_video_are_its_captions(clips, tmp_path, name, content):
     (tmp_path / name).write_text(content, newline="")
-    found = records("videos", "--videos", clips, "--texts", tmp_path / name)
-    convert(found, "videos", tmp_path / "shards", max_rejected=0)
+    found = records("folder", "--media", clips, "--table", tmp_path / name)
+    convert(found, "folder", tmp_path / "shards", max_rejected=0)
     first, second = iterate_samples(tmp_path / "shards")
     assert first.meta["captions"] == ["one, two", "three"] and second.meta["captions"] == ["second"]
     assert (first.meta["fps"], first.meta["duration_seconds"]) == (8, 1.25)
@@ -249,13 +249,13 @@ def test_bad_videos_are_listed_with_their_reason(clips, tmp_path):
     rows = [("a.mp4", "good"), ("cut.mp4", "cut"), ("song.mp3", "song"), ("gone.mp4", "gone"), ("sub", "a folder"),
             ("sub/b b.mp4", "")]  # fmt: skip
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"file": file, "text": text}) for file, text in rows))
-    found = records("videos", "--videos", clips, "--texts", tmp_path / "texts.jsonl")
-    convert(found, "videos", tmp_path / "shards", max_rejected=1.0)
+    found = records("folder", "--media", clips, "--table", tmp_path / "texts.jsonl")
+    convert(found, "folder", tmp_path / "shards", max_rejected=1.0)
     assert reasons(tmp_path / "shards") == {
         "cut.mp4": "unreadable video",
-        "song.mp3": "unreadable video",
+        "song.mp3": "unknown kind",
         "gone.mp4": "missing file",
-        "sub": "unreadable file",
+        "sub": "unknown kind",
         "sub/b b.mp4": "empty caption",
     }
 
@@ -264,8 +264,8 @@ def test_bad_videos_are_listed_with_their_reason(clips, tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", b"", "empty"),
-        ("t.csv", b"name,text\na.mp4,x\n", "line 2: no 'file' among name, text: name it with --file-column"),
-        ("t.csv", b"file,caption\na.mp4,x\n", "no 'text' among file, caption: name it with --text-column"),
+        ("t.csv", b"name,text\na.mp4,x\n", "line 2: no 'file' among name, text: name it with --map file=COLUMN"),
+        ("t.csv", b"file,caption\na.mp4,x\n", "no 'text' among file, caption: name it with --map text=COLUMN"),
         ("t.csv", b"file,text\na.mp4,two dogs, running\n", "line 2: more cells than columns"),
         ("t.csv", b"file,text\na.mp4,\xff\n", "not UTF-8"),
         ("t.csv", b'file,text\na.mp4,"x\n', "line 2: unexpected end of data"),
@@ -273,10 +273,10 @@ def test_bad_videos_are_listed_with_their_reason(clips, tmp_path):
         ("t.jsonl", b'{"file": "a.mp4", "text": "x"}\n{"file"', "line 2: not JSON"),
         ("t.jsonl", b'["a.mp4", "x"]', "line 1: an object is expected"),
         ("t.jsonl", b"{}", "line 1: no 'file' among no columns"),
-        ("t.txt", b"a.mp4 x", "must end in .csv or .jsonl"),
+        ("t.txt", b"a.mp4 x", "must end in .csv, .tsv, .jsonl or .parquet"),
     ],
 )
 def test_tables_that_cannot_be_read(clips, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        convert(records("videos", "--videos", clips, "--texts", tmp_path / name), "videos", tmp_path / "shards")
+        convert(records("folder", "--media", clips, "--table", tmp_path / name), "folder", tmp_path / "shards")

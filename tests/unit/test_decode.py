@@ -38,9 +38,9 @@ def video(
     return buffer.getvalue()
 
 
-def levels(frames: list[tuple[float, Image.Image]]) -> list[int]:
+def levels(frames: list[tuple[float, np.ndarray]]) -> list[int]:
     """The numbers of the frames of `video` that were chosen."""
-    return [round(float(np.asarray(image).mean()) / 4) for _, image in frames]
+    return [round(float(image.mean()) / 4) for _, image in frames]
 
 
 def test_transparency_becomes_white_in_every_mode() -> None:
@@ -57,18 +57,18 @@ def test_transparency_becomes_white_in_every_mode() -> None:
     }
     for name, data in files.items():
         image = decode_image(data)
-        assert image.mode == "RGB"
-        assert (image.getpixel((0, 0)), image.getpixel((7, 7))) == ((0, 0, 255), (255, 255, 255)), name
+        assert (image.dtype, image.shape) == (np.uint8, (8, 8, 3))
+        assert (image[0, 0].tolist(), image[7, 7].tolist()) == ([0, 0, 255], [255, 255, 255]), name
     grey = Image.new("LA", (4, 4), (90, 0))
-    assert decode_image(encoded_as(grey, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded_as(grey, "PNG"))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_grey_cmyk_and_16_bit() -> None:
     deep = Image.fromarray(np.full((4, 4), 128 * 256 + 77, np.uint16))
-    assert decode_image(encoded_as(deep, "PNG")).getpixel((0, 0)) == (128, 128, 128)
-    assert decode_image(encoded_as(Image.new("L", (4, 4), 77), "PNG")).getpixel((0, 0)) == (77, 77, 77)
-    assert decode_image(encoded_as(Image.new("1", (4, 4), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
-    cyan = decode_image(encoded_as(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG")).getpixel((8, 8))
+    assert decode_image(encoded_as(deep, "PNG"))[0, 0].tolist() == [128] * 3
+    assert decode_image(encoded_as(Image.new("L", (4, 4), 77), "PNG"))[0, 0].tolist() == [77] * 3
+    assert decode_image(encoded_as(Image.new("1", (4, 4), 1), "PNG"))[0, 0].tolist() == [255] * 3
+    cyan = decode_image(encoded_as(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG"))[8, 8]
     np.testing.assert_allclose(cyan, (0, 255, 255), atol=12)
 
 
@@ -88,7 +88,7 @@ def test_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = decode_image(encoded_as(stored, "JPEG", exif=exif, quality=95, subsampling=0))
-    assert image.size == (48, 32)
+    assert image.shape == (32, 48, 3)
     np.testing.assert_allclose(np.asarray(image, int), np.asarray(upright, int), atol=12)
 
 
@@ -109,7 +109,7 @@ def test_random_damage_raises_nothing_else(shared_data: Path) -> None:
         for place in rng.integers(0, len(data), 8):
             data[place] = rng.integers(256)
         with contextlib.suppress(DataError):
-            assert decode_image(bytes(data)).mode == "RGB"
+            assert decode_image(bytes(data)).dtype == np.uint8
 
 
 def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,11 +125,29 @@ def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_large_jpegs_are_decoded_smaller_but_never_too_small() -> None:
     data = encoded_as(picture(640, 480), "JPEG")
-    assert decode_image(data).size == (640, 480)
+    assert decode_image(data).shape == (480, 640, 3)
     for enough in (64 * 64, 224 * 224, 600 * 400, 10**6):
-        width, height = decode_image(data, enough).size
+        height, width = decode_image(data, enough).shape[:2]
         assert width * height >= min(enough, 640 * 480)
-    assert decode_image(data, 64 * 64).size == (80, 60)
+    assert decode_image(data, 64 * 64).shape == (60, 80, 3)
+
+
+def test_jpegs_have_the_pixels_that_pillow_gives_them(shared_data: Path) -> None:
+    for photo in sorted((shared_data / "coco_cc_by").glob("*2017/*.jpg")):
+        with Image.open(photo) as opened:
+            theirs = np.asarray(opened.convert("RGB"))
+        np.testing.assert_array_equal(decode_image(photo.read_bytes()), theirs, err_msg=photo.name)
+
+
+def test_resizing_agrees_with_pillow(shared_data: Path) -> None:
+    for photo in sorted((shared_data / "coco_cc_by").glob("val2017/*.jpg")):
+        pixels = decode_image(photo.read_bytes())
+        for height, width in ((224, 224), (192, 256), (48, 64)):
+            theirs = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC), dtype=float)
+            error = np.square(decode.resized(pixels, height, width) - theirs).mean()
+            assert 10 * np.log10(255**2 / error) > 55, photo.name  # dB
+    upright = np.rot90(pixels)  # a view with negative strides
+    assert np.array_equal(decode.resized(upright, 64, 48), decode.resized(upright.copy(), 64, 48))
 
 
 def test_real_photos(shared_data: Path) -> None:
@@ -137,7 +155,7 @@ def test_real_photos(shared_data: Path) -> None:
     assert photos
     for photo in photos:
         image = decode_image(photo.read_bytes(), 256 * 16**2)
-        grid = fit_grid(*image.size, 16, 2, 256)
+        grid = fit_grid(image.shape[1], image.shape[0], 16, 2, 256)
         patches = to_patches(image, grid, 16, 2)
         assert patches.shape == (grid[0] * grid[1], 768)
         assert grid[0] * grid[1] >= 200
@@ -183,7 +201,7 @@ def test_patch_order_is_cell_by_cell() -> None:
         for cell_row, cell_column in itertools.product(range(2), range(3))
         for row, column in itertools.product((2 * cell_row, 2 * cell_row + 1), (2 * cell_column, 2 * cell_column + 1))
     ]
-    np.testing.assert_array_equal(to_patches(Image.fromarray(pixels), grid, size, merge), expected)
+    np.testing.assert_array_equal(to_patches(pixels, grid, size, merge), expected)
 
 
 @pytest.mark.parametrize(

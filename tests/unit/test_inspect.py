@@ -12,7 +12,9 @@ from PIL import Image
 from data_tools.contact_sheet import PAGE_WIDTH, Cell, contact_sheet
 from data_tools.inspect import describe, inspect
 from data_tools.synthetic import generate
+from data_tools.tokenizer import train
 from data_tools.writer import ShardWriter
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 
 
@@ -43,7 +45,7 @@ def test_sound_shards(tmp_path):
     generate(tmp_path, images=70, videos=5, eval_images=0, eval_videos=0)
     report = inspect(tmp_path / "images_train")
     assert (report.samples, report.shards, dict(report.media_types), dict(report.problems)) == (70, 1, {"jpg": 70}, {})
-    assert set(report.sides) == {64} and len(report.caption_words) >= 140 and 30 <= len(report.cells) <= 48
+    assert set(report.sides) == {64} and len(report.lengths) >= 140 and 30 <= len(report.cells) <= 48
     report = inspect(tmp_path / "videos_train", limit=3)
     assert (report.samples, dict(report.media_types)) == (3, {"mp4": 3})
     assert [len(cell.pictures) for cell in report.cells] == [6, 6, 6]
@@ -62,7 +64,7 @@ def test_bad_samples_are_counted_by_reason(tmp_path):
     assert {kind: len(places) for kind, places in found.problems.items()} == {
         "image cannot be decoded": 1,
         "video cannot be decoded": 1,
-        "missing or empty txt": 1,
+        "no caption": 1,
         "no image or video": 1,
     }
     assert found.problems["image cannot be decoded"][0].startswith("train-00000.tar, sample 6, broken: ")
@@ -81,12 +83,35 @@ def test_tars_of_others(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     assert problems(tmp_path) == {
-        "no index.json": 1,
-        "missing or empty json": 1,
         "malformed text or JSON": 1,
-        "media differ from the sha256 in json": 1,
         "duplicate key": 1,
     }
+    assert any(line.startswith("3 samples of another tool") for line in describe(inspect(tmp_path)))
+    (write(tmp_path / "ours", GOOD) / "index.json").unlink()
+    assert problems(tmp_path / "ours") == {"no index.json": 1}
+
+
+def test_json_that_training_could_not_use(tmp_path):
+    good = {"captions": ["a"], "duration_seconds": 2.0, "saliency": [[0, 1], [0.5, 1]], "tasks": ["summary"]}
+    bad = {
+        "no positive number": {"duration_seconds": 0},
+        "importance outside of 0 to 1": {"saliency": [[0, 2]]},
+        "unknown task": {"tasks": ["captions"]},
+    }
+    samples = [(name, photo(), "png", "a", good | change) for name, change in bad.items()]
+    folder = write(tmp_path, [("good", photo(), "png", "a", good), *samples])
+    assert problems(folder) == dict.fromkeys(bad, 1)
+    assert inspect(folder).problems["no positive number"] == [
+        "train-00000.tar, sample 1, no_positive_number-1330f8c9: duration_seconds is 0"
+    ]
+
+
+def test_length_in_tokens(tmp_path):
+    folder = write(tmp_path, GOOD)
+    train([folder], tmp_path / "t.model", vocab_size=300)
+    report = inspect(folder, tokenizer=Tokenizer(tmp_path / "t.model"))
+    assert all(length > 5 for length in report.lengths)
+    assert any(line.startswith("caption length, tokens") for line in describe(report))
 
 
 def test_shards_that_are_not_those_of_the_manifest(tmp_path):

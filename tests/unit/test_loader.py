@@ -37,7 +37,7 @@ def encode_picture(sample: Sample) -> list[Segment]:
     """A still image, one token a cell."""
     assert sample.media is not None
     image = decode_image(sample.media)
-    grid = fit_grid(*image.size, 8, 2, 16)
+    grid = fit_grid(image.shape[1], image.shape[0], 8, 2, 16)
     cells = np.arange(grid[0] * grid[1] // 4, dtype=np.int32)
     tokens = np.full(len(cells), 5, np.int32)
     image_modality = np.full(len(cells), Modality.IMAGE, np.int32)

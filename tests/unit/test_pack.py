@@ -24,7 +24,7 @@ def segment(length: int, first_token: int = 10, task: TaskId = TaskId.CAPTION, p
         labels,
         np.full(length, Modality.IMAGE, np.int32),
         [
-            Picture(to_patches(picture(24, 16, i), (4, 6), 4, 2), (4, 6), float(i), cells)
+            Picture(to_patches(np.asarray(picture(24, 16, i)), (4, 6), 4, 2), (4, 6), float(i), cells)
             for i in range(pictures)
         ],
     )  # fmt: skip
@@ -91,7 +91,7 @@ def test_assemble_places_cells() -> None:
 def test_patch_positions_point_at_the_pixels() -> None:
     image = picture(24, 16)
     pixels = np.asarray(image)
-    patches = to_patches(image, (4, 6), 4, 2)
+    patches = to_patches(np.asarray(image), (4, 6), 4, 2)
     positions = grid_positions((4, 6), 2)
     assert sorted(map(tuple, positions.tolist())) == [(row, column) for row in range(4) for column in range(6)]
     for patch, (row, column) in zip(patches, positions, strict=True):

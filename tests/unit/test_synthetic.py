@@ -40,7 +40,7 @@ def shown(meta):
 
 def centroid(picture, colour):
     """Centre (x, y) of the pixels near a colour, and how many there are."""
-    distance = np.abs(np.asarray(picture).astype(int) - COLOURS[colour]).max(axis=2)
+    distance = np.abs(picture.astype(int) - COLOURS[colour]).max(axis=2)
     rows, columns = np.nonzero(distance < 60)
     return (columns.mean(), rows.mean(), len(rows)) if len(rows) else (np.nan, np.nan, 0)
 
@@ -123,7 +123,7 @@ def test_relations_and_sizes_are_true_of_the_pixels():
     for number in range(150):
         media, meta = scene(np.random.default_rng(number), number % 2 == 0, 64, 2)
         picture = decode_image(media)
-        assert picture.size == (meta["width"], meta["height"]) and not any(side % 16 for side in picture.size)
+        assert picture.shape == (meta["height"], meta["width"], 3) and not any(side % 16 for side in picture.shape[:2])
         items = meta["attributes"]
         places = [centroid(picture, item["colour"]) for item in items]
         if len(items) == 1:
@@ -218,10 +218,10 @@ def test_other_sizes(tmp_path, size):
     generate(tmp_path, images=8, videos=2, eval_images=2, eval_videos=2, size=size, max_objects=1)
     for sample in iterate_samples(tmp_path / "images_train"):
         picture = decode_image(sample.media)
-        assert max(picture.size) == size and not any(side % 16 for side in picture.size)
+        assert max(picture.shape) == size and not any(side % 16 for side in picture.shape[:2])
         assert len(sample.meta["attributes"]) == 1
     for sample in iterate_samples(tmp_path / "videos_train"):
-        assert decode_video(sample.media, 1)[0][1].size == (size, size)
+        assert decode_video(sample.media, 1)[0][1].shape == (size, size, 3)
 
 
 @pytest.mark.parametrize(

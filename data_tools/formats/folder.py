@@ -1,0 +1,169 @@
+"""A folder of images, videos or both, and their texts: in a table, or in a text file beside each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.formats import Record
+from data_tools.formats.filters import Filters, add_filter_argument
+from data_tools.formats.tables import existing_folder, read_rows
+from data_tools.formats.text_files import media_kind, records_beside_text
+from dsmoe_vl.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dsmoe_vl.errors import DataError
+
+NAME = "folder"
+HELP = "a folder of images and videos, with a csv, tsv, jsonl or parquet table or text files"
+DESCRIPTION = """\
+Expected files, with a table (.csv, .tsv, .jsonl or .parquet):
+
+    clips/
+      texts.csv              file,text                      or texts.jsonl, an object a line:
+                             kitchen/a.mp4,a man cooks        {"file": "kitchen/a.mp4", "text": "a man cooks"}
+                             b.jpg,"two dogs, running"        {"file": "b.jpg", "text": ["two dogs", "dogs run"]}
+      kitchen/a.mp4          mp4, webm, mkv or avi
+      b.jpg                  jpg, jpeg, png or webp
+
+or without one, with a caption a line of a text file:
+
+    photos/
+      2024/c.jpg
+      2024/c.txt
+
+Several rows of one file are several captions of it; of all else, the first of them counts. Other names of columns are
+given by --map. What it knows: file, text, id (instead of the file's path), url, licence, summary (a text), importance
+(a list of numbers from 0 to 1, one for each equal part of a video) and saliency (a list of such lists, one an
+annotator). In csv and tsv the lists are JSON.
+
+Examples:
+
+    python -m data_tools.convert folder --media clips --table clips/texts.csv --output shards/clips
+    python -m data_tools.convert folder --media clips --table meta.parquet --map file=path --map text=caption \\
+        --keep camera --filter "score>=0.3" --output shards/clips
+    python -m data_tools.convert folder --media photos --output shards/photos
+"""
+
+LABELS: dict[str, type] = {"summary": str, "importance": list, "saliency": list}
+FIELDS = ("file", "text", "id", "url", "licence", *LABELS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--media`, `--table`, `--map`, `--keep` and `--filter`."""
+    parser.add_argument("--media", type=Path, required=True, metavar="DIR", help="folder of the images and videos")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="their texts; without it, in NAME.txt beside each")
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"the column of {', '.join(FIELDS)} (default: file=file, text=text)",
+    )
+    parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help="copied to KEY.json")
+    add_filter_argument(parser, "the table's columns")
+
+
+def records(arguments: argparse.Namespace) -> Iterator[Record]:
+    """One record a file, in the order of first mention in the table, or else of the paths.
+
+    Raises DataError where the table is missing, malformed or lacks a column, an id belongs to two files, an option is
+    malformed, or the folder is missing.
+    """
+    folder = existing_folder(arguments.media, "--media")
+    if arguments.table:
+        yield from _in_table(folder, arguments)
+    elif arguments.map or arguments.keep or arguments.filter:
+        raise DataError("--map, --keep and --filter are about a table's columns: name it with --table FILE")
+    else:
+        yield from records_beside_text(folder)
+
+
+def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
+    path: Path = arguments.table
+    filters, columns = Filters(arguments.filter), _parse_map(arguments.map)
+    options = {column: f"--map {field}={column}" for field, column in columns.items()}
+    options |= {column: f"--keep {column}" for column in arguments.keep}
+    # With labels of another kind a text is not needed.
+    needed = ["file"] if columns.keys() & set(LABELS) else ["file", "text"]
+    columns = {"file": "file", "text": "text", **columns}
+    rows = read_rows(path, "--table", {columns[field]: f"--map {field}=COLUMN" for field in needed})
+    known = dict.fromkeys(column for _, row in rows for column in row)
+    for column, option in options.items():
+        if rows and column not in known:
+            raise DataError(f"{option}: no column {column!r} in {path}; there are {', '.join(known)}")
+
+    found: dict[str, Record] = {}
+    nameless = []
+    for line, row in rows:
+        if not filters.accept(row):
+            continue
+        name = str(row[columns["file"]] or "").strip()
+        if not name:
+            problem = f"no file: {path}, line {line}: {columns['file']!r} is empty"
+            nameless.append(Record(f"{path.name} line {line}", "image", None, [], problem=problem))
+            continue
+        name = posixpath.normpath(name)
+        if name not in found:
+            found[name] = _record(folder, name, line, row, columns, arguments.keep)
+        text = row.get(columns["text"])
+        found[name].captions.extend(text if isinstance(text, list) else [text])
+    filters.check(str(path))
+    owners: dict[str, str] = {}
+    for name, record in found.items():
+        if owners.setdefault(record.identifier, name) != name:
+            raise DataError(
+                f"--map id={columns['id']}: {path} gives {owners[record.identifier]} and {name} the same id, "
+                f"{record.identifier!r}: name a column of unique ids, or leave it out"
+            )
+    yield from found.values()
+    yield from nameless
+
+
+def _record(
+    folder: Path, name: str, line: int, row: dict[str, Any], columns: dict[str, str], keep: list[str]
+) -> Record:
+    """The record of a file, still without captions, by the first of its rows."""
+    values = {field: _as_json(row.get(column)) for field, column in columns.items()}
+    meta = {column: _as_json(row.get(column)) for column in keep}
+    meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
+    kind, problem = media_kind(name), ""
+    if name.startswith(("/", "../")) or name in (".", ".."):
+        problem = f"outside of the folder: {name} is no file in {folder}"
+    elif kind is None:
+        problem = f"unknown kind: {name} is none of {', '.join(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)}"
+    for field, kind_of_value in LABELS.items():
+        value = meta.get(field)
+        try:
+            if kind_of_value is list and isinstance(value, str):  # in a cell of csv
+                meta[field] = value = json.loads(value)
+            if not isinstance(value, kind_of_value | None):
+                raise ValueError(f"{value!r} is no {kind_of_value.__name__}")
+        except ValueError as error:
+            problem = problem or f"malformed {field}: line {line}: {error}"
+    identifier = name if values.get("id") is None else str(values["id"])
+    return Record(identifier, kind or "image", None if problem else folder / name, [], meta, problem)
+
+
+def _parse_map(texts: list[str]) -> dict[str, str]:
+    """The column of each field that was given one. Raises DataError."""
+    columns = {}
+    for text in texts:
+        field, _, column = (part.strip() for part in text.partition("="))
+        if field not in FIELDS or not column:
+            raise DataError(f"--map {text}: write FIELD=COLUMN; fields are {', '.join(FIELDS)}")
+        columns[field] = column
+    return columns
+
+
+def _as_json(value: Any) -> Any:
+    """A cell as JSON can hold it: dates and the like as text, an empty one and NaN as None."""
+    if value is None or value == "" or value != value:
+        return None
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return value

@@ -1,0 +1,121 @@
+"""What img2dataset downloads: tars of images, captions and metadata (LAION, CC3M, CC12M, COYO, DataComp)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tarfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from data_tools.formats import Record, Stored
+from data_tools.formats.filters import Filters, add_filter_argument
+from data_tools.formats.tables import existing_folder
+from dsmoe_vl.data.shards import IMAGE_EXTENSIONS
+from dsmoe_vl.data.tar import read_files, scan_shard
+from dsmoe_vl.errors import DataError
+
+NAME = "img2dataset"
+HELP = "output folder of img2dataset (LAION, CC3M, CC12M, COYO, DataComp)"
+DESCRIPTION = """\
+Expected files (img2dataset with output_format=webdataset):
+
+    laion/
+      00000.tar             000000012.jpg       jpg, png or webp; numbers of failed downloads are missing
+                            000000012.txt       the caption
+                            000000012.json      {"url": ..., "original_width": 640, "punsafe": 0.02, ...}
+      00000.parquet         not read: a row an attempt, and all of it is in the .json files
+
+`url`, the licence, `original_width` and `original_height` are kept, and all other columns as one object, `img2dataset`.
+Of a damaged tar the samples before the damage are used.
+
+Example:
+
+    python -m data_tools.convert img2dataset --shards laion --filter "punsafe<=0.5" --filter "original_width>=256" \\
+        --output shards/laion
+"""
+
+# What img2dataset notes of the download itself, or what is found anew in the picture's bytes.
+DROPPED = ("caption", "sha256", "status", "error_message", "width", "height")
+KEPT = ("url", "original_width", "original_height")
+LICENCE_COLUMNS = ("licence", "license", "LICENCE", "LICENSE")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--shards` and `--filter`."""
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="folder of the tars")
+    add_filter_argument(parser, "the columns of KEY.json")
+
+
+def records(arguments: argparse.Namespace) -> Iterator[Record]:
+    """One record a sample that the filters want, in the order of the tars' names; one more for a tar's damage.
+
+    Raises DataError where the folder is missing or has no tars, one cannot be opened, or no sample has the column of a
+    filter; the last after all samples.
+    """
+    filters = Filters(arguments.filter)
+    folder = existing_folder(arguments.shards, "--shards")
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise DataError(f"--shards {folder}: no *.tar in it; img2dataset writes them with output_format=webdataset")
+    for tar in tars:
+        yield from _records(tar, filters)
+    filters.check(f"the .json files in {folder}")
+
+
+def _records(tar: Path, filters: Filters) -> Iterator[Record]:
+    scan = scan_shard(tar)
+    keys: set[str] = set()
+    for start, end in pairwise(scan.bounds.tolist()):
+        try:
+            key, files = read_files(tar, start, end, ("json", "txt"))
+            if key in keys:
+                raise DataError(f"repeated key: {tar}: {key} is the key of two samples")
+            row, text = _annotations(tar, key, files)
+        except DataError as error:
+            yield Record(f"{tar.name} byte {start}", "image", None, [], problem=str(error))
+            continue
+        keys.add(key)
+        if not filters.accept(row):
+            continue
+        media = _picture(tar, start, end)
+        problem = "" if media else f"no image: {tar}: {key}"
+        # A key has its tar's number in it, but the numbers of two downloads in one folder may be the same.
+        yield Record(f"{tar.stem}-{key}", "image", media, [text or row.get("caption")], _meta(row), problem)
+    if scan.damage:
+        yield Record(tar.name, "image", None, [], problem=f"damaged shard: {tar}: {scan.damage}")
+
+
+def _annotations(tar: Path, key: str, files: dict[str, bytes]) -> tuple[dict[str, Any], str]:
+    """The contents of KEY.json and of KEY.txt. Raises DataError."""
+    try:
+        row, text = json.loads(files.get("json", b"{}")), files.get("txt", b"").decode("utf-8").strip()
+    except ValueError as error:
+        raise DataError(f"malformed text or JSON: {tar}: {key}: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"malformed text or JSON: {tar}: {key}.json is not an object")
+    return row, text
+
+
+def _meta(row: dict[str, Any]) -> dict[str, Any]:
+    """What KEY.json keeps of theirs. Columns may have any name, also one with a meaning here: `tasks`, `content`."""
+    known = {name: value for name, value in row.items() if value is not None and value == value}  # NaN: none
+    licence = next((known[name] for name in LICENCE_COLUMNS if name in known), None)
+    others = {name: known[name] for name in known if name not in (*DROPPED, *KEPT, *LICENCE_COLUMNS)}
+    return {**{name: known.get(name) for name in KEPT}, "licence": licence, NAME: others or None}
+
+
+def _picture(tar: Path, start: int, end: int) -> Stored | None:
+    """Where the image of the sample in the bytes [start, end) lies; found by the headers."""
+    with tar.open("rb") as file:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as members:
+            for member in members:
+                if member.offset >= end:
+                    return None
+                extension = member.name.rpartition("/")[2].partition(".")[2].lower()
+                if extension in IMAGE_EXTENSIONS and member.isreg() and not member.issparse():
+                    return Stored(tar, member.offset_data, member.size, member.name)
+    return None

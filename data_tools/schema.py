@@ -1,0 +1,59 @@
+"""What KEY.json of a sample must be: the project's own layout, and what is known of others."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from dsmoe_vl.data.segment import Sample, TaskId
+from dsmoe_vl.data.shards import SCHEMA_VERSION
+
+_TASKS = tuple(task.name.lower() for task in TaskId)
+
+
+def is_own(sample: Sample) -> bool:
+    """Whether `data_tools` wrote this sample."""
+    return "schema_version" in sample.meta
+
+
+def captions_of(sample: Sample) -> list[str]:
+    """All captions: those of KEY.json, or its `caption` as img2dataset and video2dataset write it, or KEY.txt."""
+    captions = sample.meta.get("captions") or [sample.text or sample.meta.get("caption")]
+    captions = captions if isinstance(captions, list) else [captions]
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
+def problems(sample: Sample) -> Iterator[str]:
+    """What a sample lacks for training, each as `kind: detail`."""
+    if sample.media is None:
+        yield "no image or video"
+    if not is_own(sample):
+        if not captions_of(sample):
+            yield "no caption"
+        return
+    meta = sample.meta
+    if meta["schema_version"] != SCHEMA_VERSION:
+        yield f"other schema_version: {meta['schema_version']}, this version reads {SCHEMA_VERSION}"
+    if not captions_of(sample) and not meta.get("summary"):
+        yield "no caption"
+    tasks = meta.get("tasks", [])
+    if not isinstance(tasks, list) or not set(map(str, tasks)) <= set(_TASKS):
+        yield f"unknown task: {tasks} is not a list of {', '.join(_TASKS)}"
+    for name in ("width", "height", "duration_seconds", "fps"):
+        if name in meta and not _is_positive(meta[name]):
+            yield f"no positive number: {name} is {meta[name]!r:.40}"
+    curves = [meta["importance"]] if "importance" in meta else meta.get("saliency", [])
+    if not isinstance(curves, list) or not all(_is_curve(curve) for curve in curves):
+        yield "importance outside of 0 to 1: a list of numbers is expected, or for saliency one an annotator"
+    if sample.media is not None and meta.get("sha256") != hashlib.sha256(sample.media).hexdigest():
+        yield "media differ from the sha256 in json"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in value)
