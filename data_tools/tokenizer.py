@@ -31,7 +31,7 @@ FORBIDDEN = {0x0000: None, 0x2585: None}
 
 
 def train(
-    data: list[Path], output: Path, vocab_size: int = 8000, max_samples: int = 1_000_000, seed: int = 1
+    data: list[str] | list[Path], output: Path, vocab_size: int = 8000, max_samples: int = 1_000_000, seed: int = 1
 ) -> Tokenizer:
     """Train on the texts of the shard folders `data` and write the model file `output`.
 
@@ -140,7 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Example:\n\n    python -m data_tools.tokenizer train --data shards/train --output tokenizer.model",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_argument("--data", type=Path, required=True, nargs="+", metavar="SHARDS", help="folders of shards")
+    options.add_argument(
+        "--data", required=True, nargs="+", metavar="SHARDS", help="folders of shards, or URLs of such"
+    )
     options.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model file, tokenizer.model")
     options.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="pieces (%(default)s)")
     options.add_argument("--max-samples", type=int, default=1_000_000, metavar="N", help="texts (%(default)s)")

@@ -1,4 +1,4 @@
-"""The three errors that a user can cause. Each message names the value, the place and the fix."""
+"""The four errors that a user can cause. Each message names the value, the place and the fix."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class ConfigError(DsmoeVlError):
 
 class DataError(DsmoeVlError):
     """Shards, media or annotations that cannot be read, or too many bad samples."""
+
+
+class FetchError(DsmoeVlError):
+    """Remote storage, or the cache of what comes from there, that keeps failing; the data themselves may be sound."""
 
 
 class CheckpointError(DsmoeVlError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a trained model on shards.")
     parser.add_argument("--run", type=Path, required=True, help="a run directory, such as runs/quickstart")
     parser.add_argument(
-        "--data", type=Path, nargs="+", default=[], help="folders of shards; default: the held-out sources"
+        "--data", nargs="+", default=[], help="folders of shards, or URLs of such; default: the held-out sources"
     )
     parser.add_argument(
         "--tasks", nargs="+", choices=["caption", "retrieval", "summary"], help="default: all that it has learned"
@@ -57,14 +58,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, Scores]]:
     for task in args.tasks or []:
         if task not in learned:
             raise ConfigError(f"--tasks {task}: {args.run} has learned {', '.join(learned)}")
-    folders = args.data or [Path(source.path) for source in trained.recipe.data.evaluation]
+    folders: list[str] = args.data or [source.path for source in trained.recipe.data.evaluation]
+    # The cache of the run; but its plan may come from somebody else, so only a command that is given here is run.
+    data = replace(trained.recipe.data, allow_pipe=bool(args.data))
     print(f"{trained.checkpoint}")
     scores: dict[str, dict[str, Scores]] = {}
     shown: list[Captioned] = []
     for folder in folders:
-        scores[str(folder)] = found = {}
+        scores[folder] = found = {}
         for task in args.tasks or learned:
-            samples = islice(iterate_samples(folder, folder.name), args.limit)
+            samples = islice(iterate_samples(folder, folder.rstrip("/").rpartition("/")[2], data=data), args.limit)
             if task == "caption":
                 found[task] = caption_scores(trained, samples, args, shown)
             elif task == "retrieval":

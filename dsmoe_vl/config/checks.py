@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import reduce
 
-from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.errors import ConfigError
 
 _AT_LEAST_ONE = (
@@ -65,6 +65,7 @@ _NOT_NEGATIVE = (
     "objective.l1.vectors",
     "data.workers",
     "data.max_bad_fraction",
+    "data.cache_gib",
     "run.seed",
     "run.evaluate_every",
 )
@@ -97,8 +98,8 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
             if not holds:
                 raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
     learned = learned_tasks(recipe)
-    _check_sources(recipe.data.sources, "data.sources", learned, file)
-    _check_sources(recipe.data.evaluation, "data.evaluation", learned, file)
+    for key in ("data.sources", "data.evaluation"):
+        _check_sources(recipe.data, key, learned, file)
 
 
 def _value(recipe: Recipe, key: str) -> object:
@@ -112,7 +113,12 @@ def _ranges(recipe: Recipe) -> Iterator[Rule]:
         yield _value(recipe, key) >= 0, key, "must not be negative"  # type: ignore[operator]
     for key in ("data.max_bad_fraction", "tasks.caption.word_dropout"):
         yield _value(recipe, key) <= 1, key, "is a fraction, at most 1"  # type: ignore[operator]
-    for key in ("data.temperature", "moe.capacity_factor", "moe.eval_capacity_factor"):
+    for key in (
+        "data.temperature",
+        "data.fetch_patience_seconds",
+        "moe.capacity_factor",
+        "moe.eval_capacity_factor",
+    ):
         yield _value(recipe, key) > 0, key, "must be above 0"  # type: ignore[operator]
     for key, choices in _CHOICES.items():
         yield _value(recipe, key) in choices, key, f"must be one of {', '.join(choices)}"
@@ -227,6 +233,7 @@ def _data(recipe: Recipe, world_size: int) -> Iterator[Rule]:
         "data.video_frames",
         f"makes {video_tokens} tokens a video; no text fits beside them in data.pack_length = {data.pack_length}",
     )
+    yield data.cache != "", "data.cache", "must name a folder on a local disk"
     readers = world_size * max(data.workers, 1)
     yield (
         data.lanes % readers == 0,
@@ -246,7 +253,8 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
     yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model file"
 
 
-def _check_sources(sources: tuple[SourceConfig, ...], key: str, learned: tuple[str, ...], file: str) -> None:
+def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: str) -> None:
+    sources = data.sources if key == "data.sources" else data.evaluation
     if not sources and key == "data.sources":
         raise ConfigError(f"{key} in {file} is empty: add [[{key}]] with a name and the path of a folder of shards")
     names: set[str] = set()
@@ -256,6 +264,7 @@ def _check_sources(sources: tuple[SourceConfig, ...], key: str, learned: tuple[s
             raise ConfigError(f'{place}: name = "{source.name}" must be given and differ from the others')
         if not source.path:
             raise ConfigError(f'{place}: path of source "{source.name}" must name a folder of shards')
+        _check_pipe(source, data.allow_pipe, place)
         for task in source.tasks:
             if task not in learned:
                 raise ConfigError(
@@ -265,3 +274,13 @@ def _check_sources(sources: tuple[SourceConfig, ...], key: str, learned: tuple[s
         if source.weight <= 0:
             raise ConfigError(f'{place}: weight = {source.weight} of source "{source.name}" must be above 0')
         names.add(source.name)
+
+
+def _check_pipe(source: SourceConfig, allowed: bool, place: str) -> None:
+    if not source.path.startswith(PIPE):
+        return
+    what = f'{place}: path = "{source.path}" of source "{source.name}"'
+    if not allowed:
+        raise ConfigError(f"{what} runs a shell command: set data.allow_pipe = true, or name a folder or a URL")
+    if "{}" not in source.path:
+        raise ConfigError(f'{what} has no {{}} where the name of a file goes, as in "{PIPE}cat shards/{{}}"')

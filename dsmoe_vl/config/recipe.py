@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+PIPE = "pipe:"  # begins the path of a source that a shell command reads
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -123,10 +125,12 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One stream of shards: a folder with an `index.json`."""
+    """One stream of shards: a folder with an `index.json`, here or elsewhere."""
 
     name: str = ""
-    path: str = ""  # folder; relative to the working directory
+    # A folder, relative to the working directory; the URL of one (http, https, and what fsspec knows: s3, gs, ...); or
+    # "pipe:COMMAND", a shell command that writes the file {} of a folder to its standard output.
+    path: str = ""
     weight: float = 1.0  # relative sampling weight, in samples
     tasks: tuple[str, ...] = ()  # that its samples are used for; none: every task of the recipe that they can serve
 
@@ -149,6 +153,11 @@ class DataConfig:
     shuffle_block: int = 256  # samples read and shuffled together
     workers: int = 2  # loader processes a rank; 0: in the training process
     max_bad_fraction: float = 0.01  # error budget: bad samples over samples read, per source
+    # Of sources whose path is not a local folder:
+    cache: str = "~/.cache/dsmoe_vl/shards"  # folder on a local disk; processes and runs of a host share its shards
+    cache_gib: float = 200.0  # GiB; beyond it the least recently used shards are removed from the cache; 0: no limit
+    fetch_patience_seconds: float = 300.0  # seconds for which storage that fails is tried again; then the run ends
+    allow_pipe: bool = False  # a path may be "pipe:COMMAND", which runs a shell
 
 
 @dataclass(frozen=True)

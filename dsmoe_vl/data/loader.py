@@ -33,7 +33,7 @@ from dsmoe_vl.data.segment import Batch, Pack, Sample, Segment
 from dsmoe_vl.data.shards import ShardIndex, read_sample
 from dsmoe_vl.data.state import check_order, merge_states, order_identity
 from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
-from dsmoe_vl.errors import ConfigError, DataError
+from dsmoe_vl.errors import ConfigError, DataError, FetchError
 
 Encode = Callable[[Sample], list[Segment]]
 
@@ -137,7 +137,7 @@ class PackStream(IterableDataset[_Delivery]):
                     lanes[number] = self._open_lane(number, orders, reader)
                 pack = lanes[number].next()
                 yield _Delivery(log.drain(), pack)
-        except DataError as error:
+        except (DataError, FetchError) as error:
             yield _Delivery(log.drain(), failure=str(error))
 
     def _weights(self) -> list[float]:
@@ -174,8 +174,9 @@ class Loader:
     ) -> None:
         """Bad samples are appended to the file `quarantine`, which is this rank's own.
 
-        Raises ConfigError where lanes cannot be dealt evenly or there is nothing to draw from, and DataError where
-        shards are unusable. `encode` may raise DataError for a sample that it cannot use.
+        Raises ConfigError where lanes cannot be dealt evenly or there is nothing to draw from, DataError where shards
+        are unusable, and FetchError where their server keeps failing. `encode` may raise DataError for a sample that
+        it cannot use.
         """
         self._data, self._sources, self._encode = data, sources, encode
         self._shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
@@ -183,7 +184,7 @@ class Loader:
         self._micro_batch, self._packs_per_step = micro_batch, micro_batch * accumulation
         _check_lanes(data, ranks)
         _check_sources(sources)
-        self._indexes = {source.name: _open(source) for source in sources}
+        self._indexes = {source.name: _open(source, data) for source in sources}
         self._order = order_identity(data.lanes, data.shuffle_block, seed, self._indexes)
         self._packs = 0  # consumed, over all ranks
         self._lane_states: dict[str, Any] = {}
@@ -306,9 +307,10 @@ def evaluation_packs(
     """One pass over `source`: every sample once over all ranks, the same number of packs on each.
 
     `maximum` reduces a number over the ranks and is called once before each pack; a rank that has run out yields packs
-    without labels until all have. Raises DataError where too many samples are bad.
+    without labels until all have. Raises DataError where too many samples are bad, and FetchError where remote storage
+    keeps failing.
     """
-    index = ShardIndex.load(source.path)
+    index = ShardIndex.load(source.path, data)
     shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
     log = ErrorLog(data.max_bad_fraction)
     reader = _Reader({source.name: index}, encode, shape, log)
@@ -351,9 +353,9 @@ def _to_pack(items: list[Encoded], shape: PackShape) -> Pack:
     return assemble(segments, shape, [item.key for item in items])
 
 
-def _open(source: SourceConfig) -> ShardIndex:
+def _open(source: SourceConfig, data: DataConfig) -> ShardIndex:
     try:
-        return ShardIndex.load(source.path)
+        return ShardIndex.load(source.path, data)
     except DataError as error:
         raise DataError(f"data.sources, {source.name}: {error}") from error
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.remote import RemoteFolder
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.tar import ShardScan, read_files, scan_shard
-from dsmoe_vl.errors import DataError
+from dsmoe_vl.data.transfer import is_remote
+from dsmoe_vl.errors import DataError, FetchError
 
 INDEX_NAME = "index.json"
 SCHEMA_VERSION = 1
@@ -25,6 +29,9 @@ VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
 _MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 _TEXT_EXTENSIONS = ("txt", "json")
 _REINDEX_HINT = f"write the shards again, or delete {INDEX_NAME} to have the tars scanned"
+_REWRITE_HINT = "write the shards again"  # a remote folder cannot do without its manifest
+_DEFAULTS = DataConfig()
+_TURNS = 10  # times that a shard may be removed from the cache before it is read
 
 
 @dataclass(frozen=True)
@@ -39,24 +46,34 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The shards of one folder, in the order that sample numbers refer to."""
+    """The shards of one folder, in the order that sample numbers refer to.
+
+    `remote` is where they come from, None for a local folder; `folder` is then the part of the cache that holds them.
+    """
 
     folder: Path
     split: str
     shards: tuple[Shard, ...]
+    remote: RemoteFolder | None = field(default=None, compare=False)
 
     @classmethod
-    def load(cls, folder: str | Path) -> ShardIndex:
-        """Read `folder`/index.json, or scan the tars of a folder that has none.
+    def load(cls, folder: str | Path, data: DataConfig = _DEFAULTS) -> ShardIndex:
+        """Read `folder`/index.json, or scan the tars of a local folder that has none.
+
+        `folder` is what a source's path may be: a local folder, a URL or a command. `data` has the cache and the
+        patience for remote ones; their shards are not looked at before they are read.
 
         Raises DataError where there is nothing to read, the manifest is malformed, or a shard is not the file that
-        the manifest describes.
+        the manifest describes; FetchError where a server keeps failing; ConfigError for a command that `data` does
+        not allow.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
+        if is_remote(str(folder)):
+            index = _read_remote_manifest(str(folder), data)
+        elif not Path(folder).is_dir():
             raise DataError(f"{folder}: no such folder of shards; check the source's path")
-        manifest = folder / INDEX_NAME
-        index = _read_manifest(manifest) if manifest.is_file() else _scan_folder(folder)
+        else:
+            manifest = Path(folder) / INDEX_NAME
+            index = _read_manifest(manifest) if manifest.is_file() else _scan_folder(Path(folder))
         if index.samples == 0:
             raise DataError(f"{folder}: no samples in its shards")
         return index
@@ -75,17 +92,33 @@ class ShardIndex:
 def read_sample(
     index: ShardIndex, shard: int, sample: int, source: str = "", epoch: int = 0, media: bool = True
 ) -> Sample:
-    """Read one sample, whole; with `media` False, as if it had no picture or video.
+    """Read one sample, whole; with `media` False, as if it had no picture or video. A remote shard is fetched first.
 
-    Raises DataError where its shard is damaged there or its text or JSON is malformed.
+    Raises DataError where its shard is damaged there or cannot be had, or its text or JSON is malformed; FetchError
+    where a server keeps failing.
     """
     row = index.shards[shard]
-    path = index.folder / row.name
+    if index.remote is None:
+        return _read_local(index.folder / row.name, row, sample, source, epoch, media, _REINDEX_HINT)
+    for _ in range(_TURNS):
+        path = index.remote.fetch(row.name, row.bytes, row.sha256)
+        try:
+            return _read_local(path, row, sample, source, epoch, media, _REWRITE_HINT)
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):  # else another process has just made room
+                raise
+    raise FetchError(
+        f"{path} was removed {_TURNS} times before it could be read: the cache is too small for the shards that are "
+        "read at once; raise data.cache_gib"
+    )
+
+
+def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, media: bool, hint: str) -> Sample:
     scan = _cached_scan(path)
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
             f"shard does not match its manifest: {path} holds {scan.samples} samples, "
-            f"{INDEX_NAME} says {row.samples}; {_REINDEX_HINT}"
+            f"{INDEX_NAME} says {row.samples}; {hint}"
         )
     if sample >= scan.samples:
         raise DataError(f"damaged shard: {path}: {scan.damage}; samples from number {scan.samples} on are lost")
@@ -102,12 +135,15 @@ def read_sample(
     return Sample(key, source, epoch, files.get(media_type), media_type, text, meta)
 
 
-def iterate_samples(folder: str | Path, source: str = "", media: bool = True) -> Iterator[Sample]:
-    """Every sample of a folder, in the order of its shards; `media` as in `read_sample`.
+def iterate_samples(
+    folder: str | Path, source: str = "", media: bool = True, data: DataConfig = _DEFAULTS
+) -> Iterator[Sample]:
+    """Every sample of a folder, in the order of its shards; `media` as in `read_sample`, the rest as in `load`.
 
-    Raises DataError at the first damaged sample, so that a caller never mistakes a part for the whole.
+    Raises DataError at the first damaged sample, so that a caller never mistakes a part for the whole, and the errors
+    of `ShardIndex.load`.
     """
-    index = ShardIndex.load(folder)
+    index = ShardIndex.load(folder, data)
     for number, shard in enumerate(index.shards):
         for sample in range(shard.samples):
             yield read_sample(index, number, sample, source, media=media)
@@ -131,22 +167,9 @@ def _scan_folder(folder: Path) -> ShardIndex:
 
 
 def _read_manifest(manifest: Path) -> ShardIndex:
-    try:
-        content = json.loads(manifest.read_bytes())
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise DataError(f"{manifest}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
-        shards = tuple(
-            Shard(str(row["name"]), int(row["samples"]), int(row["bytes"]), str(row["sha256"]))
-            for row in content["shards"]
-        )
-        split = str(content["split"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{manifest} is malformed ({error!r}); {_REINDEX_HINT}") from error
+    split, shards = _parse_manifest(manifest.read_bytes(), str(manifest), _REINDEX_HINT)
     for shard in shards:
         path = manifest.parent / shard.name
-        if Path(shard.name).name != shard.name or shard.samples < 0:
-            raise DataError(f"{manifest}: not a shard: {shard.name!r}, {shard.samples} samples; {_REINDEX_HINT}")
         if not path.is_file():
             raise DataError(f"{path}: named in {INDEX_NAME} but not there; copy it again or {_REINDEX_HINT}")
         if path.stat().st_size != shard.bytes:
@@ -155,3 +178,35 @@ def _read_manifest(manifest: Path) -> ShardIndex:
                 f"{shard.bytes}; copy it again or {_REINDEX_HINT}"
             )
     return ShardIndex(manifest.parent, split, shards)
+
+
+def _read_remote_manifest(url: str, data: DataConfig) -> ShardIndex:
+    remote = RemoteFolder(url, data)
+    split, shards = _parse_manifest(remote.read(INDEX_NAME), f"{INDEX_NAME} of {remote.name}", _REWRITE_HINT)
+    for shard in shards:
+        if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            raise DataError(
+                f"{INDEX_NAME} of {remote.name} has no sha256 of {shard.name}, without which it is not fetched; "
+                f"{_REWRITE_HINT}"
+            )
+    return ShardIndex(remote.folder, split, shards, remote)
+
+
+def _parse_manifest(content: bytes, place: str, hint: str) -> tuple[str, tuple[Shard, ...]]:
+    """The split and the shards that a manifest names, none of which lies in another folder."""
+    try:
+        manifest = json.loads(content)
+        version = manifest["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{place}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+        shards = tuple(
+            Shard(str(row["name"]), int(row["samples"]), int(row["bytes"]), str(row["sha256"]))
+            for row in manifest["shards"]
+        )
+        split = str(manifest["split"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{place} is malformed ({error!r}); {hint}") from error
+    for shard in shards:
+        if Path(shard.name).name != shard.name or shard.samples < 0:
+            raise DataError(f"{place}: not a shard: {shard.name!r}, {shard.samples} samples; {hint}")
+    return split, shards

@@ -146,7 +146,7 @@ class Probe:
     def _samples(self, path: str, name: str, encode: Encoder) -> Iterator[Encoded]:
         while True:
             usable = 0
-            for number, sample in enumerate(iterate_samples(path, name)):
+            for number, sample in enumerate(iterate_samples(path, name, data=self.recipe.data)):
                 try:
                     yield encoded(SampleRef(0, 0, 0, number), sample.key, encode(sample), self.shape)
                     usable += 1
