@@ -1,13 +1,14 @@
 """Does sparsity help, does the gate's knowledge of the task help, does learning together cost anything?
 
-    python benchmarks/compare.py [--seeds 1 2 3] [--steps 256] [--jobs 2]      (some forty minutes on two cores)
+    python benchmarks/compare.py [--seeds 1 2 3] [--jobs 2]                    (some two hours on two cores)
 
 Trains, one process a run, and writes benchmarks/results/compare.json, docs/results.md and its plot. Runs are kept in
 runs/compare; those that are there are not trained again. Needs the quickstart's shards and matplotlib (the extra
 "compare").
 
-- Variants: `three_tasks.toml` on smaller packs, as it is, with a plain gate, and dense at equal active FLOPs; a seed
-  decides first values and the order of the data. All variants of a seed see the same packs.
+- Variants of two recipes, the catalogue (catalogue.py) and `three_tasks.toml` on smaller packs: as it is, with a plain
+  gate, and dense at equal active FLOPs; a seed decides first values and the order of the data. All variants of a seed
+  see the same packs.
 - Alone: `three_tasks.toml` as it is, and with one task and packs so much smaller that a step holds as many of its
   samples.
 """
@@ -20,12 +21,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import catalogue
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
@@ -36,20 +39,49 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 
 _ROOT = Path(__file__).resolve().parent.parent
-_RECIPE = _ROOT / "launch/recipes/three_tasks.toml"
+_THREE_TASKS = _ROOT / "launch/recipes/three_tasks.toml"
 _DEEPSPEED = _ROOT / "ds_configs/moe.json"
 _RESULTS = _ROOT / "benchmarks/results/compare.json"
 _PAGE = _ROOT / "docs/results.md"
 _PLOT = _ROOT / "docs/images/sparse_against_dense.png"
 
-SMALLER = ("data.pack_length=1024", "data.pack_patches=3840")
-VARIANTS = {
-    "sparse, gate knows task and modality": (),
-    # The experts of a token are together as wide as the dense feed-forward.
-    "dense, equal active FLOPs": ("moe.first_dense_layers=4", "model.ffn_width=512"),
-    "sparse, plain gate": ("moe.routing=plain",),
-}
-TOGETHER = "together"
+SPARSE, PLAIN, DENSE = "sparse, gate knows task and modality", "sparse, plain gate", "dense, equal active FLOPs"
+
+
+@dataclass(frozen=True)
+class World:
+    """A recipe whose variants are compared. The experts of a token are together as wide as the dense feed-forward."""
+
+    title: str
+    about: str
+    recipe: Path
+    steps: int
+    common: tuple[str, ...]
+    dense: tuple[str, ...]
+
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        """Overrides of the recipe by variant."""
+        return {SPARSE: (), PLAIN: ("moe.routing=plain",), DENSE: self.dense}
+
+
+CATALOGUE = World(
+    "A catalogue to remember",
+    "benchmarks/catalogue.toml: captions of 1,024 articles whose texts follow from nothing "
+    "(benchmarks/catalogue.py). Here a wider feed-forward pays.",
+    _ROOT / "benchmarks/catalogue.toml",
+    1250,
+    (),
+    ("moe.first_dense_layers=3",),
+)
+SCENES = World(
+    "Three tasks on scenes",
+    "launch/recipes/three_tasks.toml with packs of 1,024 tokens. The difficulty is to see; a wider feed-forward pays "
+    "little.",
+    _THREE_TASKS,
+    256,
+    ("data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16"),
+    ("moe.first_dense_layers=4", "model.ffn_width=512"),
+)
 # Of each task: its scores, as (folder of shards, name in eval.json).
 SCORES = {
     "caption": [("images_eval", "attribute_accuracy"), ("videos_eval", "attribute_accuracy")],
@@ -68,12 +100,13 @@ class Run:
     """One training run and where it is kept."""
 
     folder: Path
+    recipe: Path
     overrides: tuple[str, ...] = ()
     ranks: int = 1
 
     def train(self) -> None:
         """Train, or continue, or do nothing where it is done. Raises CalledProcessError."""
-        command = [str(_ROOT / "launch/train.py"), "--deepspeed", str(_DEEPSPEED), "--recipe", str(_RECIPE)]
+        command = [str(_ROOT / "launch/train.py"), "--deepspeed", str(_DEEPSPEED), "--recipe", str(self.recipe)]
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
@@ -112,18 +145,20 @@ class Variant:
     last: list[dict[str, float]] = field(default_factory=list)  # [seed], every held-out term at the end
 
 
-def compare_variants(args: argparse.Namespace) -> list[Variant]:
+def compare_variants(world: World, args: argparse.Namespace) -> list[Variant]:
     """Train every variant with every seed."""
-    common = (*SMALLER, f"run.steps={args.steps}", f"run.evaluate_every={args.steps // 8}", "run.evaluate_packs=16")
+    common = (*world.common, f"run.steps={world.steps}")
     found: list[Variant] = []
     runs: list[tuple[Variant, Run]] = []
-    for name, overrides in VARIANTS.items():
-        plan = _plan((*common, *overrides))
+    for name, overrides in world.variants().items():
+        recipe = load_recipe(world.recipe, (*common, *overrides))
+        plan = resolve(recipe, load_deepspeed(_DEEPSPEED), 1, device="cpu", bf16_unit=False)
         variant = Variant(name, plan.parameters.total, plan.parameters.active, plan.flops_per_token)
         found.append(variant)
         for seed in args.seeds:
-            folder = args.runs / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-            runs.append((variant, Run(folder, (*common, *overrides, f"run.seed={seed}"))))
+            folder = args.runs / world.recipe.stem / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+            runs.append((variant, Run(folder, world.recipe, (*common, *overrides, f"run.seed={seed}"))))
+    runs.sort(key=lambda pair: pair[1].folder.name.rpartition("_")[2])  # a whole seed, then the next
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda pair: pair[1].train(), runs))
     for variant, run in runs:
@@ -136,12 +171,12 @@ def compare_variants(args: argparse.Namespace) -> list[Variant]:
 
 def compare_alone(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train all tasks together, then each of them alone: rows of scores."""
-    recipe = load_recipe(_RECIPE)
-    together = Run(args.together, (), ranks=2)
+    recipe = load_recipe(_THREE_TASKS)
+    together = Run(args.together, _THREE_TASKS, ranks=2)
     together.train()
     rows: list[dict[str, Any]] = []
     for task, scores in SCORES.items():
-        alone = Run(args.runs / f"alone_{task}", _alone(recipe, task), ranks=2)
+        alone = Run(args.runs / f"alone_{task}", _THREE_TASKS, _alone(recipe, task), ranks=2)
         alone.train()
         counts = [_samples(run, recipe, task) for run in (together, alone)]
         for folder, name in scores:
@@ -184,44 +219,25 @@ def _samples(run: Run, recipe: Recipe, task: str) -> int:
     return sum(last[f"{source.name}/samples"] for source in recipe.data.sources if source.tasks == (task,))
 
 
-def _plan(overrides: Sequence[str]) -> Any:
-    return resolve(load_recipe(_RECIPE, overrides), load_deepspeed(_DEEPSPEED), 1, device="cpu", bf16_unit=False)
-
-
-def write_page(variants: list[Variant], alone: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def write_page(worlds: dict[str, list[Variant]], alone: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """docs/results.md and its plot."""
     seeds = ", ".join(map(str, args.seeds))
     text = [
         "# Results",
         "",
-        "Written by `python benchmarks/compare.py`. Small models, synthetic scenes, combinations of attributes that "
-        "training never shows; two CPU cores.",
+        "Written by `python benchmarks/compare.py`. Small models and synthetic pictures, on two CPU cores.",
         "",
         "## Sparse against dense, and what the gate knows",
         "",
-        f"`three_tasks.toml` with packs of 1,024 tokens, {args.steps} steps, seeds {seeds}. Equal data, equal steps, "
-        "equal active FLOPs a token. Held-out loss: the tasks' weighted sum, without balancing terms.",
+        f"Equal data, equal steps, equal active FLOPs a token; seeds {seeds}. Held-out loss: the tasks' weighted sum, "
+        "without balancing terms. The band in the plot is the range of the seeds.",
         "",
         "![Held-out loss by step](images/sparse_against_dense.png)",
         "",
-        *_table(
-            ["", "parameters", "active", "MFLOP a token", *(f"seed {seed}" for seed in args.seeds), "mean"],
-            [
-                [v.name, f"{v.parameters / 1e6:.2f} M", f"{v.active / 1e6:.2f} M", f"{v.flops_per_token / 1e6:.2f}",
-                 *(f"{losses[-1]:.4f}" for losses in v.losses),
-                 f"**{statistics.fmean(losses[-1] for losses in v.losses):.4f}**"]
-                for v in variants
-            ],
-        ),
-        "",
-        "By term, mean of the seeds:",
-        "",
-        *_table(
-            ["", *(_TERMS[term] for term in _TERMS)],
-            [[v.name, *(f"{statistics.fmean(last[f'eval_loss_{term}'] for last in v.last):.4f}" for term in _TERMS)]
-             for v in variants],
-        ),
-        "",
+    ]
+    for world in (CATALOGUE, SCENES):
+        text += _variants_section(world, worlds[world.title], args)
+    text += [
         "## Three tasks together, and each alone",
         "",
         "`three_tasks.toml` on two ranks; alone with as many steps, and as many samples of the task, in smaller packs. "
@@ -239,7 +255,35 @@ def write_page(variants: list[Variant], alone: list[dict[str, Any]], args: argpa
         "",
     ]  # fmt: skip
     _PAGE.write_text("\n".join(text))
-    _draw(variants)
+    _draw(worlds)
+
+
+def _variants_section(world: World, variants: list[Variant], args: argparse.Namespace) -> list[str]:
+    terms = [term for term in _TERMS if f"eval_loss_{term}" in variants[0].last[0]]
+    return [
+        f"### {world.title}",
+        "",
+        f"{world.about} {world.steps:,} steps.",
+        "",
+        *_table(
+            ["", "parameters", "active", "MFLOP a token", *(f"seed {seed}" for seed in args.seeds), "mean"],
+            [
+                [v.name, f"{v.parameters / 1e6:.2f} M", f"{v.active / 1e6:.2f} M", f"{v.flops_per_token / 1e6:.2f}",
+                 *(f"{losses[-1]:.4f}" for losses in v.losses),
+                 f"**{statistics.fmean(losses[-1] for losses in v.losses):.4f}**"]
+                for v in variants
+            ],
+        ),
+        "",
+        "By term, mean of the seeds:",
+        "",
+        *_table(
+            ["", *(_TERMS[term] for term in terms)],
+            [[v.name, *(f"{statistics.fmean(last[f'eval_loss_{term}'] for last in v.last):.4f}" for term in terms)]
+             for v in variants],
+        ),
+        "",
+    ]  # fmt: skip
 
 
 _TERMS = {
@@ -252,28 +296,29 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _draw(variants: list[Variant]) -> None:
+def _draw(worlds: dict[str, list[Variant]]) -> None:
     """Mean and range of the seeds by step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for variant in variants:
-        by_step = list(zip(*variant.losses, strict=True))[1:]  # the first is before training
-        (line,) = axes.plot(variant.steps[1:], [statistics.fmean(step) for step in by_step], marker="o", ms=3,
-                            label=variant.name)  # fmt: skip
-        axes.fill_between(
-            variant.steps[1:], [min(s) for s in by_step], [max(s) for s in by_step], color=line.get_color(), alpha=0.2
-        )
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("held-out loss")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.1f}")
-    axes.yaxis.set_minor_formatter("{x:.1f}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure, panels = pyplot.subplots(1, len(worlds), figsize=(11, 4), dpi=120)
+    for axes, (title, variants) in zip(panels, worlds.items(), strict=True):
+        for variant in variants:
+            by_step = list(zip(*variant.losses, strict=True))[1:]  # the first is before training
+            means = [statistics.fmean(step) for step in by_step]
+            (line,) = axes.plot(variant.steps[1:], means, marker="o", ms=3, label=variant.name)
+            least, most = [min(step) for step in by_step], [max(step) for step in by_step]
+            axes.fill_between(variant.steps[1:], least, most, color=line.get_color(), alpha=0.2)
+        axes.set_title(title)
+        axes.set_xlabel("optimizer steps")
+        axes.set_ylabel("held-out loss")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
     figure.tight_layout()
     figure.savefig(_PLOT)
 
@@ -282,15 +327,18 @@ def main() -> int:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=256, help="of the variants")
     parser.add_argument("--jobs", type=int, default=2, help="variants that train at a time, a core each")
     parser.add_argument("--runs", type=Path, default=_ROOT / "runs/compare")
     parser.add_argument("--together", type=Path, default=_ROOT / "runs/three_tasks", help="the run of all tasks")
     args = parser.parse_args()
-    variants, alone = compare_variants(args), compare_alone(args)
+    os.chdir(_ROOT)  # where the recipes' paths begin
+    catalogue.make(_ROOT / "data/catalogue")
+    worlds = {world.title: compare_variants(world, args) for world in (CATALOGUE, SCENES)}
+    alone = compare_alone(args)
+    variants = {title: [vars(variant) for variant in found] for title, found in worlds.items()}
     _RESULTS.parent.mkdir(exist_ok=True)
-    _RESULTS.write_text(json.dumps({"variants": [vars(v) for v in variants], "alone": alone}, indent=1) + "\n")
-    write_page(variants, alone, args)
+    _RESULTS.write_text(json.dumps({"variants": variants, "alone": alone}, indent=1) + "\n")
+    write_page(worlds, alone, args)
     print(f"wrote {_RESULTS}, {_PAGE} and {_PLOT}")
     return 0
 

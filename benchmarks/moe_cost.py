@@ -23,7 +23,7 @@ from train_step import parse, plan_of, random_batch, report
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig, Recipe
-from dsmoe_vl.data.segment import Batch
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.ranks import Ranks

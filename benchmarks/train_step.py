@@ -28,8 +28,9 @@ from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.config.resolve import resolve
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Picture, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment, TaskId
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
 from dsmoe_vl.parallel.ranks import Ranks
 

@@ -73,8 +73,9 @@ def work(make: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: in
         for job in jobs:
             make(*job, progress)
         return
-    # Spawned: a fork would copy the locks of threads that it does not copy.
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has no threads, whose locks a fork would copy, and that imports once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([make.__module__, "webdataset"])
     done = context.Value("q", 0)
     told = 0
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (done,)) as pool:

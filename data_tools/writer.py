@@ -8,12 +8,13 @@ import os
 import re
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from webdataset.writer import TarWriter
+from typing import TYPE_CHECKING, Any
 
 from dsmoe_vl.data.shards import INDEX_NAME, SCHEMA_VERSION
 from dsmoe_vl.errors import DataError
+
+if TYPE_CHECKING:
+    from webdataset import TarWriter
 
 KEY_LENGTH = 80  # characters; a tar member's name holds 100 with its extension
 
@@ -91,6 +92,8 @@ class ShardWriter:
         sample["json"] = _utf8(json.dumps(known, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
 
         if self._tar is None:
+            from webdataset import TarWriter  # imports torch, which takes seconds that --help should not
+
             self._file = _Hashed(self._partial(len(self._shards)))
             self._tar = TarWriter(self._file, mtime=0, encoder=False)
         self._tar_bytes += self._tar.write(sample)

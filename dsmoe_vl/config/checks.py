@@ -74,6 +74,7 @@ _CHOICES = {
     "moe.backend": ("dropless", "capacity"),
     "moe.routing": ("token", "plain", "task", "isolated"),
     "moe.balance_over": ("all", "task", "modality"),
+    "data.video_sampling": ("uniform", "fps", "keyframes"),
     "tasks.retrieval.loss": ("info_nce", "sigmoid"),
 }
 
@@ -116,6 +117,7 @@ def _ranges(recipe: Recipe) -> Iterator[Rule]:
     for key in (
         "data.temperature",
         "data.fetch_patience_seconds",
+        "data.video_fps",
         "moe.capacity_factor",
         "moe.eval_capacity_factor",
     ):

@@ -146,7 +146,10 @@ class DataConfig:
     pack_patches: int = 8192  # P; image patches in a pack
     image_max_patches: int = 1024  # patches of one image, aspect ratio kept
     frame_max_patches: int = 256  # patches of one video frame
-    video_frames: int = 8  # frames sampled uniformly from a video
+    video_frames: int = 8  # frames of a video, at most
+    # Which: "uniform" in time; "fps": `video_fps`, as long as video_frames are enough; "keyframes" of the codec.
+    video_sampling: str = "uniform"
+    video_fps: float = 1.0  # frames a second, with "fps"
     frame_pool: int = 2  # frame_pool x frame_pool vision tokens of a frame are averaged into one
     lanes: int = 64  # virtual readers; a multiple of (data-parallel ranks x workers); fixed for the life of a run
     lookahead: int = 32  # samples among which the packer looks for the best fit

@@ -13,8 +13,6 @@ from fractions import Fraction
 import av
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
@@ -65,11 +63,17 @@ def decode_image(data: bytes, enough_pixels: int = 0) -> np.ndarray:
         raise DataError(f"image cannot be decoded: {error}") from error
 
 
-def decode_video(data: bytes, frames: int) -> list[tuple[float, np.ndarray]]:
-    """At most `frames` upright frames, uniform in time: seconds since the first frame, and pixels [h, w, 3].
+def decode_video(
+    data: bytes, frames: int, sampling: str = "uniform", per_second: float = 1.0
+) -> list[tuple[float, np.ndarray]]:
+    """At most `frames` upright frames: seconds since the first frame, and pixels [h, w, 3].
 
-    Every frame stands for an equal part of the video and is taken from the middle of it. Raises DataError where `data`
-    holds no video, is damaged, or has frames of more than MAX_PIXELS.
+    Args:
+        sampling: "uniform": every frame stands for an equal part of the video and is taken from the middle of it.
+            "fps": the same, with `per_second` parts a second as long as `frames` are enough for the whole. "keyframes":
+            of the frames that are coded for themselves, as evenly as may be; nothing else is decoded.
+
+    Raises DataError where `data` holds no video, is damaged, or has frames of more than MAX_PIXELS.
     """
     try:
         with av.open(io.BytesIO(data), "r") as container:
@@ -84,10 +88,17 @@ def decode_video(data: bytes, frames: int) -> list[tuple[float, np.ndarray]]:
             ticks = sorted({_ticks(packet) for packet in packets})
             if not ticks:
                 raise DataError("video cannot be decoded: no frames")
-            chosen = _decode_at(stream, packets, _uniform(ticks, frames))
+            second = stream.time_base or Fraction(1)
+            if sampling == "keyframes":
+                keys = sorted({_ticks(packet) for packet in packets if packet.is_keyframe}) or ticks[:1]
+                targets = [keys[i] for i in np.unique((np.arange(frames) + 0.5) * len(keys) // frames).astype(int)]
+            else:
+                if sampling == "fps":
+                    frames = min(frames, max(1, round(_duration(ticks) * second * per_second)))
+                targets = _uniform(ticks, frames)
+            chosen = _decode_at(stream, packets, targets)
             if not chosen:
                 raise DataError("video cannot be decoded: no frames")
-            second = stream.time_base or Fraction(1)
             converter = VideoReformatter()  # one for all: setting it up costs more than converting a small frame
             return [(float((_ticks(frame) - ticks[0]) * second), _upright_frame(frame, converter)) for frame in chosen]
     except DataError:
@@ -134,9 +145,11 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if pixels.shape[:2] == (height, width):
         return pixels
+    import torch  # whose import takes seconds; the data tools only decode
+
     with torch.inference_mode():
         planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0)
-        planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+        planes = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
         return planes[0].permute(1, 2, 0).numpy()
 
 
@@ -172,9 +185,13 @@ def _uniform(ticks: list[int], frames: int) -> list[int]:
     """For the middle of each of `frames` equal parts of the time span, the last of the sorted `ticks` not after it."""
     if len(ticks) <= frames:
         return ticks
-    duration = (ticks[-1] - ticks[0]) * len(ticks) / (len(ticks) - 1)  # the last frame is shown as long as the others
-    middles = ticks[0] + (np.arange(frames) + 0.5) * duration / frames
+    middles = ticks[0] + (np.arange(frames) + 0.5) * float(_duration(ticks)) / frames
     return [ticks[i] for i in np.unique(np.searchsorted(ticks, middles, side="right") - 1)]
+
+
+def _duration(ticks: list[int]) -> Fraction:
+    """In ticks; the last frame is shown as long as the others, on average."""
+    return Fraction((ticks[-1] - ticks[0]) * len(ticks), max(1, len(ticks) - 1))
 
 
 def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[int]) -> list[av.VideoFrame]:

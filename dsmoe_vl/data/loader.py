@@ -27,9 +27,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts, ReadReport
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
-from dsmoe_vl.data.segment import Batch, Pack, Sample, Segment
+from dsmoe_vl.data.segment import Pack, Sample, Segment
 from dsmoe_vl.data.shards import ShardIndex, read_sample
 from dsmoe_vl.data.state import check_order, merge_states, order_identity
 from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
@@ -59,6 +60,10 @@ class _Reader:
         self._shape = shape
         self._log = log
 
+    @property
+    def sources(self) -> int:
+        return len(self._sources)
+
     def read(self, ref: SampleRef) -> Encoded | None:
         """None for a bad sample, which is logged. Raises DataError once there are too many of them."""
         source, index = self._sources[ref.source]
@@ -68,8 +73,15 @@ class _Reader:
         except DataError as error:
             self._log.bad(BadSample(source, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
             return None
-        self._log.good(source)
+        self._log.good(source, ref.epoch)
         return item
+
+    def resume(self, lane_state: dict[str, Any]) -> None:
+        """Charge the error budget with what a lane had read when its state was taken."""
+        names = [name for name, _ in self._sources]
+        taken = lane_state["taken"]
+        bad = lane_state.get("bad", [0] * len(taken))  # older checkpoints do not say
+        self._log.resume(dict(zip(names, taken, strict=True)), dict(zip(names, bad, strict=True)))
 
 
 class _LanePacks:
@@ -81,21 +93,30 @@ class _LanePacks:
         self._reader = reader
         self._packer = packer
         self._shape = shape
+        self._bad = [0] * reader.sources  # samples, by source
 
     def restore(self, state: dict[str, Any]) -> None:
         self._lane.restore(state)
-        waiting = [self._reader.read(SampleRef(*ref)) for ref in state["pending"]]
+        self._bad = list(state.get("bad", self._bad))
+        waiting = [self._read(SampleRef(*ref)) for ref in state["pending"]]
         self._packer.pending = [item for item in waiting if item is not None]
 
     def next(self) -> Pack:
         pack = _to_pack(self._packer.fill(self._draw), self._shape)
         pack.lane = self._number
-        pack.lane_state = {**self._lane.state(), "pending": [list(item.ref) for item in self._packer.pending]}
+        pending = [list(item.ref) for item in self._packer.pending]
+        pack.lane_state = {**self._lane.state(), "bad": list(self._bad), "pending": pending}
         return pack
 
     def _draw(self) -> Encoded:
-        while (item := self._reader.read(self._lane.next())) is None:
+        while (item := self._read(self._lane.next())) is None:
             pass
+        return item
+
+    def _read(self, ref: SampleRef) -> Encoded | None:
+        item = self._reader.read(ref)
+        if item is None:
+            self._bad[ref.source] += 1
         return item
 
 
@@ -130,8 +151,12 @@ class PackStream(IterableDataset[_Delivery]):
             for name, index in self._indexes.items()
         ]
         lanes: dict[int, _LanePacks] = {}
+        begin, every = self._start + self._rank + first * self._ranks, self._ranks * workers
+        for lane, state in self._lane_states.items():
+            if (int(lane) - begin) % every == 0:  # one of this worker's
+                reader.resume(state)
         try:
-            for n in itertools.count(self._start + self._rank + first * self._ranks, self._ranks * workers):
+            for n in itertools.count(begin, every):
                 number = n % self._data.lanes
                 if number not in lanes:
                     lanes[number] = self._open_lane(number, orders, reader)
@@ -207,7 +232,8 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position after the last step that was yielded; JSON."""
-        return {"order": self._order, "packs": self._packs, "lanes": dict(self._lane_states)}
+        lanes, epochs = dict(self._lane_states), dict(self._report.epochs)
+        return {"order": self._order, "packs": self._packs, "lanes": lanes, "epochs": epochs}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue from the states of all ranks at one step, of however many. Takes effect at the next `iter()`.
@@ -217,13 +243,14 @@ class Loader:
         state = merge_states(states)
         check_order(state, self._order)
         self._packs = state["packs"]
+        self._report.epochs = state["epochs"]
         first_lane = self._packs + self._rank
         self._lane_states = {
             lane: saved for lane, saved in state["lanes"].items() if (int(lane) - first_lane) % self._ranks == 0
         }
 
     def report(self) -> dict[str, int]:
-        """Counts of this rank since it started, as `ReadReport.values`; they add up over ranks."""
+        """Counts of this rank since it started and its epochs, as `ReadReport.values`; see `merge_reports`."""
         return self._report.values()
 
     def close(self) -> None:
@@ -337,7 +364,10 @@ def _live_with_rank(closed: Any, _worker: int) -> None:
 
 
 def _end_with(parent: int, closed: Any) -> None:
-    while os.getppid() == parent and not closed.value:
+    # Under a fork server, the default from Python 3.14 on, a worker is a child of the server, which lives as long as its
+    # children do. Under fork, a sibling that was forked later holds the pipe open that tells whether the rank is alive.
+    rank = multiprocessing.parent_process()
+    while os.getppid() == parent and (rank is None or rank.is_alive()) and not closed.value:
         time.sleep(0.2)
     os._exit(0)  # torch raises in the rank for a worker with another status
 

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from dsmoe_vl.data.segment import COUNTS, IGNORE, Batch, Modality, Pack, Segment
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Pack, Segment
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 

@@ -1,18 +1,19 @@
-"""What flows from tar to model: sample -> segments -> pack -> batch.
+"""What flows from tar to model: sample -> segments -> pack, and in `batch.py` -> batch.
 
 Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes a patch, L tokens a pack, P patches a pack,
 Q = P / merge**2 cells a pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
 Patches are ordered so that the merge**2 patches of a cell are adjacent; cells run row by row.
+
+Without torch, whose import takes seconds that the data tools' processes can do without.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import torch
 
 IGNORE = -100  # label of a position without a language-model target
 # What a batch counts: real tokens, in all and by modality, and the targets of every loss term.
@@ -133,48 +134,3 @@ class Pack:
     keys: list[str]
     lane: int = 0
     lane_state: dict[str, Any] = field(default_factory=dict)  # the lane's state after this pack
-
-
-@dataclass
-class Batch:
-    """B packs, flattened: every index is into T = B * L tokens, the used patches of all packs, and their cells.
-
-    The number of tokens is fixed, so that every rank routes and exchanges equally many; patches that hold nothing are
-    left out, since no collective depends on their number (at least one cell stays). cu_segments int32 [S + 1] and
-    cu_pictures int32 [N + 1] are cumulative lengths of segments, a pack's padding tail being one of them, and of
-    pictures. max_segment, max_picture: longest length, a python int. cell_position and cell_frame are in 0..T, T
-    meaning padding. Retrieval pairs and frames are those of all packs; `pairs_of_ranks` is the number of pairs that
-    each rank has in this micro-step, since embeddings are compared across ranks.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-    task_ids: torch.Tensor
-    modality_ids: torch.Tensor
-    real: torch.Tensor
-    cu_segments: torch.Tensor
-    max_segment: int
-    patches: torch.Tensor
-    patch_positions: torch.Tensor
-    cu_pictures: torch.Tensor
-    max_picture: int
-    cell_position: torch.Tensor
-    cell_weight: torch.Tensor
-    cell_time: torch.Tensor
-    cell_frame: torch.Tensor
-    cell_frame_weight: torch.Tensor
-    media_embedding: torch.Tensor
-    text_embedding: torch.Tensor
-    pair_ids: torch.Tensor
-    frame_tokens: torch.Tensor
-    importance: torch.Tensor
-    ranked: torch.Tensor
-    counts: dict[str, int]
-    keys: list[str]
-    pairs_of_ranks: tuple[int, ...]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

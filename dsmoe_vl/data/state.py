@@ -1,8 +1,10 @@
 """The position of the data stream in a checkpoint.
 
-    {"order": what the order is a function of, "packs": packs consumed by all ranks, "lanes": {lane: its state}}
+    {"order": what the order is a function of, "packs": packs consumed by all ranks, "lanes": {lane: its state},
+     "epochs": {source: the newest that has begun}}
 
-A rank's state holds the lanes that it reads. A checkpoint holds every rank's, and any number of ranks can continue.
+A rank's state holds the lanes and epochs that it reads. A checkpoint holds every rank's, and any number of ranks can
+continue.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsmoe_vl.data.error_log import newest_epochs
 from dsmoe_vl.data.shards import ShardIndex
 from dsmoe_vl.errors import CheckpointError
 
@@ -38,7 +41,8 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 f"lanes {sorted(repeated)} occur in the data states of two ranks; merge each rank once"
             )
         lanes |= state["lanes"]
-    return {"order": first["order"], "packs": first["packs"], "lanes": lanes}
+    epochs = newest_epochs(state.get("epochs", {}) for state in states)  # older checkpoints have none
+    return {"order": first["order"], "packs": first["packs"], "lanes": lanes, "epochs": epochs}
 
 
 def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:

@@ -7,11 +7,12 @@ name is a file's extension.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,16 @@ class ShardScan:
         return len(self.bounds) - 1
 
 
+class _Member(NamedTuple):
+    """A file in a tar, or something else that a header describes; offsets in bytes."""
+
+    name: str
+    is_file: bool
+    start: int  # of its data
+    size: int
+    end: int  # of its data and their padding
+
+
 def scan_shard(path: Path) -> ShardScan:
     """Find the samples of one tar by reading its headers alone. Raises DataError where it cannot be read."""
     starts: list[int] = []
@@ -40,12 +51,12 @@ def scan_shard(path: Path) -> ShardScan:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            for member, member_end in _members(file):
+            for member in _members(file, 0):
                 key, _ = _split_name(member)
                 if key not in ("", last_key):
                     starts.append(end)
                     last_key = key
-                end = member_end
+                end = member.end
                 if end > size:
                     break
             damage = _damage(file, end, size)
@@ -67,15 +78,14 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(start)
-            for member, position in _members(file):
+            for member in _members(file, start):
+                position = member.end
                 name = key, extension = _split_name(member)
                 if key and name in names:
                     raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
                 names.add(name)
                 if key and extension in extensions and position <= end:
-                    file.seek(member.offset_data)
-                    files[extension] = file.read(member.size)
+                    files[extension] = os.pread(file.fileno(), member.size, member.start)
                 if position >= end:
                     break
     except OSError as error:
@@ -86,23 +96,48 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
     return keys.pop(), files
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The members of a tar from where `file` stands, each with the offset of what follows its data.
+def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
+    """The members of a tar from the header at `position` on.
 
-    Ends, as tarfile does, at any block that is no header: whether that is the tar's end is for the caller to see.
+    Ends, as tarfile does, at any block that is no header: whether that is the tar's end is for the caller to see. Plain
+    headers, which is nearly all of them, are read here in a third of tarfile's time; from the first other one on
+    (long names, sparse files, damage) tarfile reads.
     """
-    end = file.tell()
+    while member := _plain_member(os.pread(file.fileno(), tarfile.BLOCKSIZE, position), position):
+        yield member
+        position = member.end
+    file.seek(position)
+    end = position
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
-            for member in tar:
-                if member.size < 0 or tar.offset <= end:  # tarfile would go round and round
+            for info in tar:
+                if info.size < 0 or tar.offset <= end:  # tarfile would go round and round
                     return
                 end = tar.offset
-                yield member, end
+                yield _Member(info.name, info.isreg() and not info.issparse(), info.offset_data, info.size, end)
     except OSError:
         raise
     except Exception:  # whatever tarfile throws at malformed bytes
         return
+
+
+_PLAIN_NUMBER = re.compile(rb" *([0-7]+)[ \0]*")  # octal
+
+
+def _plain_member(header: bytes, position: int) -> _Member | None:
+    """What a ustar header of an ordinary file with an ordinary name says; None for any other block."""
+    if len(header) < tarfile.BLOCKSIZE or header[156:157] not in b"0" or header[257:262] != b"ustar":
+        return None
+    size, checksum = _PLAIN_NUMBER.fullmatch(header[124:136]), _PLAIN_NUMBER.fullmatch(header[148:156])
+    # The checksum counts its own field as spaces.
+    if size is None or checksum is None or int(checksum[1], 8) != sum(header) - sum(header[148:156]) + 8 * 0x20:
+        return None
+    name = header[:100].partition(b"\0")[0]
+    if folder := header[345:500].partition(b"\0")[0]:
+        name = folder + b"/" + name
+    start, length = position + tarfile.BLOCKSIZE, int(size[1], 8)
+    padding = -length % tarfile.BLOCKSIZE
+    return _Member(name.decode("utf-8", "replace"), True, start, length, start + length + padding)
 
 
 def _damage(file: BinaryIO, end: int, size: int) -> str:
@@ -113,11 +148,11 @@ def _damage(file: BinaryIO, end: int, size: int) -> str:
     return f"no tar header at byte {end}" if any(file.read(tarfile.RECORDSIZE)) else ""
 
 
-def _split_name(member: tarfile.TarInfo) -> tuple[str, str]:
+def _split_name(member: _Member) -> tuple[str, str]:
     """("dir/key", "ext"); ("", "") for what belongs to no sample, such as folders and hidden files."""
     folder, slash, base = member.name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    if not (stem and dot and member.isreg()) or member.issparse():
+    if not (stem and dot and member.is_file):
         return "", ""
     return folder + slash + stem, extension.lower()
 

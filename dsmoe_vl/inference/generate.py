@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import Batch, Sample, Segment
+from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.model.attention import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.data.segment import Batch, Modality, TaskId
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import Modality, TaskId
 from dsmoe_vl.model.attention import Attention, KeyValueCache, SegmentLayout
 from dsmoe_vl.model.heads import INFO_NCE_START, SIGMOID_START, ImportanceHead, RetrievalHead
 from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_1d

@@ -12,7 +12,8 @@ import zlib
 import numpy as np
 from torch import Tensor
 
-from dsmoe_vl.data.segment import IGNORE, Batch, Sample, Segment, TaskId
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import IGNORE, Sample, Segment, TaskId
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel

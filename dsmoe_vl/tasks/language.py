@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Segment, TaskId
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import IGNORE, Modality, Segment, TaskId
 from dsmoe_vl.model.vlm import VisionLanguageModel
 
 

@@ -51,12 +51,16 @@ class PictureReader:
             return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)
         pictures: list[Picture] = []
         used = 0
-        for seconds, frame in decode_video(sample.media, self.data.video_frames):
+        for seconds, frame in self._frames(sample.media):
             grid = self._grid(frame, self.data.frame_max_patches)
             tokens = self._pooled_tokens(grid)
             pictures.append(Picture(self._cut(frame, grid), grid, seconds, tokens + used))
             used += int(tokens[-1]) + 1
         return Modality.VIDEO, pictures, used
+
+    def _frames(self, media: bytes) -> list[tuple[float, np.ndarray]]:
+        data = self.data
+        return decode_video(media, data.video_frames, data.video_sampling, data.video_fps)
 
     def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:
         return fit_grid(pixels.shape[1], pixels.shape[0], self.vision.patch_size, self.vision.merge, budget)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.config.recipe import RetrievalConfig
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Sample, Segment, TaskId
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment, TaskId
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.model.vlm import VisionLanguageModel

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from dsmoe_vl.data.segment import Batch, Sample, Segment
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.stats import RouterStats

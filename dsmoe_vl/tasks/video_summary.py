@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe_vl.config.recipe import SummaryConfig
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel

@@ -20,8 +20,9 @@ from dsmoe_vl.checkpoint.weights import one_process_tensors
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import MoEConfig, Recipe
 from dsmoe_vl.config.resolve import resolve
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
-from dsmoe_vl.data.segment import Batch, Pack
+from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.data.shards import iterate_samples
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.data.tokenizer import Tokenizer

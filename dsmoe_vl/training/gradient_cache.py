@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_vl.data.segment import Batch
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.tasks.retrieval import contrastive_sum
 from dsmoe_vl.tasks.task import TaskOutput

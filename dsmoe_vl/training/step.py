@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
-from dsmoe_vl.data.segment import COUNTS, Batch, TaskId
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.segment import COUNTS, TaskId
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load

@@ -6,13 +6,13 @@ What a step does is in `step.py`.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import newest_complete, require_fit
 from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.optim.l1 import sparsity
@@ -61,6 +61,7 @@ class Trainer:
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0
         self._resume()
+        self._read = self.loader.report()  # in a new run nothing, in one that continues the epochs so far
         self.monitor = Monitor(plan, ranks.rank, self.step)
         self.window = Window(plan)
 
@@ -135,8 +136,9 @@ class Trainer:
         return sparsity(self.engine.module, self.plan, self.ranks.rank, self.device)
 
     def _samples_read(self) -> dict[str, int]:
-        """Samples and errors of every source, over all ranks."""
-        total: Counter[str] = Counter()
-        for report in self.host.gather(self.loader.report()):
-            total.update(report)
-        return dict(total)
+        """Samples, errors and epoch of every source, over all ranks; tells of epochs that have begun."""
+        before, self._read = self._read, merge_reports(self.host.gather(self.loader.report()))
+        for name in (f"{source.name}/epoch" for source in self.plan.recipe.data.sources):
+            if self._read.get(name, 0) > before.get(name, 0):
+                self.monitor.say(f"{name} {self._read[name]} begins: samples of this source occur again")
+        return self._read

@@ -150,6 +150,21 @@ def test_resizing_agrees_with_pillow(shared_data: Path) -> None:
     assert np.array_equal(decode.resized(upright, 64, 48), decode.resized(upright.copy(), 64, 48))
 
 
+def test_so_many_frames_a_second(shared_data: Path) -> None:
+    data = (shared_data / "videos_intel" / "car-detection.mp4").read_bytes()  # 30 s
+    chosen = decode_video(data, 64, "fps", 0.5)
+    np.testing.assert_allclose([seconds for seconds, _ in chosen], np.arange(15) * 2 + 1, atol=0.2)
+    assert len(decode_video(data, 8, "fps", 2.0)) == 8  # the whole video, more thinly
+    assert len(decode_video(data, 8, "fps", 0.001)) == 1
+
+
+def test_key_frames() -> None:
+    data = video("mp4", "libx264", list(range(60)), g="10", **{"x264-params": "scenecut=0"})
+    assert levels(decode_video(data, 8, "keyframes")) == [0, 10, 20, 30, 40, 50]
+    assert levels(decode_video(data, 3, "keyframes")) == [10, 30, 50]
+    assert levels(decode_video(data, 1, "keyframes")) == [30]
+
+
 def test_real_photos(shared_data: Path) -> None:
     photos = sorted((shared_data / "coco_cc_by" / "train2017").glob("*.jpg"))[:8]
     assert photos

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.decode import decode_image, fit_grid, to_patches
 from dsmoe_vl.data.loader import Loader, evaluation_packs
-from dsmoe_vl.data.segment import IGNORE, Batch, Modality, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
 from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
 from tests.tars import encoded_as, picture, write_index, write_shards, write_tar
 

@@ -24,8 +24,8 @@ import torch
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data import remote
+from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader, evaluation_packs
-from dsmoe_vl.data.segment import Batch
 from dsmoe_vl.data.shards import Shard, ShardIndex, iterate_samples, read_sample
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
 from tests.tars import write_index, write_shards, write_tar

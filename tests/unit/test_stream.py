@@ -96,7 +96,7 @@ def test_error_budget_grows_with_what_is_read() -> None:
     log = ErrorLog(0.01)
     for _ in range(20):
         for _ in range(100):
-            log.good("photos")
+            log.good("photos", epoch=0)
         log.bad(bad())
     with pytest.raises(DataError):
         for _ in range(3):
@@ -114,13 +114,14 @@ def test_no_tolerance_and_boundless_tolerance() -> None:
 
 def test_report_and_quarantine(tmp_path: Path) -> None:
     log, report = ErrorLog(0.5), ReadReport(tmp_path / "quarantine.jsonl")
-    log.good("photos")
+    log.good("photos", epoch=3)
     log.bad(bad())
     report.add(log.drain())
     log.bad(bad("longer than pack: k has 9 tokens"))
     report.add(log.drain())
     report.add(log.drain())
     assert report.values() == {
+        "photos/epoch": 3,
         "photos/samples": 3,
         "photos/errors": 2,
         "photos/errors/image cannot be decoded": 1,

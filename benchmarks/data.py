@@ -1,0 +1,364 @@
+"""How fast data come: the loader beside a plain webdataset pipeline, the converter beside a TarWriter loop, resuming.
+
+    python benchmarks/data.py [--photos DIR] [--samples 600] [--workers 2] [--repeats 10] [--json FILE]
+
+What is compared does the same work and takes turns. Photos are JPEGs of 640 x 480 with the statistics of natural ones,
+drawn here, or those of a folder. Pixels: `plain webdataset` decodes and resizes with Pillow, as most pipelines do;
+`... our pixels` with this project's functions, to the same bytes as the loader's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data_tools.check import Reencoding, image_facts
+from data_tools.convert import convert
+from data_tools.formats import Record
+from data_tools.parts import Settings
+from data_tools.tokenizer import train
+from data_tools.writer import write_index
+from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
+from dsmoe_vl.data.decode import decode_image, fit_grid, resized, to_patches
+from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.data.shards import SCHEMA_VERSION, ShardIndex, iterate_samples
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.tasks.registry import Encoder, build_tasks
+
+MAX_PATCHES, VISION = 196, VisionConfig(patch_size=16, merge=2)  # of 16 x 16 pixels: about 224 x 224 pixels a photo
+WORDS = ("a", "photo", "of", "two", "dogs", "that", "run", "along", "the", "beach", "while", "children", "play", "with")
+Pixels = Callable[[bytes], np.ndarray]
+
+
+def make_photos(folder: Path, count: int) -> Path:
+    """JPEGs whose spectrum falls as that of photos, about 90 KB each."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(480)[:, None], np.fft.rfftfreq(640)[None, :])
+    for number in range(count):
+        noise = np.fft.rfft2(rng.normal(size=(3, 480, 640))) / np.maximum(frequency, 1 / 640) ** 1.3
+        field = np.fft.irfft2(noise, (480, 640))
+        pixels = 128 + 50 * field / field.std(axis=(1, 2), keepdims=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(
+            folder / f"{number:05}.jpg", quality=92
+        )
+    return folder
+
+
+def records(folder: Path, count: int) -> list[Record]:
+    """`count` records of the photos of a folder, again from the first where there are fewer."""
+    photos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, int(rng.integers(6, 18)))) for _ in range(count)]
+    return [Record(f"{i:07}", "image", photos[i % len(photos)], [text]) for i, text in enumerate(texts)]
+
+
+class Interleaved:
+    """Things that take turns; the figures of each are the work it did a second."""
+
+    def __init__(self, repeats: int) -> None:
+        self.repeats = repeats
+        self.figures: dict[str, dict[str, float]] = {}
+
+    def run(self, things: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
+        """Each thing returns the samples it handled. Samples a second, by thing and repeat."""
+        found: dict[str, list[float]] = {name: [] for name in things}
+        for turn in range(self.repeats + 1):
+            for name, thing in things.items():
+                start = time.perf_counter()
+                samples = thing()
+                if turn:  # the first fills caches
+                    found[name].append(samples / (time.perf_counter() - start))
+        width = max(map(len, found))
+        for name, rates in found.items():
+            median = statistics.median(rates)
+            print(f"  {name:<{width}}  {median:8.0f} samples/s   ({min(rates):.0f} to {max(rates):.0f})", flush=True)
+            self.figures[name] = {"samples_per_second": median, "least": min(rates), "most": max(rates)}
+        return found
+
+
+def ratio(title: str, ours: list[float], theirs: list[float]) -> float:
+    """The median of the ratios turn by turn, printed."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    print(f"  {title}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    return statistics.median(ratios)
+
+
+# Loader
+
+
+def pillow_pixels(data: bytes) -> np.ndarray:
+    """Decoded whole and resized as most pipelines do it."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    rows, columns = fit_grid(*image.size, VISION.patch_size, VISION.merge, MAX_PATCHES)
+    size = (columns * VISION.patch_size, rows * VISION.patch_size)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def our_pixels(data: bytes, enough: int = MAX_PATCHES * VISION.patch_size**2) -> np.ndarray:
+    """As the loader makes them, before they are cut up; with `enough` 0 decoded whole."""
+    pixels = decode_image(data, enough)
+    rows, columns = fit_grid(pixels.shape[1], pixels.shape[0], VISION.patch_size, VISION.merge, MAX_PATCHES)
+    return resized(pixels, rows * VISION.patch_size, columns * VISION.patch_size)
+
+
+class PlainDecode:
+    """A sample of webdataset to pixels and tokens; for its `map`."""
+
+    def __init__(self, pixels: Pixels, tokenizer: Tokenizer) -> None:
+        self.pixels, self.tokenizer = pixels, tokenizer
+
+    def __call__(self, sample: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        json.loads(sample["json"])
+        tokens = [*self.tokenizer.encode(sample["txt"].decode()), self.tokenizer.eos]
+        return torch.from_numpy(self.pixels(sample["jpg"]).copy()), torch.tensor(tokens)
+
+
+def plain_pipeline(shards: Path, decode: PlainDecode, workers: int, samples: int) -> Iterator[Any]:
+    """What webdataset's documentation builds: shards shuffled, samples shuffled, decoded, in batches of 16."""
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=1, nodesplitter=None)
+    dataset = dataset.shuffle(256).map(decode).batched(16, collation_fn=list)
+    return iter(DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4))
+
+
+def time_loader(shards: Path, tokenizer: Path, workers: int, run: Interleaved, samples: int) -> dict[str, float]:
+    """Loader against plain pipelines with as many workers, and against decoding alone in as many processes.
+
+    Every stream is endless or as good as: what is timed comes after the first samples, when all are under way.
+    """
+    source = SourceConfig("photos", str(shards))
+    data = DataConfig(
+        sources=(source,), pack_length=2048, pack_patches=20 * MAX_PATCHES, image_max_patches=MAX_PATCHES,
+        lanes=8, lookahead=64, shuffle_block=32, workers=workers,
+    )  # fmt: skip
+    recipe = replace(Recipe(), data=data, tasks=TasksConfig())
+    recipe = replace(recipe, model=replace(recipe.model, vision=VISION))
+    words = Tokenizer(tokenizer)
+    encode = Encoder(build_tasks(recipe, words), data.sources)
+    loader = Loader(data, data.sources, encode, VISION.patch_size, VISION.merge, 1, 0, 1, 1, 1)
+    steps = iter(loader)
+
+    def ours() -> int:
+        taken = 0
+        while taken < samples:
+            taken += sum(len(batch.keys) for batch in next(steps))
+        return taken
+
+    def endless(pixels: Pixels) -> Iterator[Any]:
+        while True:
+            yield from plain_pipeline(shards, PlainDecode(pixels, words), workers, samples)
+
+    def take(batches: Iterator[Any]) -> int:
+        taken = 0
+        while taken < samples:
+            taken += len(next(batches))
+        return taken
+
+    epoch = sum(1 for _ in iterate_samples(shards, media=False))
+    assert samples < epoch, "a pipeline would begin anew while it is timed"
+    memory = [(sample.media, sample.text) for sample in iterate_samples(shards)][: max(64, samples // 4)]
+    limit = DataLoader(Endless(memory, words), batch_size=None, num_workers=workers, prefetch_factor=4)
+    alone = iter(limit)
+
+    print(f"loader, {workers} workers, {MAX_PATCHES} patches of {VISION.patch_size} pixels:")
+    found = run.run(
+        {
+            "loader": ours,
+            "plain webdataset": partial(take, endless(pillow_pixels)),
+            "plain webdataset, our pixels": partial(take, endless(our_pixels)),
+            "decode, resize and tokenise alone": lambda: sum(next(alone) for _ in range(samples // 16)),
+        }
+    )
+    loader.close()
+    psnr = [_psnr(our_pixels(media), pillow_pixels(media)) for media, _ in memory[:64] if media]
+    whole = [_psnr(our_pixels(media, 0), pillow_pixels(media)) for media, _ in memory[:64] if media]
+    print(f"  PSNR to Pillow: {statistics.median(psnr):.1f} dB, decoded whole {statistics.median(whole):.1f} dB")
+    return {
+        "loader_over_webdataset": ratio("loader / plain webdataset", found["loader"], found["plain webdataset"]),
+        "loader_over_webdataset_same_pixels": ratio(
+            "loader / plain webdataset, our pixels", found["loader"], found["plain webdataset, our pixels"]
+        ),
+        "loader_over_decoding": ratio(
+            "loader / decoding alone", found["loader"], found["decode, resize and tokenise alone"]
+        ),
+        "psnr_db": statistics.median(psnr),
+    }
+
+
+class Endless(torch.utils.data.IterableDataset[int]):
+    """Decodes, resizes, cuts up and tokenises samples from memory, and sends nothing but their number, 16 at a time."""
+
+    def __init__(self, samples: list[tuple[bytes | None, str]], tokenizer: Tokenizer) -> None:
+        self.samples, self.tokenizer = samples, tokenizer
+
+    def __iter__(self) -> Iterator[int]:
+        done = 0
+        while True:
+            for media, text in self.samples:
+                assert media is not None
+                pixels = decode_image(media, MAX_PATCHES * VISION.patch_size**2)
+                grid = fit_grid(pixels.shape[1], pixels.shape[0], VISION.patch_size, VISION.merge, MAX_PATCHES)
+                to_patches(pixels, grid, VISION.patch_size, VISION.merge)
+                self.tokenizer.encode(text)
+                done += 1
+                if done % 16 == 0:
+                    yield 16
+
+
+def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    error = np.square(ours.astype(float) - theirs).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+# Converter
+
+
+def tar_writer_loop(found: list[Record], output: Path, per_shard: int, is_checked: bool) -> int:
+    """A loop around webdataset.TarWriter that writes what the converter writes; `is_checked`: looks at the photos."""
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(found), per_shard):
+        path = output / f"train-{first // per_shard:05}.tar"
+        with webdataset.TarWriter(str(path), mtime=0, encoder=False) as tar:
+            for record in found[first : first + per_shard]:
+                assert record.media is not None
+                data = record.media.read_bytes()
+                facts: dict[str, Any] = image_facts(data, Reencoding())[2] if is_checked else {}
+                meta = {"schema_version": SCHEMA_VERSION, "split": "train", "source": "photos", "id": record.identifier,
+                        "captions": record.captions, "tasks": ["caption", "retrieval"],
+                        "sha256": hashlib.sha256(data).hexdigest(), **facts}  # fmt: skip
+                line = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+                tar.write({"__key__": record.identifier, "jpg": data, "txt": record.captions[0].encode(), "json": line})
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = len(found[first : first + per_shard])
+        rows.append({"name": path.name, "samples": size, "bytes": path.stat().st_size, "sha256": digest})
+    write_index(output, "train", rows)
+    return len(found)
+
+
+def time_converter(found: list[Record], workers: int, run: Interleaved) -> dict[str, float]:
+    """Both write the same bytes; the converter starts its processes within the time."""
+    per_shard = -(-len(found) // (4 * workers))
+
+    def in_folder(write: Callable[[Path], object]) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / "shards")
+        return len(found)
+
+    def loop(is_checked: bool, output: Path) -> None:
+        output.mkdir()
+        tar_writer_loop(found, output, per_shard, is_checked)
+
+    def ours(output: Path) -> None:
+        convert(found, output, Settings("photos", samples_per_shard=per_shard), workers=workers)
+
+    print(f"converter, {workers} workers, {len(found)} photos in shards of {per_shard}:")
+    rates = run.run(
+        {
+            "converter": partial(in_folder, ours),
+            "TarWriter loop": partial(in_folder, partial(loop, True)),
+            "TarWriter loop that looks at no photo": partial(in_folder, partial(loop, False)),
+        }
+    )
+    return {"converter_over_loop": ratio("converter / TarWriter loop", rates["converter"], rates["TarWriter loop"])}
+
+
+# Resuming
+
+
+def time_resume(folder: Path, repeats: int) -> dict[str, float]:
+    """From a state in the middle of an epoch of a million samples to the first batch, and to the first without one."""
+    one = Record("0", "image", None, ["a"])
+    del one
+    shard = folder / "one"
+    shard.mkdir()
+    path = shard / "train-00000.tar"
+    with webdataset.TarWriter(str(path), mtime=0, encoder=False) as tar:
+        for i in range(1000):
+            tar.write({"__key__": f"{i}", "txt": b"some words of text that make a caption"})
+    row = {"samples": 1000, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    rows = []
+    for i in range(1000):
+        os.link(path, shard / f"link-{i:05}.tar")
+        rows.append({"name": f"link-{i:05}.tar", **row})
+    write_index(shard, "train", rows)
+    source = SourceConfig("million", str(shard))
+    data = DataConfig(sources=(source,), pack_length=256, pack_patches=4, lanes=8, workers=0)
+
+    def loader() -> Loader:
+        return Loader(data, data.sources, _letters, 16, 2, 1, 0, 1, 1, 1)
+
+    first = loader()
+    next(iter(first))
+    state = json.loads(json.dumps(first.state_dict()))
+    for lane in state["lanes"].values():
+        lane["cursors"], lane["taken"], lane["pending"] = [[240, 7]], [240 * 256 + 7], []  # half of an epoch
+    seconds: dict[str, list[float]] = {"resume": [], "start": []}
+    for _ in range(repeats):
+        for name in seconds:
+            begun = time.perf_counter()
+            fresh = loader()
+            if name == "resume":
+                fresh.load_state_dict([state])
+            next(iter(fresh))
+            seconds[name].append(time.perf_counter() - begun)
+            fresh.close()
+    print(f"resuming in the middle of {ShardIndex.load(shard).samples:,} samples, index and first batch included:")
+    for name, values in seconds.items():
+        print(f"  {name}: {statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})")
+    return {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+
+
+def _letters(sample: Any) -> list[Any]:
+    from dsmoe_vl.data.segment import Segment, TaskId
+
+    tokens = np.frombuffer(sample.text.encode(), np.uint8).astype(np.int32)
+    return [Segment(TaskId.CAPTION, tokens, tokens.copy(), np.zeros_like(tokens))]
+
+
+def main() -> int:
+    """Make the data, take turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs instead of those that are drawn")
+    parser.add_argument("--samples", type=int, default=600, help="a turn")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=10, help="turns that count")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "photos").mkdir()
+        photos = args.photos or make_photos(folder / "photos", 200)
+        found = records(photos, 2 * args.samples)
+        convert(found, folder / "shards", Settings("photos", samples_per_shard=100), workers=args.workers)
+        train([folder / "shards"], folder / "tokenizer.model", vocab_size=400)
+        run = Interleaved(args.repeats)
+        ratios = time_loader(folder / "shards", folder / "tokenizer.model", args.workers, run, args.samples)
+        ratios |= time_converter(found[: args.samples], args.workers, run)
+        ratios |= time_resume(folder, args.repeats)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"ratios": ratios, "rates": run.figures}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

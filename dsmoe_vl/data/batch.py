@@ -1,0 +1,53 @@
+"""What the model takes. Letters as in `segment.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Batch:
+    """B packs, flattened: every index is into T = B * L tokens, the used patches of all packs, and their cells.
+
+    The number of tokens is fixed, so that every rank routes and exchanges equally many; patches that hold nothing are
+    left out, since no collective depends on their number (at least one cell stays). cu_segments int32 [S + 1] and
+    cu_pictures int32 [N + 1] are cumulative lengths of segments, a pack's padding tail being one of them, and of
+    pictures. max_segment, max_picture: longest length, a python int. cell_position and cell_frame are in 0..T, T
+    meaning padding. Retrieval pairs and frames are those of all packs; `pairs_of_ranks` is the number of pairs that
+    each rank has in this micro-step, since embeddings are compared across ranks.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    task_ids: torch.Tensor
+    modality_ids: torch.Tensor
+    real: torch.Tensor
+    cu_segments: torch.Tensor
+    max_segment: int
+    patches: torch.Tensor
+    patch_positions: torch.Tensor
+    cu_pictures: torch.Tensor
+    max_picture: int
+    cell_position: torch.Tensor
+    cell_weight: torch.Tensor
+    cell_time: torch.Tensor
+    cell_frame: torch.Tensor
+    cell_frame_weight: torch.Tensor
+    media_embedding: torch.Tensor
+    text_embedding: torch.Tensor
+    pair_ids: torch.Tensor
+    frame_tokens: torch.Tensor
+    importance: torch.Tensor
+    ranked: torch.Tensor
+    counts: dict[str, int]
+    keys: list[str]
+    pairs_of_ranks: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
