@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Pack, Segment
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 
+_LAST = 2.2  # times the longest sample: what is left then is filled by two
 _FULL = 0.985  # a pack with this share of its tokens or patches used is not worth waiting for a better fit
 
 
@@ -56,7 +58,7 @@ def encoded(ref: SampleRef, key: str, segments: list[Segment], shape: PackShape)
 
 
 class Packer:
-    """Best fit over the samples that are waiting; a function of the samples' order and sizes alone."""
+    """Best fit in tokens and patches over the samples that wait; a function of the samples' order and sizes alone."""
 
     def __init__(self, shape: PackShape, lookahead: int) -> None:
         """At most `lookahead` samples wait between packs."""
@@ -67,24 +69,45 @@ class Packer:
     def fill(self, draw: Callable[[], Encoded | None]) -> list[Encoded]:
         """The samples of the next pack; [] when `draw` has ended (None) and nothing waits.
 
-        The oldest sample that waits always goes in, so none waits forever. Then the longest that fits, and where none
-        does, new samples are drawn until one fits or `lookahead` of them wait.
+        The oldest sample that waits always goes in, so none waits forever. Then a long one that leaves tokens and
+        patches for each other, at the end the one or two that fill the pack best. Where none fits, new samples are
+        drawn until one does or `lookahead` of them wait.
         """
         chosen: list[Encoded] = []
         length, patches = self._shape.length, self._shape.patches
         while length > (1 - _FULL) * self._shape.length and patches >= (1 - _FULL) * self._shape.patches:
             fitting = [item for item in self.pending if item.length <= length and item.patches <= patches]
             if fitting:
-                item = max(fitting, key=lambda item: item.length) if chosen else self.pending[0]
-                self.pending.remove(item)
-                chosen.append(item)
-                length -= item.length
-                patches -= item.patches
+                taken = self._choice(fitting, length, patches) if chosen else self.pending[:1]
+                for item in taken:
+                    self.pending.remove(item)
+                    length -= item.length
+                    patches -= item.patches
+                chosen += taken
             elif len(self.pending) < self._lookahead and (drawn := draw()) is not None:
                 self.pending.append(drawn)
             else:
                 break
         return chosen
+
+    def _choice(self, fitting: list[Encoded], length: int, patches: int) -> list[Encoded]:
+        """Of the samples that fit into what is left, in tokens and patches, the next one, or the last two."""
+        longest = max(fitting, key=lambda item: item.length)
+        if len(fitting) >= self._lookahead // 2 and length <= _LAST * longest.length:
+            pairs = (
+                [one, other]
+                for one, other in combinations(fitting, 2)
+                if one.length + other.length <= length and one.patches + other.patches <= patches
+            )
+            return max([[longest], *pairs], key=lambda items: sum(item.length for item in items))
+        # Patches that go with a share of the tokens that are left. A sample that has as many keeps the balance.
+        density = (patches / self._shape.patches) / (length / self._shape.length)
+
+        def worth(item: Encoded) -> float:
+            share = item.length / self._shape.length
+            return share - abs(item.patches / self._shape.patches - share * density)
+
+        return [max(fitting, key=worth)]
 
 
 def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] = ()) -> Pack:
