@@ -1,4 +1,11 @@
-"""Use a trained model: `python launch/generate.py caption --run runs/NAME --image FILE... [--video FILE...]`."""
+"""Use a trained model: captions, retrieval, video summaries.
+
+    python launch/generate.py caption   --run runs/NAME --image FILE... --video FILE...
+    python launch/generate.py retrieve  --run runs/NAME --media FOLDER --index FILE --text "a red square" --grid out.png
+    python launch/generate.py summarize --run runs/NAME --video FILE... --output DIR
+
+Exit status 0; 1 where some of the files could not be used, which are named; 2 where nothing could be answered.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +13,89 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.errors import DataError, DsmoeVlError
-from dsmoe_vl.inference.generate import caption
+from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.inference.commands import Question, caption_media, print_error, retrieve, summarize_videos
 from dsmoe_vl.inference.load import load_run
+from dsmoe_vl.inference.media import Media, media_files, open_media
+from dsmoe_vl.inference.search import Search
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Use a trained model.")
     commands = parser.add_subparsers(dest="command", required=True)
-    captions = commands.add_parser("caption", help="describe images and videos")
-    captions.add_argument("--run", type=Path, required=True, help="a run directory, such as runs/quickstart")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--run", type=Path, required=True, help="a run directory, or an exported model")
+    common.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+
+    captions = commands.add_parser("caption", parents=[common], help="describe images and videos")
     captions.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
     captions.add_argument("--video", type=Path, nargs="+", default=[], metavar="FILE")
-    captions.add_argument("--max-tokens", type=int, default=64, help="tokens of a caption at most")
-    captions.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    captions.add_argument(
+        "--media", nargs="+", default=[], metavar="FOLDER", help="of pictures and videos, or of shards"
+    )
+    captions.add_argument("--beam", type=int, default=1, metavar="N", help="beam search with N beams")
+    captions.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of probability P")
+    captions.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (%(default)s)")
+    captions.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    captions.add_argument("--max-tokens", type=positive, default=64, help="of a caption at most (%(default)s)")
+    captions.add_argument("--json", type=Path, metavar="FILE", help="write the captions here too")
+
+    search = commands.add_parser("retrieve", parents=[common], help="search images and videos")
+    search.add_argument("--media", required=True, metavar="FOLDER", help="of pictures and videos, or of shards")
+    search.add_argument("--index", type=Path, metavar="FILE", help="keep the embeddings here, and use them again")
+    question = search.add_mutually_exclusive_group(required=True)
+    question.add_argument("--text", metavar="QUERY", help="what is looked for, in words")
+    question.add_argument("--image", type=Path, metavar="FILE", help="look for what is similar")
+    question.add_argument("--video", type=Path, metavar="FILE", help="look for what is similar")
+    search.add_argument("--top", type=positive, default=10, metavar="K", help="answers at most (%(default)s)")
+    search.add_argument("--grid", type=Path, metavar="FILE.png", help="draw the answers")
+
+    summaries = commands.add_parser("summarize", parents=[common], help="texts and key frames of videos")
+    summaries.add_argument("--video", type=Path, nargs="+", required=True, metavar="FILE")
+    summaries.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder in it for each video")
+    summaries.add_argument(
+        "--key-frames", type=positive, metavar="N", help="of a video (default: 15 %% of the frames that the model sees)"
+    )
+    summaries.add_argument("--max-tokens", type=positive, default=64, help="of a summary at most (%(default)s)")
     args = parser.parse_args()
-    if not args.image and not args.video:
-        captions.error("name at least one file with --image or --video")
-    if args.max_tokens < 1:
-        captions.error(f"--max-tokens {args.max_tokens}: must be at least 1")
+    if args.command == "caption" and not (args.image or args.video or args.media):
+        captions.error("name at least one file with --image or --video, or a folder with --media")
     return args
 
 
-def read(path: Path, media_type: str) -> Sample:
-    """A user's own file as a sample. Raises DataError where it cannot be read."""
-    try:
-        media = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name an existing file") from None
-    return Sample(key=path.name, source="", epoch=0, media=media, media_type=media_type, text="", meta={})
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer. Returns the exit status; raises DsmoeVlError where nothing can be answered."""
+    if args.command == "caption":
+        search = Search(args.beam, args.top_p, args.temperature, args.seed)
+        trained = load_run(args.run, args.device)
+        media: list[Media] = [*media_files(args.image, "image"), *media_files(args.video, "video")]
+        for folder in args.media:
+            media += open_media(folder, trained.recipe.data)
+        return caption_media(trained, media, args.max_tokens, search, args.json)
+    trained = load_run(args.run, args.device)
+    if args.command == "retrieve":
+        question = Question(args.text, args.image, args.video)
+        return retrieve(trained, open_media(args.media, trained.recipe.data), question, args.top, args.index, args.grid)
+    return summarize_videos(trained, args.video, args.output, args.max_tokens, args.key_frames)
 
 
 def main() -> int:
-    """Print `FILE<TAB>caption` a line. Exit status 2 where a file or the run cannot be used; the others still run."""
+    """Exit status 2, with a line that says why, where the run, the question or the folder cannot be used."""
     args = parse()
-    status = 0
     try:
-        trained = load_run(args.run, args.device)
+        return run(args)
     except DsmoeVlError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2
-    for path, media_type in [*((p, "jpg") for p in args.image), *((p, "mp4") for p in args.video)]:
-        try:
-            print(f"{path}\t{caption(trained, [read(path, media_type)], args.max_tokens)[0]}", flush=True)
-        except DsmoeVlError as error:
-            message = str(error)
-            print(f"error: {message if str(path) in message else f'{path}: {message}'}", file=sys.stderr)
-            status = 2
-    return status
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -85,29 +83,17 @@ def main() -> int:
     try:
         train(plan, ranks, uses_default_data=args.recipe.resolve() == _DEFAULT_RECIPE)
     except BaseException as error:
-        report(error, ranks)
+        from dsmoe_vl.parallel.launch import report_failure
+
+        report_failure(error, ranks)
         # Other ranks may wait in a collective for this one: end at once, so that they and the launcher see it.
         os._exit(2 if isinstance(error, DsmoeVlError) else 1)
     return 0
 
 
-def report(error: BaseException, ranks: Ranks) -> None:
-    """Print what ends this rank, unless another one has failed before it."""
-    from dsmoe_vl.parallel.launch import is_first_to_fail
-
-    sys.stdout.flush()
-    if is_first_to_fail(ranks):
-        if isinstance(error, DsmoeVlError):
-            print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
-    if ranks.rank == 0:
-        time.sleep(1)  # those that fail at the same time ask this rank whether they are first
-
-
 def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
     """Start the process group and run the trainer."""
-    quiet_deepspeed()
+    quiet_deepspeed(ranks.rank)
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 
     start_process_group(ranks, plan.device)
@@ -143,12 +129,12 @@ def make_default_data(plan: RunPlan) -> None:
         train_tokenizer(sources, tokenizer, vocab_size=plan.recipe.tokenizer.vocab_size)
 
 
-def quiet_deepspeed() -> None:
-    """DeepSpeed at warning level, unless DSMOE_VL_VERBOSE asks for all of it."""
+def quiet_deepspeed(rank: int) -> None:
+    """DeepSpeed at warning level, on other ranks than 0 at error level, unless DSMOE_VL_VERBOSE asks for all of it."""
     if "DSMOE_VL_VERBOSE" not in os.environ:
         import logging
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR if rank else logging.WARNING)
         # DeepSpeed calls a collective by its old name; the user can do nothing about it.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
 

@@ -68,6 +68,8 @@ _NOT_NEGATIVE = (
     "data.cache_gib",
     "run.seed",
     "run.evaluate_every",
+    "run.router_every",
+    "run.samples_every",
 )
 
 _CHOICES = {
@@ -248,6 +250,12 @@ def _data(recipe: Recipe, world_size: int) -> Iterator[Rule]:
 def _run(recipe: Recipe) -> Iterator[Rule]:
     name = recipe.run.name
     yield name not in ("", ".", "..") and "/" not in name, "run.name", "must be the name of one folder"
+    window = recipe.run.profile_steps
+    yield (
+        not window or (len(window) == 2 and 1 <= window[0] <= window[1]),
+        "run.profile_steps",
+        "must be the first and the last step of a trace, such as [20, 25], or [] for none",
+    )
     yield recipe.run.directory != "", "run.directory", 'must name a folder, such as "runs"'
     tasks = recipe.tasks
     weights = (tasks.caption.weight, tasks.retrieval.weight, tasks.summary.weight)

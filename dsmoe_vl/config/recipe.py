@@ -184,6 +184,9 @@ class RunConfig:
     evaluate_packs: int = 64  # packs of held-out data per evaluation, over all ranks
     checkpoint_every: int = 500  # optimizer steps
     keep_checkpoints: int = 2  # newest complete checkpoints that stay on disk
+    samples_every: int = 500  # optimizer steps at least between pictures of held-out samples, at checkpoints; 0: none
+    router_every: int = 100  # optimizer steps between records of the routers (router.npz, heat maps); 0: none
+    profile_steps: tuple[int, ...] = ()  # the first and the last optimizer step of a profiler's trace; none: no trace
 
 
 @dataclass(frozen=True)

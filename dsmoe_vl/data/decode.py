@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
 import simplejpeg
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dsmoe_vl.errors import DataError
 
@@ -59,6 +59,8 @@ def decode_image(data: bytes, enough_pixels: int = 0) -> np.ndarray:
         return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
     except DataError:
         raise
+    except UnidentifiedImageError:  # whose own message is the address of a buffer
+        raise DataError("image cannot be decoded: it is no JPEG, PNG or WebP") from None
     except Exception as error:  # whatever a decoder throws at malformed bytes
         raise DataError(f"image cannot be decoded: {error}") from error
 
@@ -71,10 +73,18 @@ def decode_video(
     Args:
         sampling: "uniform": every frame stands for an equal part of the video and is taken from the middle of it.
             "fps": the same, with `per_second` parts a second as long as `frames` are enough for the whole. "keyframes":
-            of the frames that are coded for themselves, as evenly as may be; nothing else is decoded.
+            of the frames that are coded for themselves, as evenly as may be; nothing else is decoded. "first": the
+            first frame alone.
 
     Raises DataError where `data` holds no video, is damaged, or has frames of more than MAX_PIXELS.
     """
+    return list(iterate_video(data, frames, sampling, per_second))
+
+
+def iterate_video(
+    data: bytes, frames: int, sampling: str = "uniform", per_second: float = 1.0
+) -> Iterator[tuple[float, np.ndarray]]:
+    """As `decode_video`, one frame after another: hundreds of large ones need not be in memory together."""
     try:
         with av.open(io.BytesIO(data), "r") as container:
             if not container.streams.video:
@@ -92,15 +102,19 @@ def decode_video(
             if sampling == "keyframes":
                 keys = sorted({_ticks(packet) for packet in packets if packet.is_keyframe}) or ticks[:1]
                 targets = [keys[i] for i in np.unique((np.arange(frames) + 0.5) * len(keys) // frames).astype(int)]
+            elif sampling == "first":
+                targets = ticks[:1]
             else:
                 if sampling == "fps":
                     frames = min(frames, max(1, round(_duration(ticks) * second * per_second)))
                 targets = _uniform(ticks, frames)
-            chosen = _decode_at(stream, packets, targets)
-            if not chosen:
-                raise DataError("video cannot be decoded: no frames")
             converter = VideoReformatter()  # one for all: setting it up costs more than converting a small frame
-            return [(float((_ticks(frame) - ticks[0]) * second), _upright_frame(frame, converter)) for frame in chosen]
+            found = False
+            for frame in _decode_at(stream, packets, targets):
+                found = True
+                yield float((_ticks(frame) - ticks[0]) * second), _upright_frame(frame, converter)
+            if not found:
+                raise DataError("video cannot be decoded: no frames")
     except DataError:
         raise
     except Exception as error:  # whatever FFmpeg throws at malformed bytes
@@ -194,13 +208,13 @@ def _duration(ticks: list[int]) -> Fraction:
     return Fraction((ticks[-1] - ticks[0]) * len(ticks), max(1, len(ticks) - 1))
 
 
-def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[int]) -> list[av.VideoFrame]:
+def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[int]) -> Iterator[av.VideoFrame]:
     """For each of the sorted `targets` the first frame that is not before it, without decoding the groups of pictures
     between targets.
     """
     decoder = stream.codec_context
     keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe] or [0]
-    chosen: list[av.VideoFrame] = []
+    last: av.VideoFrame | None = None
     fed = 0  # packets given to the decoder or skipped
     waiting: list[av.VideoFrame] = []  # decoded, later than the last target
     for target in targets:
@@ -215,9 +229,9 @@ def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[i
             # One past the last packet, None drains the frames that the decoder still holds.
             waiting = list(decoder.decode(packets[fed] if fed < len(packets) else None))
             fed += 1
-        if waiting and (not chosen or waiting[0] is not chosen[-1]):
-            chosen.append(waiting[0])
-    return chosen
+        if waiting and waiting[0] is not last:
+            last = waiting[0]
+            yield last
 
 
 def _upright_frame(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:

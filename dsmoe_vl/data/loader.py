@@ -16,164 +16,59 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts, ReadReport
-from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
-from dsmoe_vl.data.segment import Pack, Sample, Segment
-from dsmoe_vl.data.shards import ShardIndex, read_sample
+from dsmoe_vl.data.error_log import ErrorLog, ReadReport
+from dsmoe_vl.data.pack import Packer, PackShape, collate
+from dsmoe_vl.data.pack_stream import Delivery, Encode, PackStream, SampleReader, to_pack
+from dsmoe_vl.data.segment import Pack
+from dsmoe_vl.data.shards import ShardIndex
 from dsmoe_vl.data.state import check_order, merge_states, order_identity
-from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
-from dsmoe_vl.errors import ConfigError, DataError, FetchError
+from dsmoe_vl.data.stream import SampleRef
+from dsmoe_vl.errors import ConfigError, DataError
 
-Encode = Callable[[Sample], list[Segment]]
-
-
-@dataclass(frozen=True)
-class _Delivery:
-    """What a worker sends: a pack and what was read for it, or the message of the error that ended the stream."""
-
-    counts: ReadCounts
-    pack: Pack | None = None
-    failure: str = ""
+_Step = tuple[list[Delivery], list[Batch]]
 
 
-_Step = tuple[list[_Delivery], list[Batch]]
+class _Background:
+    """Makes steps one after another in a thread for which the process does not wait when it ends.
 
+    A worker that the system kills while it sends a pack leaves half of it, and whoever is reading that never returns.
+    """
 
-class _Reader:
-    """Reads, encodes and logs samples by reference."""
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[_Step], Callable[[], _Step]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="steps", daemon=True).start()
 
-    def __init__(self, indexes: dict[str, ShardIndex], encode: Encode, shape: PackShape, log: ErrorLog) -> None:
-        self._sources = list(indexes.items())
-        self._encode = encode
-        self._shape = shape
-        self._log = log
+    def submit(self, make: Callable[[], _Step]) -> Future[_Step]:
+        """Have `make` called when those before it are done."""
+        made: Future[_Step] = Future()
+        self._calls.put((made, make))
+        return made
 
-    @property
-    def sources(self) -> int:
-        return len(self._sources)
+    def end(self) -> None:
+        """End the thread once it is idle."""
+        self._calls.put(None)
 
-    def read(self, ref: SampleRef) -> Encoded | None:
-        """None for a bad sample, which is logged. Raises DataError once there are too many of them."""
-        source, index = self._sources[ref.source]
-        try:
-            sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
-            item = encoded(ref, sample.key, self._encode(sample), self._shape)
-        except DataError as error:
-            self._log.bad(BadSample(source, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
-            return None
-        self._log.good(source, ref.epoch)
-        return item
-
-    def resume(self, lane_state: dict[str, Any]) -> None:
-        """Charge the error budget with what a lane had read when its state was taken."""
-        names = [name for name, _ in self._sources]
-        taken = lane_state["taken"]
-        bad = lane_state.get("bad", [0] * len(taken))  # older checkpoints do not say
-        self._log.resume(dict(zip(names, taken, strict=True)), dict(zip(names, bad, strict=True)))
-
-
-class _LanePacks:
-    """The endless packs of one lane, each with the lane's state after it."""
-
-    def __init__(self, number: int, lane: Lane, reader: _Reader, packer: Packer, shape: PackShape) -> None:
-        self._number = number
-        self._lane = lane
-        self._reader = reader
-        self._packer = packer
-        self._shape = shape
-        self._bad = [0] * reader.sources  # samples, by source
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._lane.restore(state)
-        self._bad = list(state.get("bad", self._bad))
-        waiting = [self._read(SampleRef(*ref)) for ref in state["pending"]]
-        self._packer.pending = [item for item in waiting if item is not None]
-
-    def next(self) -> Pack:
-        pack = _to_pack(self._packer.fill(self._draw), self._shape)
-        pack.lane = self._number
-        pending = [list(item.ref) for item in self._packer.pending]
-        pack.lane_state = {**self._lane.state(), "bad": list(self._bad), "pending": pending}
-        return pack
-
-    def _draw(self) -> Encoded:
-        while (item := self._read(self._lane.next())) is None:
-            pass
-        return item
-
-    def _read(self, ref: SampleRef) -> Encoded | None:
-        item = self._reader.read(ref)
-        if item is None:
-            self._bad[ref.source] += 1
-        return item
-
-
-class PackStream(IterableDataset[_Delivery]):
-    """The packs of one rank from the `start`-th pack of the run on; worker w of W makes every W-th of them."""
-
-    def __init__(
-        self,
-        data: DataConfig,
-        sources: tuple[SourceConfig, ...],
-        indexes: dict[str, ShardIndex],
-        encode: Encode,
-        shape: PackShape,
-        seed: int,
-        rank: int,
-        ranks: int,
-        start: int,
-        lane_states: dict[str, Any],
-    ) -> None:
-        self._data, self._sources, self._indexes = data, sources, indexes
-        self._encode, self._shape, self._seed = encode, shape, seed
-        self._rank, self._ranks = rank, ranks
-        self._start, self._lane_states = start, lane_states
-
-    def __iter__(self) -> Iterator[_Delivery]:
-        worker = get_worker_info()
-        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        log = ErrorLog(self._data.max_bad_fraction)
-        reader = _Reader(self._indexes, self._encode, self._shape, log)
-        orders = [
-            SourceOrder(name, index, self._data.lanes, self._data.shuffle_block, self._seed)
-            for name, index in self._indexes.items()
-        ]
-        lanes: dict[int, _LanePacks] = {}
-        begin, every = self._start + self._rank + first * self._ranks, self._ranks * workers
-        for lane, state in self._lane_states.items():
-            if (int(lane) - begin) % every == 0:  # one of this worker's
-                reader.resume(state)
-        try:
-            for n in itertools.count(begin, every):
-                number = n % self._data.lanes
-                if number not in lanes:
-                    lanes[number] = self._open_lane(number, orders, reader)
-                pack = lanes[number].next()
-                yield _Delivery(log.drain(), pack)
-        except (DataError, FetchError) as error:
-            yield _Delivery(log.drain(), failure=str(error))
-
-    def _weights(self) -> list[float]:
-        return [source.weight ** (1 / self._data.temperature) for source in self._sources]
-
-    def _open_lane(self, number: int, orders: list[SourceOrder], reader: _Reader) -> _LanePacks:
-        lane = Lane(number, self._data.lanes, orders, self._weights())
-        packs = _LanePacks(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
-        if str(number) in self._lane_states:
-            packs.restore(self._lane_states[str(number)])
-        return packs
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            made, make = call
+            try:
+                made.set_result(make())
+            except BaseException as error:
+                made.set_exception(error)
+            del call, made, make  # while the thread waits it keeps no step alive
 
 
 class Loader:
@@ -214,15 +109,16 @@ class Loader:
         self._packs = 0  # consumed, over all ranks
         self._lane_states: dict[str, Any] = {}
         self._report = ReadReport(quarantine)
-        self._stream: Iterator[_Delivery] | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._stream: Iterator[Delivery] | None = None
+        self._thread: _Background | None = None
+        self._making: Future[_Step] | None = None  # the step that the thread works at
         self._workers: list[BaseProcess] = []
         self._closed = multiprocessing.RawValue(ctypes.c_bool, False)  # the workers read it; has no lock
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
         self._stream = self._open_stream()
-        self._thread = ThreadPoolExecutor(1) if self._data.workers else None
+        self._thread = _Background() if self._data.workers else None
         step = self._begin_step()
         while self._stream is not None:
             deliveries, batches = step()
@@ -256,15 +152,18 @@ class Loader:
     def close(self) -> None:
         """End the worker processes; a running iteration ends too."""
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-        self._thread = self._stream = None  # ends the workers, unless a traceback still refers to the stream
-        self._closed.value = True  # ends them in any case
+            self._thread.end()
+        if self._making is not None:
+            while wait([self._making], timeout=0.1).not_done and not any(worker.exitcode for worker in self._workers):
+                pass  # a worker that ends while it sends would leave the thread waiting; one that was killed has
+        self._closed.value = True  # ends the workers
+        self._thread = self._making = self._stream = None
         for worker in self._workers:
             worker.join()
         self._workers = []
         atexit.unregister(self.close)
 
-    def _open_stream(self) -> Iterator[_Delivery]:
+    def _open_stream(self) -> Iterator[Delivery]:
         stream = PackStream(
             self._data,
             self._sources,
@@ -300,7 +199,10 @@ class Loader:
 
     def _begin_step(self) -> Callable[[], _Step]:
         """What returns the next step. With workers, a thread receives and flattens it while the caller computes."""
-        return self._thread.submit(self._make_step).result if self._thread else self._make_step
+        if self._thread is None:
+            return self._make_step
+        self._making = self._thread.submit(self._make_step)
+        return self._making.result
 
     def _make_step(self) -> _Step:
         assert self._stream is not None
@@ -311,7 +213,7 @@ class Loader:
         batches = [collate(packs[i : i + self._micro_batch]) for i in range(0, len(packs), self._micro_batch)]
         return deliveries, [_pinned(batch) for batch in batches] if torch.cuda.is_available() else batches
 
-    def _account(self, deliveries: list[_Delivery]) -> None:
+    def _account(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
             self._report.add(delivery.counts)
             if delivery.failure:
@@ -340,7 +242,7 @@ def evaluation_packs(
     index = ShardIndex.load(source.path, data)
     shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
     log = ErrorLog(data.max_bad_fraction)
-    reader = _Reader({source.name: index}, encode, shape, log)
+    reader = SampleReader({source.name: index}, encode, shape, log)
     numbers = ((shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples))
     refs = (SampleRef(0, 0, *number) for number in itertools.islice(numbers, rank, None, ranks))
     items = (item for ref in refs if (item := reader.read(ref)) is not None)
@@ -349,7 +251,7 @@ def evaluation_packs(
         chosen = packer.fill(lambda: next(items, None))
         if not maximum(len(chosen)):
             return
-        yield _to_pack(chosen, shape)
+        yield to_pack(chosen, shape)
 
 
 def _live_with_rank(closed: Any, _worker: int) -> None:
@@ -364,7 +266,7 @@ def _live_with_rank(closed: Any, _worker: int) -> None:
 
 
 def _end_with(parent: int, closed: Any) -> None:
-    # Under a fork server, the default from Python 3.14 on, a worker is a child of the server, which lives as long as its
+    # Under a fork server, the default from Python 3.14 on, a worker is the child of a server that lives as long as its
     # children do. Under fork, a sibling that was forked later holds the pipe open that tells whether the rank is alive.
     rank = multiprocessing.parent_process()
     while os.getppid() == parent and (rank is None or rank.is_alive()) and not closed.value:
@@ -376,11 +278,6 @@ def _pinned(batch: Batch) -> Batch:
     """In page-locked memory, from where the copy to the device is asynchronous."""
     pinned: dict[str, Any] = {name: value.pin_memory() for name, value in vars(batch).items() if torch.is_tensor(value)}
     return replace(batch, **pinned)
-
-
-def _to_pack(items: list[Encoded], shape: PackShape) -> Pack:
-    segments = [segment for item in items for segment in item.segments]
-    return assemble(segments, shape, [item.key for item in items])
 
 
 def _open(source: SourceConfig, data: DataConfig) -> ShardIndex:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,24 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
 
 
 def iterate_samples(
-    folder: str | Path, source: str = "", media: bool = True, data: DataConfig = _DEFAULTS
+    folder: str | Path,
+    source: str = "",
+    media: bool = True,
+    data: DataConfig = _DEFAULTS,
+    first: int = 0,
+    step: int = 1,
 ) -> Iterator[Sample]:
     """Every sample of a folder, in the order of its shards; `media` as in `read_sample`, the rest as in `load`.
+
+    With `first` and `step` only the samples number first, first + step, ... are read, counted from 0.
 
     Raises DataError at the first damaged sample, so that a caller never mistakes a part for the whole, and the errors
     of `ShardIndex.load`.
     """
     index = ShardIndex.load(folder, data)
-    for number, shard in enumerate(index.shards):
-        for sample in range(shard.samples):
-            yield read_sample(index, number, sample, source, media=media)
+    places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
+    for number, sample in islice(places, first, None, step):
+        yield read_sample(index, number, sample, source, media=media)
 
 
 @lru_cache(maxsize=1024)

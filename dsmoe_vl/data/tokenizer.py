@@ -46,6 +46,11 @@ class Tokenizer:
         """Rows of the vocabulary, control symbols included."""
         return self._model.get_piece_size()
 
+    @property
+    def spoken(self) -> list[int]:
+        """Ids that text consists of: all but control symbols."""
+        return [row for row in range(self.size) if row not in self._silent]
+
     def require_fit(self, vocab_size: int) -> None:
         """Raise ConfigError unless an embedding table of `vocab_size` rows has one for every piece."""
         if self.size > vocab_size:

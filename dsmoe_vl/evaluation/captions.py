@@ -1,13 +1,17 @@
-"""Do captions name what is there? For samples whose KEY.json lists `attributes`: objects with a colour and a shape."""
+"""Captions of held-out samples. Do they name what is there, and do they read as human ones do?
+
+The first is known of samples whose KEY.json lists `attributes`: objects with a colour and a shape.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.evaluation.caption_metrics import caption_metrics
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
 
@@ -28,6 +32,15 @@ def names_every_object(text: str, attributes: list[dict[str, str]]) -> bool:
     words = " ".join(re.findall(r"[a-z]+", text.lower()))
     wanted = [f"{thing['colour']} {thing['shape']}" for thing in attributes]
     return all(len(re.findall(rf"\b{phrase}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
+
+
+def text_scores(texts: Iterable[tuple[str, list[str]]]) -> dict[str, float]:
+    """`caption_metrics` of generated texts, each with its references. {} where no text has one.
+
+    Blank references, and texts that are left without any, are passed over.
+    """
+    known = [(text, own) for text, references in texts if (own := [one for one in references if one.strip()])]
+    return caption_metrics([text for text, _ in known], [own for _, own in known]) if known else {}
 
 
 def caption_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Captioned]:

@@ -2,44 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.evaluation.retrieval_metrics import retrieval_metrics
+from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.retrieval_metrics import COCO_MEDIA, coco_metrics, retrieval_metrics
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 
-_BATCH_SAMPLES = 32
+_BATCH_TEXTS = 32
 
 
-def evaluate_retrieval(trained: TrainedModel, samples: Iterable[Sample], gallery: int) -> dict[str, float]:
-    """`retrieval_metrics` over the first `gallery` samples that can be read and show different things, with all their
-    captions; plus `samples`. Several samples of one content would be each other's mistakes. {} where there are none.
+@dataclass(frozen=True)
+class Gallery:
+    """What is searched. media [n, W] and text [m, W] are unit vectors, media_of_text [m] rows of media.
+
+    `pairs` [n]: the `pair_id` of each medium; `texts` [m].
     """
-    seen: set[int] = set()
-    media: list[np.ndarray] = []
-    texts: list[str] = []
-    media_of_text: list[int] = []
-    for sample in samples:
-        captions = [text for text in captions_of(sample) if text.strip()]
-        if len(seen) == gallery:
-            break
-        if pair_id(sample) in seen or not captions:
-            continue
-        try:
-            media.append(embed_media(trained, [sample]))
-        except DataError:
-            continue
-        seen.add(pair_id(sample))
-        media_of_text += [len(media) - 1] * len(captions)
-        texts += captions
-    if not media:
+
+    media: np.ndarray
+    text: np.ndarray
+    media_of_text: np.ndarray
+    pairs: list[int]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One medium of the gallery with its captions. `embedding` float32 [1, W]."""
+
+    pair: int
+    embedding: np.ndarray
+    captions: list[str]
+
+
+def evaluate_retrieval(
+    trained: TrainedModel,
+    samples: Iterable[Sample],
+    gallery: int,
+    dealer: Dealer | None = None,
+    coco_media: int = COCO_MEDIA,
+    keep: Callable[[Gallery], None] | None = None,
+) -> dict[str, float]:
+    """`retrieval_metrics` over the first `gallery` samples that can be read and show different things, with all their
+    captions; plus `samples`, and `coco_metrics` where the gallery holds `coco_media`. Several samples of one content
+    would be each other's mistakes. {} where there are none.
+
+    Over ranks, `samples` are those that belong to this one; collective, and the same on every rank. `keep` is given
+    what was searched, for examples.
+    """
+    dealer = dealer or Dealer()
+    shown = _gallery(trained, iter(samples), gallery, dealer)
+    if not shown:
         return {}
-    batches = [texts[i : i + _BATCH_SAMPLES] for i in range(0, len(texts), _BATCH_SAMPLES)]
-    text = np.concatenate([embed_texts(trained, batch) for batch in batches])
-    return {"samples": len(media), **retrieval_metrics(np.concatenate(media), text, np.array(media_of_text))}
+    texts = [caption for one in shown for caption in one.captions]
+    media = np.concatenate([one.embedding for one in shown])
+    media_of_text = np.repeat(np.arange(len(shown)), [len(one.captions) for one in shown])
+    text = _embed_texts(trained, texts, dealer)
+    if keep is not None:
+        keep(Gallery(media, text, media_of_text, [one.pair for one in shown], texts))
+    found: dict[str, float] = {"samples": len(media), **retrieval_metrics(media, text, media_of_text)}
+    return found | coco_metrics(media, text, media_of_text, coco_media)
+
+
+def _gallery(trained: TrainedModel, samples: Iterator[Sample], size: int, dealer: Dealer) -> list[_Shown]:
+    """The first `size` samples that can be read and show different things, in their order, on every rank.
+
+    Ranks draw equally many samples a round, so a round covers a run of consecutive ones, and which of them belong to
+    the gallery is as on one rank. At most a round is embedded in vain.
+    """
+    shown: list[_Shown] = []
+    seen: set[int] = set()
+    drawn = 0  # by this rank
+    ended = False
+    while len(shown) < size and not ended:
+        own: list[tuple[int, _Shown]] = []
+        own_pairs: set[int] = set()
+        count = -(-(size - len(shown)) // dealer.count)
+        own_ended = False
+        for number in range(drawn, drawn + count):
+            sample = next(samples, None)
+            if sample is None:
+                own_ended = True
+                break
+            if (pair := pair_id(sample)) in seen or pair in own_pairs:
+                continue
+            if one := _embed_sample(trained, sample, pair):
+                own_pairs.add(pair)
+                own.append((dealer.rank + number * dealer.count, one))
+        drawn += count
+        for one in dealer.merge(own):
+            if one.pair not in seen and len(shown) < size:
+                seen.add(one.pair)
+                shown.append(one)
+        ended = all(dealer.gather(own_ended))
+    return shown
+
+
+def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown | None:
+    """None for what has no caption or cannot be read."""
+    captions = [text for text in captions_of(sample) if text.strip()]
+    if not captions:
+        return None
+    try:
+        return _Shown(pair, embed_media(trained, [sample]), captions)
+    except DataError:
+        return None
+
+
+def _embed_texts(trained: TrainedModel, texts: list[str], dealer: Dealer) -> np.ndarray:
+    """float32 [m, W]. Batches are those of one rank, so that the ranks' number changes no digit."""
+    batches = [texts[i : i + _BATCH_TEXTS] for i in range(0, len(texts), _BATCH_TEXTS)]
+    numbers = range(dealer.rank, len(batches), dealer.count)
+    return np.concatenate(dealer.merge([(number, embed_texts(trained, batches[number])) for number in numbers]))

@@ -1,8 +1,16 @@
-"""Does the embedding find the right partner? Recall and median rank in both directions."""
+"""Does the embedding find the right partner? Recall and median rank in both directions.
+
+Shapes: n media (pictures or videos), m texts, W width of an embedding. Of the n x m scores a part exists at a time:
+5,000 media with 25,000 texts of W = 512, as in COCO's test, take 0.3 GB beside the embeddings themselves.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+
+COCO_MEDIA = 5000  # of the test split (Karpathy and Fei-Fei 2015)
+COCO_FOLDS = 5
+_CAPTIONS = 5  # an image in that protocol, though some have six or seven
 
 _CHUNK_MEDIA = 256
 # Scores closer than this are ties: float32 unit vectors cannot tell them apart, and a collapsed encoder must not score
@@ -29,6 +37,34 @@ def retrieval_metrics(media: np.ndarray, text: np.ndarray, media_of_text: np.nda
         )
     media_rank, text_rank = _ranks(media.astype(np.float64), text.astype(np.float64), media_of_text, own_texts)
     return _summary("media_to_text", media_rank) | _summary("text_to_media", text_rank)
+
+
+def coco_metrics(
+    media: np.ndarray, text: np.ndarray, media_of_text: np.ndarray, media_in_all: int = COCO_MEDIA
+) -> dict[str, float]:
+    """The COCO test of VSE++ (Faghri et al. 2018): `retrieval_metrics` of the first 5,000 media as `coco_5k_...`, and
+    the mean of those of five folds of 1,000 consecutive media each, whose texts compete within the fold, as
+    `coco_1k_...`. Of each medium the first five texts count. {} where there are fewer media.
+
+    Arguments as in `retrieval_metrics`, in the order of the data set. `media_in_all`: another number than 5,000, a
+    multiple of five.
+    """
+    if len(media) < media_in_all:
+        return {}
+    size = media_in_all // COCO_FOLDS
+    folds = [_part(media, text, media_of_text, start, size) for start in range(0, media_in_all, size)]
+    whole = _part(media, text, media_of_text, 0, media_in_all)
+    found = {f"coco_5k_{name}": value for name, value in whole.items()}
+    return found | {f"coco_1k_{name}": float(np.mean([fold[name] for fold in folds])) for name in whole}
+
+
+def _part(media: np.ndarray, text: np.ndarray, media_of_text: np.ndarray, start: int, size: int) -> dict[str, float]:
+    """The metrics of `size` media and of the first texts of each."""
+    order = np.argsort(media_of_text, kind="stable")
+    sorted_media = media_of_text[order]
+    place = np.arange(len(order)) - np.searchsorted(sorted_media, sorted_media)  # among the texts of its medium
+    rows = np.sort(order[(place < _CAPTIONS) & (sorted_media >= start) & (sorted_media < start + size)])
+    return retrieval_metrics(media[start : start + size], text[rows], media_of_text[rows] - start)
 
 
 def _ranks(

@@ -10,10 +10,13 @@ import numpy as np
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import names_every_object
+from dsmoe_vl.evaluation.frame_features import frame_features
+from dsmoe_vl.evaluation.shots import MAX_FRAMES, segment, unit_features
 from dsmoe_vl.evaluation.summary_metrics import kendall_tau_b, key_frame_f, spearman_rho
+from dsmoe_vl.evaluation.summary_protocols import frames_of_parts, protocol_scores
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
-from dsmoe_vl.tasks.video_summary import importance_curve
+from dsmoe_vl.tasks.video_summary import annotated_curves
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,46 @@ def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_toke
     for sample in samples:
         try:
             (summary,) = summarize(trained, [sample], max_tokens)
-            truth, duration = importance_curve(sample)
+            scores = importance_scores(trained, sample, summary)
         except DataError:
             continue
-        predicted = summary.at(np.arange(len(truth)) * duration / len(truth))
-        scores = {
-            "key_frame_f": key_frame_f(predicted, truth),
-            "kendall_tau": kendall_tau_b(predicted, truth),
-            "spearman_rho": spearman_rho(predicted, truth),
-            "importance_error": float(np.abs(predicted - truth).mean()),
-        }
         if attributes := sample.meta.get("attributes"):
             scores["attribute_accuracy"] = float(names_every_object(summary.text, attributes))
         yield Summarized(sample, summary, scores)
+
+
+def importance_scores(trained: TrainedModel, sample: Sample, summary: VideoSummary) -> dict[str, float]:
+    """A predicted curve, read where each annotated part begins, against the annotators' mean, and where KEY.json lists
+    several curves against each of them by the protocol of its `source` (`summary_protocols.protocol_scores`).
+
+    Raises DataError where the sample has no curve or its video cannot be read.
+    """
+    curves, duration = annotated_curves(sample)
+    truth, source = curves.mean(axis=0, dtype=np.float32), str(sample.meta.get("source", ""))
+    lengths = frames_of_parts(source, len(truth), sample.meta.get("annotated_frames"))
+    predicted = summary.at((np.cumsum(lengths) - lengths) * duration / lengths.sum())
+    scores = {
+        "key_frame_f": key_frame_f(predicted, truth),
+        "kendall_tau": kendall_tau_b(predicted, truth),
+        "spearman_rho": spearman_rho(predicted, truth),
+        "importance_error": float(np.abs(predicted - truth).mean()),
+    }
+    if sample.meta.get("saliency"):
+        scores |= protocol_scores(source, predicted, curves, lengths, lambda: shot_borders(trained, sample, len(truth)))
+    return scores
+
+
+def shot_borders(trained: TrainedModel, sample: Sample, parts: int) -> np.ndarray:
+    """Shots of a video of P annotated parts, counted in parts: int64 [S + 1] from 0 to P.
+
+    Kernel temporal segmentation of one frame a part, or fewer where there are more parts than it takes, by the features
+    of the run's own encoder. The published numbers use GoogLeNet's, and depend on the shots: compare with care.
+
+    Raises DataError where the video cannot be read.
+    """
+    features = frame_features(trained, sample, min(parts, MAX_FRAMES))
+    borders = segment(unit_features(features))
+    return np.unique(np.rint(borders * (parts / len(features))).astype(np.int64))
 
 
 def mean_scores(results: list[Summarized]) -> dict[str, float]:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from dsmoe_vl.data.segment import Sample, Segment
-from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.inference.generate import prompt_batch
-from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.inference.load import TrainedModel, require_task
 from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.retrieval import RetrievalTask
@@ -16,21 +15,26 @@ from dsmoe_vl.tasks.retrieval import RetrievalTask
 
 def embed_media(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
     """Unit vectors, float32 [n, W]. Raises ConfigError for a model without retrieval, DataError for bad media."""
-    task = _task(trained)
-    return _embed(trained, [task.media(sample) for sample in samples]).media.numpy()
+    task = retrieval_task(trained)
+    return embed_media_segments(trained, [task.media(sample) for sample in samples])
+
+
+def embed_media_segments(trained: TrainedModel, segments: list[Segment]) -> np.ndarray:
+    """As `embed_media`, of what `RetrievalTask.media` made of the samples."""
+    return _embed(trained, segments).media.numpy()
 
 
 def embed_texts(trained: TrainedModel, texts: list[str]) -> np.ndarray:
     """Unit vectors, float32 [n, W]. Raises ConfigError for a model without retrieval."""
-    task = _task(trained)
+    task = retrieval_task(trained)
     return _embed(trained, [task.text(text) for text in texts]).text.numpy()
 
 
-def _task(trained: TrainedModel) -> RetrievalTask:
-    config = trained.recipe.tasks.retrieval
-    if not config.weight:
-        raise ConfigError(f"{trained.checkpoint} has not learned retrieval: tasks.retrieval.weight was 0")
-    return RetrievalTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer, config)
+def retrieval_task(trained: TrainedModel) -> RetrievalTask:
+    """What makes segments. Raises ConfigError for a model that has not learned retrieval."""
+    require_task(trained, "retrieval")
+    pictures = PictureReader(trained.recipe.data, trained.recipe.model.vision)
+    return RetrievalTask(pictures, trained.tokenizer, trained.recipe.tasks.retrieval)
 
 
 @torch.inference_mode()

@@ -1,49 +1,115 @@
-"""Greedy generation with a key-value cache, for several prompts at a time.
+"""Texts that continue prompts: captions here, summaries in `summarize.py`.
 
-Shapes: S prompts, T tokens of all prompts, G key/value heads, d head width, V vocabulary.
+The decoder reads the prompts once, vision tokens included, and then one token a step of all sequences together. A
+token's keys, values and routing depend on nothing after it (`load.py` sees to that for experts with a capacity), so the
+tokens are those of the whole computation (`tests/parity/test_generation.py`).
+
+Shapes: S prompts, T tokens of all prompts, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import Sample, Segment
-from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.model.attention import KeyValueCache
+from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.search import GREEDY, Decoder, Search, beam, greedy, sample
+from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask
 from dsmoe_vl.tasks.pictures import PictureReader
 
 
-def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64) -> list[str]:
-    """One caption a sample. Raises DataError for media that cannot be read."""
-    task = CaptionTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer)
-    prompts = [task.prompt(sample) for sample in samples]
-    return [trained.tokenizer.decode(ids) for ids in generate(trained, prompts, max_tokens)]
+def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY) -> list[str]:
+    """One caption a sample. Raises ConfigError for a model without captions, DataError for unreadable media."""
+    task = caption_task(trained)
+    return texts(trained, [task.prompt(sample) for sample in samples], max_tokens, search)
+
+
+def caption_task(trained: TrainedModel) -> CaptionTask:
+    """What makes prompts. Raises ConfigError for a model that has not learned captions."""
+    require_task(trained, "caption")
+    return CaptionTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer)
+
+
+def texts(trained: TrainedModel, prompts: list[Segment], max_tokens: int, search: Search = GREEDY) -> list[str]:
+    """What `generate` gives, as text."""
+    return [trained.tokenizer.decode(ids) for ids in generate(trained, prompts, max_tokens, search)]
+
+
+def generate(
+    trained: TrainedModel,
+    prompts: list[Segment],
+    max_tokens: int,
+    search: Search = GREEDY,
+    make_decoder: Callable[[TrainedModel, list[Segment], int], Decoder] | None = None,
+) -> list[list[int]]:
+    """A continuation of each prompt without the end token, at most `max_tokens`; never a control symbol.
+
+    `make_decoder` replaces the `CachedDecoder`.
+    """
+    decoder = (make_decoder or CachedDecoder)(trained, prompts, max_tokens)
+    return continuations(trained, decoder, prompts, max_tokens, search)
 
 
 @torch.inference_mode()
-def generate(trained: TrainedModel, prompts: list[Segment], max_tokens: int) -> list[list[int]]:
-    """The most probable continuation of each prompt, token by token, without the end token; at most `max_tokens`."""
-    model, end = trained.model, trained.tokenizer.eos
-    batch = prompt_batch(trained, prompts)
-    caches = _empty_caches(trained, prompts, max_tokens)
-    hidden, _ = model(batch, caches)
-    lengths = torch.tensor([prompt.length for prompt in prompts], device=trained.device)
-    caches[0].lengths.copy_(lengths)  # one tensor, shared by all layers
-    tokens = model.head(hidden[lengths.cumsum(0) - 1]).argmax(-1)
-    task_ids = torch.tensor([prompt.task for prompt in prompts], device=trained.device)
-    written = [tokens]
-    finished = tokens == end
-    while len(written) < max_tokens and not bool(finished.all()):
-        hidden = model.extend(tokens, caches[0].lengths, task_ids, caches)
-        caches[0].lengths.add_(1)
-        tokens = model.head(hidden).argmax(-1)
-        finished = finished | (tokens == end)
-        written.append(tokens)
-    return [_until(row, end) for row in torch.stack(written, dim=1).tolist()]
+def continuations(
+    trained: TrainedModel, decoder: Decoder, prompts: list[Segment], max_tokens: int, search: Search
+) -> list[list[int]]:
+    """As `generate`, from a decoder that holds the prompts."""
+    end = trained.tokenizer.eos
+    if search.top_p is not None:
+        draws = torch.from_numpy(np.stack([_draws(search.seed, prompt, max_tokens) for prompt in prompts]))
+        return sample(decoder, end, max_tokens, search.top_p, search.temperature, draws.to(trained.device))
+    if search.beams > 1:
+        return beam(decoder, end, max_tokens, search.beams)
+    return greedy(decoder, end, max_tokens)
+
+
+class CachedDecoder:
+    """Prompts and what follows them; of everything that was read, keys and values are kept."""
+
+    def __init__(self, trained: TrainedModel, prompts: list[Segment], room: int) -> None:
+        """Reads the prompts. `room`: tokens that may follow each."""
+        model = trained.recipe.model
+        lengths = [prompt.length for prompt in prompts]
+        self.model = trained.model
+        self.batch = prompt_batch(trained, prompts)
+        self.task_ids = torch.tensor([prompt.task for prompt in prompts], device=trained.device)
+        self.unspeakable = unspeakable(trained)
+        like = trained.model.embedding.weight
+        self.cache = KeyValueCache(model.layers, lengths, room, model.kv_heads, model.width // model.heads, like)
+        with torch.inference_mode():
+            self.hidden, _ = trained.model(self.batch, self.cache)  # [T, D], of the prompts
+
+    def start(self) -> Tensor:
+        """Logits [S, V] after the prompts."""
+        return self._logits(self.hidden[self.cache.lengths.cumsum(0) - 1])
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append tokens, int64 [S]: logits [S, V] after them."""
+        return self._logits(self.model.extend(tokens, self.task_ids, self.cache))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the sequences `rows`, int64 [S'], of the present ones."""
+        self.task_ids = self.task_ids.index_select(0, rows)
+        self.cache.keep(rows)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden).masked_fill(self.unspeakable, float("-inf"))
+
+
+def unspeakable(trained: TrainedModel) -> Tensor:
+    """Rows of the vocabulary that no text holds: control symbols but the end, rows without a piece. bool [V]."""
+    mask = torch.ones(trained.recipe.tokenizer.vocab_size, dtype=torch.bool)
+    mask[[*trained.tokenizer.spoken, trained.tokenizer.eos]] = False
+    return mask.to(trained.device)
 
 
 def prompt_batch(trained: TrainedModel, prompts: list[Segment]) -> Batch:
@@ -55,18 +121,9 @@ def prompt_batch(trained: TrainedModel, prompts: list[Segment]) -> Batch:
     return collate([assemble(prompts, shape)]).to(trained.device)
 
 
-def _empty_caches(trained: TrainedModel, prompts: list[Segment], max_tokens: int) -> list[KeyValueCache]:
-    model = trained.recipe.model
-    capacity = max(prompt.length for prompt in prompts) + max_tokens
-    shape = (len(prompts), capacity, model.kv_heads, model.width // model.heads)
-    dtype = trained.model.embedding.weight.dtype
-    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=trained.device)
-
-    def empty() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=trained.device)
-
-    return [KeyValueCache(empty(), empty(), lengths) for _ in range(model.layers)]
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+def _draws(seed: int, prompt: Segment, count: int) -> np.ndarray:
+    """Uniform in [0, 1), float64 [count], from the seed and what the prompt shows, not from its place in a batch."""
+    digest = hashlib.sha256(prompt.tokens.tobytes())
+    for picture in prompt.pictures:
+        digest.update(np.ascontiguousarray(picture.patches).data)
+    return np.random.default_rng([seed, int.from_bytes(digest.digest()[:8], "little")]).random(count)

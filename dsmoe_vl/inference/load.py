@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.store import require_newest
 from dsmoe_vl.config.plan import recipe_from_json
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
-from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.experts import RemainingExperts
+
+_REASON_LETTERS = 300  # of PyTorch's message, which lists every tensor
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class TrainedModel:
     device: torch.device
 
 
-def load_run(run_dir: Path, device: str = "cpu") -> TrainedModel:
-    """The newest complete checkpoint of a run.
+def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
+    """The newest complete checkpoint of a run. `device` None: a GPU where there is one.
 
-    Raises CheckpointError where there is none, or where weights and recipe do not fit each other.
+    Raises CheckpointError where there is none, or where weights and recipe do not fit each other; ConfigError for a
+    device that is not there.
     """
+    place = _device(device)
     checkpoint, manifest = require_newest(run_dir)
     plan_file = run_dir / "plan.json"
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
@@ -44,18 +49,47 @@ def load_run(run_dir: Path, device: str = "cpu") -> TrainedModel:
         )
     recipe = recipe_from_json(plan_file)
     recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(checkpoint / "tokenizer.model")))
+    # Where experts drop tokens, a token's output depends on the tokens after it and on whatever shares its batch: one
+    # picture would be told in other words in other company, and no key could be cached. In use nothing is dropped.
+    computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
     with torch.device("meta"):
-        model = VisionLanguageModel(recipe)
-    weights = load_file(checkpoint / "model.safetensors", device=device)
-    weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
+        model = VisionLanguageModel(computed)
+    weights_file = checkpoint / "model.safetensors"
     try:
+        weights = load_file(weights_file, device=str(place))
+        weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
         _shrink(model, weights)
         model.load_state_dict(weights, assign=True)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:_REASON_LETTERS].rstrip(". ")
         raise CheckpointError(
-            f"{checkpoint / 'model.safetensors'} does not fit the model of {plan_file}: {error}"
+            f"{weights_file} does not fit the model of {plan_file}: {reason}. Name a run of this version of dsmoe_vl."
         ) from error
-    return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, torch.device(device))
+    return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, place)
+
+
+def require_task(trained: TrainedModel, task: str) -> None:
+    """Raise ConfigError for a model that has not learned "caption", "retrieval" or "summary"."""
+    learned = learned_tasks(trained.recipe)
+    if task not in learned:
+        raise ConfigError(
+            f"{trained.checkpoint} has learned {', '.join(learned)}, not {task}: name a run whose recipe has "
+            f"tasks.{task}.weight above 0"
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is none: give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: {torch.cuda.device_count()} GPUs are visible; give cpu or another number")
+    return device
 
 
 def _shrink(model: VisionLanguageModel, weights: dict[str, Tensor]) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.inference.generate import generate, prompt_batch
-from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.inference.generate import CachedDecoder, continuations
+from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.search import GREEDY, Search
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
+
+KEY_SHARE = 0.15  # of the frames: the budget of SumMe and TVSum (Zhang et al. 2016, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,44 @@ class VideoSummary:
         """The importance at other times, in between those seen: linear; constant beyond them."""
         return np.interp(seconds, self.seconds, self.importance)
 
+    def key_frames(self, count: int | None = None) -> list[int]:
+        """Numbers of the `count` frames to show, in the order of time; KEY_SHARE of them, rounded up, unless given.
+
+        They are chosen one by one, always the greatest `importance * (1 - exp(-(d / tau) ** 2))`: d is the distance in
+        time to the nearest frame that is chosen already, tau half of what `count` frames would lie apart. So one event
+        does not fill the summary, and no unimportant frame gets into it for the sake of variety.
+        """
+        count = min(count or math.ceil(round(KEY_SHARE * len(self.seconds), 9)), len(self.seconds))
+        tau = max(float(self.seconds[-1] - self.seconds[0]), 1e-6) / (2 * count)
+        chosen: list[int] = []
+        worth = self.importance.astype(np.float64)
+        for _ in range(count):
+            frame = int(worth.argmax())
+            chosen.append(frame)
+            apart = np.abs(self.seconds[:, None] - self.seconds[chosen]).min(axis=1)
+            worth = self.importance * (1 - np.exp(-((apart / tau) ** 2)))
+            worth[chosen] = -1
+        return sorted(chosen)
+
 
 @torch.inference_mode()
-def summarize(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64) -> list[VideoSummary]:
+def summarize(
+    trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY
+) -> list[VideoSummary]:
     """One summary a video. Raises ConfigError for a model that has not learned it, DataError for bad media."""
-    config = trained.recipe.tasks.summary
-    if not config.weight:
-        raise ConfigError(f"{trained.checkpoint} has not learned video summaries: tasks.summary.weight was 0")
+    require_task(trained, "summary")
     pictures = PictureReader(trained.recipe.data, trained.recipe.model.vision)
-    task = VideoSummaryTask(pictures, trained.tokenizer, config)
+    task = VideoSummaryTask(pictures, trained.tokenizer, trained.recipe.tasks.summary)
     prompts = [task.prompt(sample) for sample in samples]
-    batch = prompt_batch(trained, prompts)
-    hidden, _ = trained.model(batch)
-    scores = trained.model.importance(hidden[batch.frame_tokens]).sigmoid().cpu()
-    texts = [trained.tokenizer.decode(ids) for ids in generate(trained, prompts, max_tokens)]
+    decoder = CachedDecoder(trained, prompts, max_tokens)
+    scores = trained.model.importance(decoder.hidden[decoder.batch.frame_tokens]).sigmoid().cpu()
+    written = continuations(trained, decoder, prompts, max_tokens, search)
     of_videos = scores.split([len(prompt.pictures) for prompt in prompts])
     return [
-        VideoSummary(text, np.array([p.time_seconds for p in prompt.pictures], np.float32), importance.numpy())
-        for text, prompt, importance in zip(texts, prompts, of_videos, strict=True)
+        VideoSummary(
+            trained.tokenizer.decode(ids),
+            np.array([picture.time_seconds for picture in prompt.pictures], np.float32),
+            importance.numpy(),
+        )
+        for ids, prompt, importance in zip(written, prompts, of_videos, strict=True)
     ]

@@ -8,7 +8,6 @@ batches, which PyTorch's fused attention takes; `tests/parity/test_attention.py`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_vl.model.cache import LayerCache
 from dsmoe_vl.model.layers import RMSNorm, rotate
 
 
@@ -102,36 +102,6 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
     return out.type_as(q)
 
 
-@dataclass
-class KeyValueCache:
-    """Keys and values of one layer for S sequences that are being generated: [S, capacity, G, d]."""
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor  # int64 [S]: tokens stored so far; shared by the layers
-
-    def prefill(self, k: Tensor, v: Tensor, layout: SegmentLayout) -> None:
-        """Store the packed keys and values [T, G, d] of the prompts, one segment a sequence."""
-        bounds = layout.cumulative.tolist()
-        for row, (start, end) in enumerate(pairwise(bounds)):
-            self.keys[row, : end - start] = k[start:end]
-            self.values[row, : end - start] = v[start:end]
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store one new token a sequence: k and v [S, G, d]."""
-        rows = torch.arange(len(k), device=k.device)
-        self.keys[rows, self.lengths] = k
-        self.values[rows, self.lengths] = v
-
-    def attend(self, q: Tensor) -> Tensor:
-        """Attention of the newest token of each sequence, itself included. q [S, H, d] -> [S, H, d]."""
-        used = int(self.lengths.max()) + 1
-        keys, values = self.keys[:, :used].transpose(1, 2), self.values[:, :used].transpose(1, 2)
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
-        mask = torch.arange(used, device=q.device) <= self.lengths[:, None]
-        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask[:, None, None]).squeeze(2)
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with QK-norm (Dehghani et al. 2023) and rotary positions."""
 
@@ -144,18 +114,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, layout: SegmentLayout | None, cache: KeyValueCache | None = None
+        self, x: Tensor, rotation: Tensor, layout: SegmentLayout | None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x [T, D] -> [T, D]. With a cache: `layout` of the prompts fills it; None appends one token a sequence."""
+        """x [T, D] -> [T, D]. A cache stores the prompts that `layout` describes; without a layout, the next token of
+        each of its sequences."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_width)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
-        if layout is not None:
-            if cache is not None:
-                cache.prefill(k, v, layout)
-            attended = segment_attention(q, k, v, layout, self.causal)
-        else:
+        if layout is None:
             assert cache is not None, "one token a sequence needs a cache"
-            cache.append(k, v)
-            attended = cache.attend(q)
-        return self.out(attended.flatten(1))
+            return self.out(cache.attend(q, k, v).flatten(1))
+        if cache is not None:
+            cache.store_prompts(k, v)
+        return self.out(segment_attention(q, k, v, layout, self.causal).flatten(1))

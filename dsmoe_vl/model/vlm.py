@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import Modality, TaskId
-from dsmoe_vl.model.attention import Attention, KeyValueCache, SegmentLayout
+from dsmoe_vl.model.attention import Attention, SegmentLayout
+from dsmoe_vl.model.cache import KeyValueCache, LayerCache
 from dsmoe_vl.model.heads import INFO_NCE_START, SIGMOID_START, ImportanceHead, RetrievalHead
 from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_1d
 from dsmoe_vl.model.vision import Connector, VisionEncoder
@@ -57,7 +58,7 @@ class DecoderLayer(nn.Module):
             self.feed_forward = SwiGLU(model.width, model.ffn_width)
 
     def forward(
-        self, x: Tensor, context: TokenContext, cache: KeyValueCache | None = None
+        self, x: Tensor, context: TokenContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         """x [T, D] -> ([T, D], this layer's routing; None where dense)."""
         x = x + self.attention(self.attention_norm(x), context.rotation, context.layout, cache)
@@ -122,8 +123,9 @@ class VisionLanguageModel(nn.Module):
         if tasks.summary.weight:
             self.importance = ImportanceHead(model.width)
 
-    def forward(self, batch: Batch, caches: list[KeyValueCache] | None = None) -> tuple[Tensor, RouterStats | None]:
-        """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers.
+    def forward(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, RouterStats | None]:
+        """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers. A cache, one
+        sequence a segment, makes it possible to `extend` them.
 
         Every parameter takes part whatever the batch holds, so that collectives are the same on every rank.
         """
@@ -134,18 +136,19 @@ class VisionLanguageModel(nn.Module):
             real=batch.real,
             layout=SegmentLayout.build(batch.cu_segments, batch.max_segment),
         )
-        return self._decode(self.embedding(batch.tokens) + self._see(batch), context, caches)
+        return self._decode(self.embedding(batch.tokens) + self._see(batch), context, cache)
 
-    def extend(self, tokens: Tensor, positions: Tensor, task_ids: Tensor, caches: list[KeyValueCache]) -> Tensor:
-        """One new text token for each of S sequences: int64 [S] each -> hidden states [S, D]."""
+    def extend(self, tokens: Tensor, task_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """One text token more for each of the cache's S sequences: int64 [S] each -> hidden states [S, D]."""
         context = TokenContext(
-            rotation=rotary_1d(positions, self.head_width, self.rope_base),
+            rotation=rotary_1d(cache.lengths, self.head_width, self.rope_base),
             task_ids=task_ids,
             modality_ids=torch.full_like(task_ids, Modality.TEXT),
             real=torch.ones_like(task_ids, dtype=torch.bool),
             layout=None,
         )
-        hidden, _ = self._decode(self.embedding(tokens), context, caches)
+        hidden, _ = self._decode(self.embedding(tokens), context, cache)
+        cache.advance()
         return hidden
 
     def _see(self, batch: Batch) -> Tensor:
@@ -161,14 +164,14 @@ class VisionLanguageModel(nn.Module):
         return placed[:-1]
 
     def _decode(
-        self, x: Tensor, context: TokenContext, caches: list[KeyValueCache] | None
+        self, x: Tensor, context: TokenContext, cache: KeyValueCache | None
     ) -> tuple[Tensor, RouterStats | None]:
         collected = []
         for index, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, stats = checkpoint(layer, x, context, use_reentrant=False)
             else:
-                x, stats = layer(x, context, None if caches is None else caches[index])
+                x, stats = layer(x, context, None if cache is None else cache.layers[index])
             if stats is not None:
                 collected.append(stats)
         return self.norm(x), RouterStats.stack(collected)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, Expert, expert_slots
+from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Routing
 from dsmoe_vl.moe.stats import RouterStats
 
@@ -48,13 +49,15 @@ class CapacityGate(TopKGate):
         expert or -1 int32 [K, T], its slot int32 [K, T], the gate float32 [K, T].
         """
         task_ids, modality_ids, real = tokens[0], tokens[1], tokens[2].bool()
-        routing = self._route(x, task_ids, modality_ids)
-        slots = self._slots(routing, real)
-        _, _, _, experts, places, gates, _ = self._assign(_offered(routing, real), slots)
+        with phase("route"):
+            routing = self._route(x, task_ids, modality_ids)
+        with phase("dispatch"):  # what follows carries the names of DeepSpeed's own functions
+            slots = self._slots(routing, real)
+            _, _, _, experts, places, gates, _ = self._assign(_offered(routing, real), slots)
         computed = (experts >= 0) & (experts < self.expert_count)
         if self.router.top_k == 1:
             gates = routing.gates.t() * computed  # DeepSpeed's is 1
-        routing = routing._replace(experts=experts.long().clamp(0, self.expert_count - 1).t())
+        routing = _in_order_of(routing, experts.long().clamp(0, self.expert_count - 1).t())
         stats = RouterStats.of(
             routing, task_ids, modality_ids, real, self.router.tasks, self.router.modalities, computed.t()
         )
@@ -127,6 +130,15 @@ class CapacityMoE(MoE):
 def one_process_name(name: str) -> str:
     """The name in `CapacityFeedForward` of a parameter or buffer, the experts' excepted."""
     return name.replace(".deepspeed_moe.gate.", ".")
+
+
+def _in_order_of(routing: Routing, experts: Tensor) -> Routing:
+    """The same decision with a token's choices in another order: experts int64 [T, K], anything where not computed."""
+    gates = routing.probabilities.gather(1, experts)
+    if experts.shape[1] > 1:
+        chosen = routing.probabilities.gather(1, routing.experts)
+        gates = gates / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+    return routing._replace(experts=experts, gates=gates)
 
 
 def _offered(routing: Routing, real: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe_vl.moe.experts import Experts
+from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
 
@@ -46,8 +47,9 @@ def sparse_forward(
     real: Tensor,
 ) -> tuple[Tensor, RouterStats]:
     """The five steps. `run_experts(rows [R, D] sorted by expert, counts int64 [E]) -> [R, D]` may cross ranks."""
-    routing = router(x, task_ids, modality_ids)
-    stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)
+    with phase("route"):
+        routing = router(x, task_ids, modality_ids)
+        stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)
     out = run_sorted(run_experts, x, routing.experts, routing.gates, routing.logits.shape[-1])
     return (out if shared is None else out + shared(x)), stats
 
@@ -57,11 +59,13 @@ def run_sorted(
 ) -> Tensor:
     """Steps 2 to 4. x [T, D], experts int64 and gates float32 [T, K] -> [T, D]."""
     top_k = experts.shape[-1]
-    order = experts.flatten().argsort(stable=True)
-    counts = torch.zeros(expert_count, dtype=torch.int64, device=x.device)
-    counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
-    rows = x.index_select(0, order // top_k)
+    with phase("dispatch"):
+        order = experts.flatten().argsort(stable=True)
+        counts = torch.zeros(expert_count, dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
+        rows = x.index_select(0, order // top_k)
     rows = run_experts(rows, counts)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    per_choice = rows.index_select(0, inverse).view(x.shape[0], top_k, -1)
-    return (per_choice * gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)
+    with phase("combine"):
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        per_choice = rows.index_select(0, inverse).view(x.shape[0], top_k, -1)
+        return (per_choice * gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)

@@ -21,6 +21,7 @@ from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.moe.capacity import CapacityMoE
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
+from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.stats import RouterStats
 
 
@@ -47,19 +48,23 @@ class ExpertParallelMoE(AutoEPMoELayer):
     def _exchange(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Send each row to its expert's rank, compute there, bring it back. rows [R, D] by expert, counts int64 [E]."""
         if self.ep_size == 1:
-            return self.experts(rows, counts)
-        plan = compute_split_plan(
-            rows, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts.to(torch.int32)
-        )
-        received = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
-        # Arrivals stand by source rank, then by expert; the products want them by expert.
-        by_source = plan.local_counts_by_source.long()
-        local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
-        owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
-        order = owner.argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
-        computed = self.experts(received.index_select(0, order), by_source.sum(0)).index_select(0, inverse)
-        return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
+            with phase("experts"):
+                return self.experts(rows, counts)
+        with phase("all_to_all"):
+            plan = compute_split_plan(
+                rows, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts.to(torch.int32)
+            )
+            received = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
+        with phase("experts"):
+            # Arrivals stand by source rank, then by expert; the products want them by expert.
+            by_source = plan.local_counts_by_source.long()
+            local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
+            owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
+            order = owner.argsort(stable=True)
+            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
+            computed = self.experts(received.index_select(0, order), by_source.sum(0)).index_select(0, inverse)
+        with phase("all_to_all"):
+            return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
 
 
 def spread_experts(model: nn.Module, plan: RunPlan, ep_rank: int) -> None:

@@ -1,7 +1,7 @@
 """What a MoE layer tells about its routing: returned values, never attributes, so that recomputation in activation
 checkpointing and evaluation passes cannot count twice.
 
-Shapes: T tokens, E experts, K experts a token, N MoE layers, J tasks, M modalities. Padding counts nowhere.
+Shapes: T tokens, E experts, K experts a token, N MoE layers, J tasks, M modalities, B bins. Padding counts nowhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from dsmoe_vl.moe.balance import entropy
 from dsmoe_vl.moe.router import Routing
 
+GATE_BINS = 20  # of the histogram of gate weights, which lie between 0 and 1
+
 
 class RouterStats(NamedTuple):
     """Sums over real tokens, of one layer or (with a leading N) of all layers. They add up over micro-steps, ranks."""
@@ -24,6 +26,7 @@ class RouterStats(NamedTuple):
     z_sum: Tensor  # float32 [(N,)]: squared log-partition, differentiable
     entropy_sum: Tensor  # float32 [(N,) M], nats, differentiable
     dropped: Tensor  # float32 [(N,)]: assignments that no expert computed; no gradient
+    gates: Tensor  # float32 [(N,) B]: assignments that are computed, by their gate; no gradient
 
     @staticmethod
     def of(
@@ -46,6 +49,8 @@ class RouterStats(NamedTuple):
             load = weight.new_zeros(tasks * modalities * expert_count)
             counted = weight.repeat_interleave(top_k) if computed is None else computed.flatten().type_as(weight)
             load.scatter_add_(0, slot.flatten(), counted)
+            bins = (routing.gates * GATE_BINS).long().clamp(0, GATE_BINS - 1)
+            gates = weight.new_zeros(GATE_BINS).scatter_add_(0, bins.flatten(), counted)
             of_cell = (torch.arange(tasks * modalities, device=cell.device).unsqueeze(1) == cell) * weight  # [J * M, T]
             of_modality = of_cell.view(tasks, modalities, -1).sum(0)
         shape = (tasks, modalities, expert_count)
@@ -55,6 +60,7 @@ class RouterStats(NamedTuple):
             z_sum=weight @ routing.logits.logsumexp(dim=-1).square(),
             entropy_sum=of_modality @ entropy(routing.probabilities),
             dropped=weight.sum() * top_k - load.sum(),
+            gates=gates,
         )
 
     @staticmethod
@@ -72,6 +78,24 @@ class RouterStats(NamedTuple):
             for layer in layers
         ]
         return RouterStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+
+class RoutingSums(NamedTuple):
+    """Sums over the real tokens of a step, or of several: without gradient, over all ranks."""
+
+    load: Tensor  # [N, J, M, E] assignments
+    entropy: Tensor  # [N, M], nats
+    dropped: Tensor  # [N] assignments
+    gates: Tensor  # [N, B] assignments
+    violation: Tensor  # [N] the mean `max_violation` of a rank's micro-batches, summed over steps
+
+
+def max_violation(load: Tensor, experts: Tensor) -> Tensor:
+    """The busiest expert's load over an even share, less 1 (Wang et al. 2024, eq. 4): 0 where routing is even.
+
+    load [..., N, E]; experts [N], E of each layer -> [..., N].
+    """
+    return load.amax(-1) / load.sum(-1).clamp(min=1) * experts - 1
 
 
 def grouped(sums: Tensor, over: str) -> Tensor:

@@ -14,6 +14,17 @@ from dsmoe_vl.errors import ConfigError
 # AVX512_BF16 does not count: its products are twice as fast as in fp32, but a whole step is slower (quickstart, two
 # ranks on two cores: 3,100 against 3,950 tokens/s in fp32), since nothing else gains and everything is cast.
 _BF16_FLAG = "amx_bf16"
+# Words of a device's name, the more special one first, and its dense rate.
+_PEAK_FLOPS_BF16 = (
+    (("B200",), 2250e12),
+    (("H100", "PCIe"), 756e12),
+    (("H100", "NVL"), 835e12),
+    (("H100",), 989e12),
+    (("H200",), 989e12),
+    (("A100",), 312e12),
+    (("L40S",), 362e12),
+    (("A10G",), 70e12),
+)
 _LOCAL_SIZES = (
     "LOCAL_SIZE",
     "LOCAL_WORLD_SIZE",
@@ -45,6 +56,29 @@ def has_bf16_unit(device: str) -> bool:
     except (OSError, StopIteration):
         return False
     return _BF16_FLAG in flags.split()
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second of this device's matrix units at most, without sparsity, by the maker's data sheet; None
+    where it is not known, as for any CPU and for fp32, whose products TF32 may or may not do."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for words, peak in _PEAK_FLOPS_BF16 if all(word in name for word in words)), None)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """GiB that this process holds: on CUDA now and at most since the last call, on a CPU its resident memory."""
+    if device.type != "cuda":
+        with open("/proc/self/statm") as pages:
+            return {"rss_gib": int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30}
+    values = {
+        "allocated_gib": torch.cuda.memory_allocated(device) / 2**30,
+        "allocated_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "reserved_peak_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return values
 
 
 def use_device(name: str, local_rank: int, environment: Mapping[str, str] = os.environ) -> torch.device:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
-from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.errors import ConfigError, DsmoeVlError
 from dsmoe_vl.parallel.ranks import Ranks
 
 T = TypeVar("T")
@@ -75,6 +77,22 @@ def is_first_to_fail(ranks: Ranks) -> bool:
         return world.get_group_store().add("failures", 1) == 1
     except RuntimeError:  # rank 0 is gone already
         return False
+
+
+def report_failure(error: BaseException, ranks: Ranks) -> None:
+    """Print what ends this rank, unless another one has failed before it.
+
+    Other ranks may wait in a collective for this one: the caller ends the process at once after this.
+    """
+    sys.stdout.flush()
+    if is_first_to_fail(ranks):
+        if isinstance(error, DsmoeVlError):
+            print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"rank {ranks.rank} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+    if ranks.rank == 0:
+        time.sleep(1)  # those that fail at the same time ask this rank whether they are first
 
 
 def _build_cpu_communication() -> None:

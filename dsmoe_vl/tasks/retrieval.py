@@ -85,5 +85,5 @@ def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor
 def pair_id(sample: Sample) -> int:
     """The same for all texts of what shows the same: from KEY.json's `content`, its `id`, or the key; 63 bits."""
     shown = sample.meta.get("content") or f"{sample.source}/{sample.meta.get('id', sample.key)}"
-    name = str(shown).encode()
+    name = str(shown).encode("utf-8", "surrogatepass")  # scraped JSON holds lone surrogates
     return zlib.crc32(name) << 31 | zlib.adler32(name) & 0x7FFFFFFF

@@ -83,6 +83,16 @@ def importance_at(sample: Sample, seconds: list[float]) -> np.ndarray:
 def importance_curve(sample: Sample) -> tuple[np.ndarray, float]:
     """The mean annotator's importance of each equal part of the video, float32 in [0, 1], and the seconds of the whole.
 
+    Raises DataError as `annotated_curves` does.
+    """
+    annotators, duration = annotated_curves(sample)
+    return annotators.mean(axis=0, dtype=np.float32), duration
+
+
+def annotated_curves(sample: Sample) -> tuple[np.ndarray, float]:
+    """Every annotator's importance of each equal part of the video, float32 [annotators, parts] in [0, 1], and the
+    seconds of the whole.
+
     From KEY.json: `importance`, one number for each part, or `saliency`, a list of those, one an annotator; and
     `duration_seconds`. Raises DataError where they are missing or not what they should be.
     """
@@ -97,7 +107,7 @@ def importance_curve(sample: Sample) -> tuple[np.ndarray, float]:
         raise DataError("no importance of frames")
     if annotators.min() < 0 or annotators.max() > 1:
         raise DataError(f"importance outside of 0 to 1: {annotators.min():g} to {annotators.max():g}")
-    return annotators.mean(axis=0, dtype=np.float32), duration
+    return annotators, duration
 
 
 def ranked_pairs(importance: np.ndarray, margin: float) -> np.ndarray:

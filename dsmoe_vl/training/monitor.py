@@ -12,22 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dsmoe_vl.config.describe import describe
 from dsmoe_vl.config.plan import RunPlan
-
-# metrics.jsonl names a value plainly; TensorBoard groups by prefix.
-_GROUPS = {
-    "loss": "train", "lr": "train", "grad_norm": "train",
-    "balance_loss": "moe", "z_loss": "moe", "max_violation": "moe", "dead_fraction": "moe", "entropy": "moe",
-    "drop_fraction": "moe", "mutual_information": "moe", "local_entropy_loss": "moe", "global_entropy_loss": "moe",
-    "mutual_information_loss": "moe",
-    "omega": "sparsity", "zero_fraction": "sparsity", "zero_fraction_experts": "sparsity",
-    "tokens_per_second": "perf", "step_ms": "perf", "data_wait_ms": "perf", "tflops": "perf",
-    "real_tokens": "data", "bad_samples": "data",
-}  # fmt: skip
+from dsmoe_vl.monitor.board import layer_tag, tag, write_layout, write_settings
+from dsmoe_vl.monitor.router import draw_record
+from dsmoe_vl.monitor.router_series import RouterSeries
+from dsmoe_vl.monitor.samples import write_samples
+from dsmoe_vl.monitor.symptoms import Watch
 
 
 class Monitor:
@@ -35,7 +30,8 @@ class Monitor:
 
     def __init__(self, plan: RunPlan, rank: int, first_step: int) -> None:
         self.enabled = rank == 0
-        self.steps = plan.recipe.run.steps
+        self.plan, self.steps = plan, plan.recipe.run.steps
+        self._first_sparse_layer = plan.recipe.moe.first_dense_layers
         if not self.enabled:
             return
         self._metrics = _open_at(plan.run_dir / "metrics.jsonl", first_step)
@@ -43,9 +39,13 @@ class Monitor:
         if plan.tensorboard_enabled:
             self._writer = SummaryWriter(str(plan.tensorboard_dir), purge_step=first_step + 1 if first_step else None)
             self._writer.add_text("plan", "```\n" + describe(plan) + "\n```", first_step)
+            write_layout(self._writer, plan)
+            write_settings(self._writer, plan)
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._samples_at = first_step
+        self._watch = Watch(plan.recipe, first_step)
         self._started = time.monotonic()
         self._first_step = first_step
 
@@ -65,9 +65,14 @@ class Monitor:
         if not self.enabled:
             return
         self._record(step, values)
+        for sign in self._watch.look(step, values):
+            self.say(f"warning at step {step}: {sign}")
+            if self._writer is not None:
+                self._writer.add_text("warnings", sign, step)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
-            return
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
+            if sys.stdout.isatty():
+                return
         done = step - self._first_step
         remaining = (time.monotonic() - self._started) / max(done, 1) * (self.steps - step)
         self.say(
@@ -82,6 +87,32 @@ class Monitor:
             return
         self._record(step, values)
         self.say(f"step {step}/{self.steps}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+    def log_router(self, series: RouterSeries | None) -> None:
+        """Show the recorder's last record: a picture, and a few aggregates of every layer."""
+        if not self.enabled or series is None or self._writer is None:
+            return
+        step = int(series.step[-1])
+        picture = np.asarray(draw_record(series, self._first_sparse_layer))
+        self._writer.add_image("moe/load", picture, step, dataformats="HWC")
+        for name, values in series.of_layers().items():
+            for layer, value in enumerate(values[-1], self._first_sparse_layer):
+                self._writer.add_scalar(layer_tag(layer, name), value, step)
+
+    def log_samples(self, step: int) -> None:
+        """Ask the checkpoint of `step` about held-out samples, if enough steps have gone since the last time."""
+        if not self.enabled or not self.plan.recipe.run.samples_every or not self.plan.recipe.data.evaluation:
+            return
+        if step - self._samples_at < self.plan.recipe.run.samples_every and step != self.steps:
+            return
+        self._samples_at = step
+        try:
+            picture = write_samples(self.plan.run_dir, self.plan.recipe, self.plan.device, step)
+        except Exception as error:  # whatever it is, the training is worth more than a picture
+            self.say(f"no samples of step {step}: {type(error).__name__}: {error}")
+            return
+        if picture is not None and self._writer is not None:
+            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush everything."""
@@ -100,16 +131,7 @@ class Monitor:
         self._metrics.flush()
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(_tag(name), value, step)
-
-
-def _tag(name: str) -> str:
-    """`loss_caption` -> `train/loss_caption`, `eval_loss_caption` -> `eval/loss_caption`."""
-    if name.startswith("eval_"):
-        return "eval/" + name.removeprefix("eval_")
-    if name.startswith("loss_"):
-        return "train/" + name
-    return f"{_GROUPS.get(name, 'data')}/{name}"
+                self._writer.add_scalar(tag(name), value, step)
 
 
 def _open_at(path: Path, first_step: int) -> Any:

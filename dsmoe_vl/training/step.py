@@ -5,9 +5,10 @@ Shapes: N MoE layers, J tasks, M modalities, E experts, G groups of tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,26 +18,20 @@ from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import COUNTS, TaskId
 from dsmoe_vl.moe.router import Router
-from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
+from dsmoe_vl.optim.gradients import PARTS, local_squares
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.training.clock import PhaseClock
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
-
-
-class RoutingSums(NamedTuple):
-    """Sums over the real tokens of a step."""
-
-    load: Tensor  # [N, J, M, E] assignments
-    entropy: Tensor  # [N], nats
-    dropped: Tensor  # [N] assignments
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, over all ranks: loss terms (scalars), routing (None without MoE layers), counts, and the
-    learning rate and gradient norm of the update.
+    """What a step came to, over all ranks: loss terms (scalars), routing (None without MoE layers), counts, the
+    learning rate and gradient norm of the update, and the norm by part of the model where it was asked for.
     """
 
     terms: dict[str, Tensor]
@@ -44,6 +39,7 @@ class StepResult:
     counts: dict[str, int]
     learning_rate: float
     grad_norm: float
+    part_norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class OptimizerStep:
@@ -56,7 +52,9 @@ class OptimizerStep:
         self.contrasts = plan.recipe.tasks.retrieval.weight > 0
         experts, groups = experts_of_layers(plan.recipe), {"all": 1, "task": len(TaskId)}.get(self.moe.balance_over, 3)
         self.even_load = uniform_load(experts, groups, device) if experts else None
+        self.experts = torch.tensor(experts, device=device)
         self.load_fraction = self.even_load
+        self.clock = PhaseClock(device)
         self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are there
         self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
 
@@ -80,37 +78,52 @@ class OptimizerStep:
             ]
         return batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0
 
-    def __call__(self, batches: list[Batch], counts: dict[str, int]) -> StepResult:
-        """Update the model on batches and counts from `share`. Collective."""
+    def __call__(self, batches: list[Batch], counts: dict[str, int], part_norms: bool = False) -> StepResult:
+        """Update the model on batches and counts from `share`; with the gradient's norm by part on request, for which
+        every gradient is read once more. Collective."""
         learning_rate = self.engine.get_lr()[0]
         terms: dict[str, Tensor] = {}
         layer_stats: list[RouterStats] = []
         for output, stats in self._forwards([batch.to(self.device) for batch in batches]):
             loss = self.objective(output, stats, counts, self.load_fraction)
-            self.engine.backward(loss.scalar)
-            if self.before_update is not None and self.engine.is_gradient_accumulation_boundary():
-                self.before_update()
-            self.engine.step()
+            with self.clock.phase("backward"):
+                self.engine.backward(loss.scalar)
+            if self.engine.is_gradient_accumulation_boundary():
+                if self.before_update is not None:
+                    self.before_update()
+                if part_norms:
+                    squares = local_squares(self.engine.module, self.plan.ep_size, self.ranks.rank, self.device)
+            with self.clock.phase("optimizer"):
+                self.engine.step()
             for name, value in loss.terms.items():
                 terms[name] = terms[name] + value if name in terms else value
             if stats is not None:
                 layer_stats.append(RouterStats(*(value.detach() for value in stats)))
+        if part_norms:
+            terms |= zip(PARTS, squares.unbind(), strict=True)
         terms, routing = self.reduce(terms, layer_stats)
+        norms = {part: terms.pop(part).sqrt() for part in PARTS} if part_norms else {}
         if routing is not None:
             self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
             self._move_selection_bias(routing.load.sum((1, 2)))
         norm = self.engine.get_global_grad_norm()
-        grad_norm = float(norm) if norm is not None else float("nan")
-        return StepResult(terms, routing, counts, learning_rate, grad_norm)
+        # At ZeRO-0 in fp32 the engine has none: it is made of the parts' where these are there.
+        grad_norm = float(norm) if norm is not None else math.hypot(*map(float, norms.values())) if norms else math.nan
+        return StepResult(terms, routing, counts, learning_rate, grad_norm, norms)
 
     def _forwards(self, batches: list[Batch]) -> Iterator[tuple[Any, RouterStats | None]]:
         if not (self.contrasts and self.plan.recipe.tasks.retrieval.gradient_cache):
-            yield from (self.engine(batch) for batch in batches)
+            yield from (self._forward(batch) for batch in batches)
             return
-        caches = cache_gradients(self.engine, batches, self.plan.recipe.tasks.retrieval.loss)
+        with self.clock.phase("forward"):
+            caches = cache_gradients(self.engine, batches, self.plan.recipe.tasks.retrieval.loss)
         for batch, cache in zip(batches, caches, strict=True):
-            output, stats = self.engine(batch)
+            output, stats = self._forward(batch)
             yield with_cached_gradients(output, cache), stats
+
+    def _forward(self, batch: Batch) -> tuple[Any, RouterStats | None]:
+        with self.clock.phase("forward"):
+            return self.engine(batch)
 
     def _move_selection_bias(self, load: Tensor) -> None:
         if not self.moe.bias_rate:
@@ -124,7 +137,11 @@ class OptimizerStep:
         """Loss terms and routing of the whole step, over all ranks: one all-reduce. Collective."""
         pieces = [torch.stack(list(terms.values()))]
         if stats:
-            sums = [(s.load, s.entropy_sum.sum(-1), s.dropped) for s in stats]
+            parts = self.ranks.world_size * len(stats)
+            sums = [
+                (s.load, s.entropy_sum, s.dropped, s.gates, max_violation(s.load.sum((1, 2)), self.experts) / parts)
+                for s in stats
+            ]
             pieces += [torch.stack(list(values)).sum(0) for values in zip(*sums, strict=True)]
         flat = torch.cat([piece.float().flatten() for piece in pieces])
         if self.ranks.world_size > 1:

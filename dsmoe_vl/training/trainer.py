@@ -15,17 +15,20 @@ from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.monitor.profiler import StepProfiler
+from dsmoe_vl.monitor.recorder import RouterRecorder
 from dsmoe_vl.optim.l1 import sparsity
-from dsmoe_vl.parallel.device import use_device
+from dsmoe_vl.parallel.device import memory_gib, peak_flops, use_device
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training import state
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.evaluate import HeldOut
 from dsmoe_vl.training.monitor import Monitor
 from dsmoe_vl.training.signals import StopRequest
-from dsmoe_vl.training.step import OptimizerStep
+from dsmoe_vl.training.step import OptimizerStep, StepResult
 from dsmoe_vl.training.window import Window
 
 
@@ -63,7 +66,12 @@ class Trainer:
         self._resume()
         self._read = self.loader.report()  # in a new run nothing, in one that continues the epochs so far
         self.monitor = Monitor(plan, ranks.rank, self.step)
-        self.window = Window(plan)
+        peak = peak_flops(self.device, plan.precision)
+        self.window = Window(plan, None if peak is None else peak * ranks.world_size)
+        self.profiler = StepProfiler(plan.run_dir, recipe.run.profile_steps if ranks.rank == 0 else (), ranks.rank)
+        self.recorder: RouterRecorder | None = None
+        if ranks.rank == 0 and recipe.run.router_every and experts_of_layers(recipe):
+            self.recorder = RouterRecorder(plan, self.step)
 
     def fit(self) -> None:
         """Train to `run.steps`, or to a signal; both end with a checkpoint."""
@@ -76,17 +84,22 @@ class Trainer:
             if self.step == 0:
                 self.evaluate()  # where the held-out losses start
             while self.step < run.steps:
+                self.profiler.before(self.step + 1)
                 started = time.perf_counter()
                 step_batches = next(batches)
                 waited = time.perf_counter() - started
                 step_batches, counts, stopping = self.take_step.share(step_batches, stop.received)
-                self.window.add(self.take_step(step_batches, counts))
-                self.window.time(time.perf_counter() - started, waited)
                 self.step += 1
-                self.monitor.advance()
-                if self.step % run.log_every == 0 or self.step == run.steps:
-                    self.monitor.log(self.step, {**self.window.close(), **self._sparsity(), **self._samples_read()})
                 last = self.step == run.steps
+                logs = last or self.step % run.log_every == 0
+                result = self.take_step(step_batches, counts, part_norms=logs)
+                self.window.add(result)
+                self.window.time(time.perf_counter() - started, waited)
+                self._tell_of_trace(self.profiler.after(self.step))
+                self.monitor.advance()
+                if logs:
+                    self._log()
+                self._record(result)
                 if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
                     self.evaluate()
                 if last or self.step % run.checkpoint_every == 0:
@@ -96,8 +109,26 @@ class Trainer:
                     break
             if saved != self.step:
                 self.save()
+        self._tell_of_trace(self.profiler.close())
         if self.step < run.steps:
             self.monitor.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
+
+    def _log(self) -> None:
+        """The values of the interval that ends here. Collective."""
+        values = self.window.close(self.take_step.clock.read())
+        self.monitor.log(self.step, {**values, **self._sparsity(), **self._samples_read(), **self._memory()})
+
+    def _record(self, result: StepResult) -> None:
+        """The routing of a step to the recorder, and its record to the monitor when one is due. Rank 0 alone."""
+        if self.recorder is None or result.routing is None:
+            return
+        self.recorder.add(result.routing, result.counts)
+        if self.step % self.plan.recipe.run.router_every == 0:
+            self.monitor.log_router(self.recorder.record(self.step))
+
+    def _tell_of_trace(self, path: Path | None) -> None:
+        if path is not None:
+            self.monitor.say(f"wrote {path}: open it in https://ui.perfetto.dev")
 
     def evaluate(self) -> None:
         """Held-out losses, on all ranks together."""
@@ -106,11 +137,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
+        if self.recorder is not None:  # also what a continued run needs of it
+            self.monitor.log_router(self.recorder.record(self.step))
         folder = state.save(
             self.plan, self.ranks, self.host, self.engine, self.tokenizer,
             self.step, self.take_step.load_fraction, self.loader.state_dict(),
         )  # fmt: skip
         self.monitor.say(f"saved {folder}")
+        self.monitor.log_samples(self.step)
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""
@@ -135,10 +169,16 @@ class Trainer:
             return {}
         return sparsity(self.engine.module, self.plan, self.ranks.rank, self.device)
 
+    def _memory(self) -> dict[str, float]:
+        """Of the rank that has most of each."""
+        of_ranks = self.host.gather(memory_gib(self.device))
+        return {name: max(values[name] for values in of_ranks) for name in of_ranks[0]}
+
     def _samples_read(self) -> dict[str, int]:
         """Samples, errors and epoch of every source, over all ranks; tells of epochs that have begun."""
         before, self._read = self._read, merge_reports(self.host.gather(self.loader.report()))
-        for name in (f"{source.name}/epoch" for source in self.plan.recipe.data.sources):
+        for source in self.plan.recipe.data.sources:
+            name = f"{source.name}/epoch"
             if self._read.get(name, 0) > before.get(name, 0):
-                self.monitor.say(f"{name} {self._read[name]} begins: samples of this source occur again")
+                self.monitor.say(f"source {source.name} begins epoch {self._read[name]}: its samples occur again")
         return self._read

@@ -5,20 +5,27 @@ Shapes: N MoE layers, J tasks, M modalities, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.moe.balance import mutual_information
+from dsmoe_vl.moe.stats import RoutingSums
 from dsmoe_vl.planner.parameters import experts_of_layers
-from dsmoe_vl.training.step import RoutingSums, StepResult
+from dsmoe_vl.training.step import StepResult
 
 
 class Window:
-    """Collects steps; `close` returns their means and begins anew."""
+    """Collects steps; `close` returns their means and begins anew.
 
-    def __init__(self, plan: RunPlan) -> None:
-        self.plan = plan
+    peak_flops: operations a second that all ranks' devices can do at most; None where that is not known.
+    """
+
+    def __init__(self, plan: RunPlan, peak_flops: float | None = None) -> None:
+        self.plan, self.peak_flops = plan, peak_flops
         self._begin()
 
     def _begin(self) -> None:
@@ -27,6 +34,7 @@ class Window:
         self.terms: dict[str, Tensor] = {}
         self.routing: RoutingSums | None = None
         self.learning_rate, self.grad_norm = 0.0, 0.0
+        self.part_norms: dict[str, Tensor] = {}
 
     def add(self, step: StepResult) -> None:
         """One step."""
@@ -39,33 +47,39 @@ class Window:
             sums = zip(self.routing or map(torch.zeros_like, step.routing), step.routing, strict=True)
             self.routing = RoutingSums(*(total + new for total, new in sums))
         self.learning_rate, self.grad_norm = step.learning_rate, step.grad_norm
+        self.part_norms = step.part_norms
 
     def time(self, seconds: float, waited: float) -> None:
         """Wall time of a step and the part of it that was spent waiting for data."""
         self.seconds += seconds
         self.waited += waited
 
-    def close(self) -> dict[str, float]:
-        """Means over the interval, in the units that their names say."""
+    def close(self, phases: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+        """Means over the interval, in the units that their names say. phases: seconds of each in the interval."""
         values = {name: float(total) / self.steps for name, total in self.terms.items()}
         values["lr"] = self.learning_rate
         values["grad_norm"] = self.grad_norm
+        values |= {f"grad_norm_{part}": float(norm) for part, norm in self.part_norms.items()}
         tokens, patches = self.counts["tokens"], self.counts["patches"]
         labels = self.counts["caption"] + self.counts["summary"]
         values["tokens_per_second"] = tokens / self.seconds
         values["tflops"] = self.plan.flops.training(tokens, patches, labels) / self.seconds / 1e12  # of all ranks
+        if self.peak_flops is not None:
+            values["mfu"] = values["tflops"] * 1e12 / self.peak_flops
         values["step_ms"] = 1e3 * self.seconds / self.steps
         values["data_wait_ms"] = 1e3 * self.waited / self.steps
+        values |= {f"{name}_ms": 1e3 * seconds / self.steps for name, seconds in phases.items()}
         values["real_tokens"] = tokens / self.steps / self.plan.tokens_per_step
         if self.routing is not None:
-            load, entropy, dropped = self.routing
+            load, entropy, dropped, _, violation = self.routing
             per_expert = load.sum((1, 2))
             experts = torch.tensor(experts_of_layers(self.plan.recipe), device=load.device).unsqueeze(-1)
             exists = torch.arange(per_expert.shape[-1], device=load.device) < experts
             share = per_expert / per_expert.sum(-1, keepdim=True) * experts
             values["max_violation"] = float(share.max() - 1)  # the busiest expert over an even share, of any layer
+            values["max_violation_micro"] = float(violation.max()) / self.steps  # in a rank's micro-batch, on average
             values["dead_fraction"] = float((share < 0.01)[exists].float().mean())
-            values["entropy"] = float(torch.mean(entropy)) / tokens
+            values["entropy"] = float(entropy.sum(-1).mean()) / tokens
             values["drop_fraction"] = float(dropped.sum() / (load.sum() + dropped.sum()))
             values["mutual_information"] = float(mutual_information(load.sum(2)).mean())  # of tasks and experts
         self._begin()

@@ -48,6 +48,19 @@ def test_samples_are_counted_over_both_ranks(trained):
     assert first["images/samples"] + first["videos/samples"] > 2 * 16  # each rank filled a pack, and looked ahead
 
 
+def test_a_source_that_begins_anew_says_so(trained, tiny):
+    """Once an epoch, whichever rank is first to begin it."""
+    steps, _ = split_lines(trained)
+    said = (tiny.folder / "trained.out").read_text().splitlines()
+    for source, size in (("images", 40), ("videos", 8)):
+        epochs = [line[f"{source}/epoch"] for line in steps]
+        assert epochs == sorted(epochs)
+        assert epochs[-1] == pytest.approx(steps[-1][f"{source}/samples"] / size, abs=1.5)
+        assert [line for line in said if line.startswith(f"source {source} ")] == [
+            f"source {source} begins epoch {epoch}: its samples occur again" for epoch in sorted(set(epochs) - {0})
+        ]
+
+
 def test_tensorboard_holds_the_same_scalars(trained):
     board = EventAccumulator(str(trained / "tensorboard"))
     board.Reload()

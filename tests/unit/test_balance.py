@@ -109,7 +109,8 @@ def test_balance_loss_equals_mixtral(top_k):
     layers = []
     for z in logits:
         p = z.softmax(-1)
-        layers.append(RouterStats.of(Routing(p.topk(top_k).indices, p, p, z), none, none, real, 1, 1))
+        gates, chosen = p.topk(top_k)
+        layers.append(RouterStats.of(Routing(chosen, gates, p, z), none, none, real, 1, 1))
     stats = RouterStats.stack(layers)
     mask, tokens = real.unsqueeze(0), int(real.sum())
 

@@ -32,7 +32,8 @@ def plan(accumulation):
 def part(loss_sum, probabilities, z):
     sums = torch.zeros(1, 3, 3, 2)
     sums[0, 0, 0] = torch.tensor(probabilities)
-    stats = RouterStats(torch.zeros_like(sums), sums, torch.tensor([z]), torch.zeros(1, 3), torch.zeros(1))
+    nothing = torch.zeros(1)
+    stats = RouterStats(torch.zeros_like(sums), sums, torch.tensor([z]), torch.zeros(1, 3), nothing, torch.zeros(1, 20))
     return TaskOutput({"caption": torch.tensor(loss_sum)}), stats
 
 

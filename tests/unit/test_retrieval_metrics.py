@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsmoe_vl.evaluation import retrieval_metrics as module
-from dsmoe_vl.evaluation.retrieval_metrics import retrieval_metrics
+from dsmoe_vl.evaluation.retrieval_metrics import coco_metrics, retrieval_metrics
 
 
 def oracle(media, text, media_of_text):
@@ -97,3 +97,40 @@ def test_constant_and_broken_embeddings_are_last(vectors):
 def test_refuses_what_does_not_fit(media_of_text):
     with pytest.raises(ValueError, match="media_of_text must give"):
         retrieval_metrics(np.eye(2), np.ones((3, 2)), np.array(media_of_text, dtype=np.int64))
+
+
+def coco_oracle(media, text, media_of_text, size):
+    """Each fold's media one after another, with the first five texts of each."""
+    folds = []
+    for start in range(0, size * 5, size):
+        rows, own = [], []
+        for i in range(start, start + size):
+            mine = [j for j in range(len(text)) if media_of_text[j] == i][:5]
+            rows += mine
+            own += [i - start] * len(mine)
+        folds.append(oracle(media[start : start + size], text[rows], own))
+    return {name: statistics.mean(fold[name] for fold in folds) for name in folds[0]}
+
+
+@pytest.mark.parametrize(("seed", "n", "m"), [(0, 20, 100), (1, 20, 170), (2, 23, 150), (3, 20, 20)])
+def test_coco_folds_equal_plain_loops(seed, n, m):
+    given = draw(seed, n, m)
+    found = coco_metrics(*given, media_in_all=20)
+    expected = coco_oracle(*given, size=4)
+    assert {name: found[f"coco_1k_{name}"] for name in expected} == pytest.approx(expected, abs=1e-12)
+    first = [j for j in range(m) if given[2][j] < 20 and list(given[2][:j]).count(given[2][j]) < 5]
+    whole = oracle(given[0][:20], given[1][first], given[2][first])
+    assert {name: found[f"coco_5k_{name}"] for name in whole} == pytest.approx(whole, abs=1e-12)
+    assert set(found) == {f"coco_{part}_{name}" for name in expected for part in ("1k", "5k")}
+
+
+def test_folds_are_consecutive_and_compete_with_nobody_outside():
+    """The first and the last look alike: each confuses the other's text in the whole, not in its fold of one."""
+    media = np.eye(5)[[0, 1, 2, 3, 0]]
+    found = coco_metrics(media, media, np.arange(5), media_in_all=5)
+    assert found["coco_1k_media_to_text_r1"] == found["coco_1k_text_to_media_r1"] == 1.0
+    assert found["coco_5k_media_to_text_r1"] == found["coco_5k_text_to_media_r1"] == 3 / 5
+
+
+def test_fewer_media_are_no_coco():
+    assert coco_metrics(np.eye(4), np.eye(4), np.arange(4)) == {}

@@ -210,3 +210,12 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     first = ShardIndex.load(write_shards(tmp_path / "a", [3])).fingerprint
     assert ShardIndex.load(tmp_path / "a").fingerprint == first
     assert ShardIndex.load(write_shards(tmp_path / "b", [4])).fingerprint != first
+
+
+@pytest.mark.parametrize("counts", [[5, 1, 4], [1, 1, 1], [10]])
+def test_every_nth_sample(tmp_path, counts):
+    write_shards(tmp_path, counts)
+    keys = [sample.key for sample in iterate_samples(tmp_path)]
+    for step in (1, 2, 3, 11):
+        for first in range(step):
+            assert [s.key for s in iterate_samples(tmp_path, first=first, step=step)] == keys[first::step]

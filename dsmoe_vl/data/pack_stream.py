@@ -1,0 +1,159 @@
+"""The packs of one rank, as its loader's worker processes make them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
+from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
+from dsmoe_vl.data.segment import Pack, Sample, Segment
+from dsmoe_vl.data.shards import ShardIndex, read_sample
+from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
+from dsmoe_vl.errors import DataError, FetchError
+
+Encode = Callable[[Sample], list[Segment]]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a worker sends: a pack and what was read for it, or the message of the error that ended the stream."""
+
+    counts: ReadCounts
+    pack: Pack | None = None
+    failure: str = ""
+
+
+class SampleReader:
+    """Reads, encodes and logs samples by reference."""
+
+    def __init__(self, indexes: dict[str, ShardIndex], encode: Encode, shape: PackShape, log: ErrorLog) -> None:
+        self._sources = list(indexes.items())
+        self._encode = encode
+        self._shape = shape
+        self._log = log
+
+    @property
+    def sources(self) -> int:
+        return len(self._sources)
+
+    def read(self, ref: SampleRef) -> Encoded | None:
+        """None for a bad sample, which is logged. Raises DataError once there are too many of them."""
+        source, index = self._sources[ref.source]
+        try:
+            sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
+            item = encoded(ref, sample.key, self._encode(sample), self._shape)
+        except DataError as error:
+            self._log.bad(BadSample(source, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
+            return None
+        self._log.good(source, ref.epoch)
+        return item
+
+    def resume(self, lane_state: dict[str, Any]) -> None:
+        """Charge the error budget with what a lane had read when its state was taken."""
+        names = [name for name, _ in self._sources]
+        taken = lane_state["taken"]
+        bad = lane_state.get("bad", [0] * len(taken))  # older checkpoints do not say
+        self._log.resume(dict(zip(names, taken, strict=True)), dict(zip(names, bad, strict=True)))
+
+
+class _LanePacks:
+    """The endless packs of one lane, each with the lane's state after it."""
+
+    def __init__(self, number: int, lane: Lane, reader: SampleReader, packer: Packer, shape: PackShape) -> None:
+        self._number = number
+        self._lane = lane
+        self._reader = reader
+        self._packer = packer
+        self._shape = shape
+        self._bad = [0] * reader.sources  # samples, by source
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._lane.restore(state)
+        self._bad = list(state.get("bad", self._bad))
+        waiting = [self._read(SampleRef(*ref)) for ref in state["pending"]]
+        self._packer.pending = [item for item in waiting if item is not None]
+
+    def next(self) -> Pack:
+        pack = to_pack(self._packer.fill(self._draw), self._shape)
+        pack.lane = self._number
+        pending = [list(item.ref) for item in self._packer.pending]
+        pack.lane_state = {**self._lane.state(), "bad": list(self._bad), "pending": pending}
+        return pack
+
+    def _draw(self) -> Encoded:
+        while (item := self._read(self._lane.next())) is None:
+            pass
+        return item
+
+    def _read(self, ref: SampleRef) -> Encoded | None:
+        item = self._reader.read(ref)
+        if item is None:
+            self._bad[ref.source] += 1
+        return item
+
+
+class PackStream(IterableDataset[Delivery]):
+    """The packs of one rank from the `start`-th pack of the run on; worker w of W makes every W-th of them."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        sources: tuple[SourceConfig, ...],
+        indexes: dict[str, ShardIndex],
+        encode: Encode,
+        shape: PackShape,
+        seed: int,
+        rank: int,
+        ranks: int,
+        start: int,
+        lane_states: dict[str, Any],
+    ) -> None:
+        self._data, self._sources, self._indexes = data, sources, indexes
+        self._encode, self._shape, self._seed = encode, shape, seed
+        self._rank, self._ranks = rank, ranks
+        self._start, self._lane_states = start, lane_states
+
+    def __iter__(self) -> Iterator[Delivery]:
+        worker = get_worker_info()
+        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        log = ErrorLog(self._data.max_bad_fraction)
+        reader = SampleReader(self._indexes, self._encode, self._shape, log)
+        orders = [
+            SourceOrder(name, index, self._data.lanes, self._data.shuffle_block, self._seed)
+            for name, index in self._indexes.items()
+        ]
+        lanes: dict[int, _LanePacks] = {}
+        begin, every = self._start + self._rank + first * self._ranks, self._ranks * workers
+        for lane, state in self._lane_states.items():
+            if (int(lane) - begin) % every == 0:  # one of this worker's
+                reader.resume(state)
+        try:
+            for n in itertools.count(begin, every):
+                number = n % self._data.lanes
+                if number not in lanes:
+                    lanes[number] = self._open_lane(number, orders, reader)
+                pack = lanes[number].next()
+                yield Delivery(log.drain(), pack)
+        except (DataError, FetchError) as error:
+            yield Delivery(log.drain(), failure=str(error))
+
+    def _weights(self) -> list[float]:
+        return [source.weight ** (1 / self._data.temperature) for source in self._sources]
+
+    def _open_lane(self, number: int, orders: list[SourceOrder], reader: SampleReader) -> _LanePacks:
+        lane = Lane(number, self._data.lanes, orders, self._weights())
+        packs = _LanePacks(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
+        if str(number) in self._lane_states:
+            packs.restore(self._lane_states[str(number)])
+        return packs
+
+
+def to_pack(items: list[Encoded], shape: PackShape) -> Pack:
+    segments = [segment for item in items for segment in item.segments]
+    return assemble(segments, shape, [item.key for item in items])

@@ -1,0 +1,118 @@
+"""A trained model in a few lines of Python: `from dsmoe_vl import load; load("runs/NAME").caption("photo.jpg")`.
+
+A picture is a path, encoded bytes, a PIL image or an array uint8 [h, w, 3]; a video is a path or encoded bytes. What
+takes one takes a list as well, and then returns a list (embeddings: an array with a row for each). W: width of an
+embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+from PIL import Image
+
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.errors import DataError
+from dsmoe_vl.inference.embed import embed_media, embed_texts
+from dsmoe_vl.inference.generate import caption
+from dsmoe_vl.inference.load import TrainedModel, load_run
+from dsmoe_vl.inference.media import BATCH, to_sample
+from dsmoe_vl.inference.search import Search
+from dsmoe_vl.inference.summarize import VideoSummary, summarize
+
+Video = str | os.PathLike[str] | bytes
+Picture = Video | Image.Image | np.ndarray
+
+R = TypeVar("R")
+
+
+def load(run: str | os.PathLike[str], device: str | None = None) -> Model:
+    """The newest checkpoint of a run, or an exported model. `device`: "cpu", "cuda", "cuda:N"; a GPU if there is one.
+
+    Raises CheckpointError where there is none, ConfigError for a device that is not there.
+    """
+    return Model(load_run(Path(run), device))
+
+
+class Model:
+    """A trained model. Methods raise ConfigError for a task that it has not learned, DataError for bad media."""
+
+    def __init__(self, trained: TrainedModel) -> None:
+        self.trained = trained
+
+    @overload
+    def caption(self, picture: Picture, *, max_tokens: int = ..., **search: Any) -> str: ...
+    @overload
+    def caption(self, picture: Sequence[Picture], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
+    def caption(self, picture: Any, *, max_tokens: int = 64, **search: Any) -> Any:
+        """What a picture shows. `search`: `beams`, or `top_p`, `temperature` and `seed`; see `Search`."""
+        return self._caption(picture, "image", max_tokens, Search(**search))
+
+    @overload
+    def caption_video(self, video: Video, *, max_tokens: int = ..., **search: Any) -> str: ...
+    @overload
+    def caption_video(self, video: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
+    def caption_video(self, video: Any, *, max_tokens: int = 64, **search: Any) -> Any:
+        """What a video shows; `search` as in `caption`."""
+        return self._caption(video, "video", max_tokens, Search(**search))
+
+    def embed_text(self, text: str | Sequence[str]) -> np.ndarray:
+        """Unit vector of a text, float32 [W]; of a list, [n, W]."""
+        return _stacked(text, lambda some: list(embed_texts(self.trained, some)))
+
+    def embed_image(self, picture: Picture | Sequence[Picture]) -> np.ndarray:
+        """Unit vector of a picture, float32 [W]; of a list, [n, W]."""
+        return self._embed(picture, "image")
+
+    def embed_video(self, video: Video | Sequence[Video]) -> np.ndarray:
+        """Unit vector of a video, float32 [W]; of a list, [n, W]."""
+        return self._embed(video, "video")
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> Any:
+        """Cosines between embeddings, -1 to 1: [W] with [W] gives a float, [n, W] with [m, W] an array [n, m]."""
+        cosines = np.asarray(a) @ np.asarray(b).T
+        return float(cosines) if cosines.ndim == 0 else cosines
+
+    @overload
+    def summarize(self, video: Video, *, max_tokens: int = ..., **search: Any) -> VideoSummary: ...
+    @overload
+    def summarize(self, video: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[VideoSummary]: ...
+    def summarize(self, video: Any, *, max_tokens: int = 64, **search: Any) -> Any:
+        """A video's summary: `text`, and for the frames seen their `seconds`, `importance` and `key_frames()`."""
+        options = Search(**search)
+        return _mapped(
+            video, lambda some: summarize(self.trained, _samples(some, "video"), max_tokens=max_tokens, search=options)
+        )
+
+    def _caption(self, media: Any, kind: str, max_tokens: int, search: Search) -> Any:
+        return _mapped(media, lambda some: caption(self.trained, _samples(some, kind), max_tokens, search))
+
+    def _embed(self, media: Any, kind: str) -> np.ndarray:
+        return _stacked(media, lambda some: list(embed_media(self.trained, _samples(some, kind))))
+
+
+def _samples(media: Iterable[Any], kind: str) -> list[Sample]:
+    return [to_sample(one, kind) for one in media]
+
+
+def _mapped(given: Any, answer: Callable[[list[Any]], list[R]]) -> R | list[R]:
+    """One answer for one, a list for a list or a tuple, a batch at a time."""
+    if not isinstance(given, (list, tuple)):
+        return answer([given])[0]
+    waiting, answers = iter(given), list[R]()
+    while batch := list(islice(waiting, BATCH)):
+        answers += answer(batch)
+    return answers
+
+
+def _stacked(given: Any, embed: Callable[[list[Any]], list[np.ndarray]]) -> np.ndarray:
+    found = _mapped(given, embed)
+    if isinstance(found, list) and not found:
+        raise DataError("nothing to embed: the list is empty")
+    return np.stack(found) if isinstance(found, list) else found

@@ -1,0 +1,187 @@
+"""What `launch/generate.py` does: many files in, lines and files out; one bad file stops none of the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dsmoe_vl.checkpoint.store import write_json
+from dsmoe_vl.errors import ConfigError, DataError
+from dsmoe_vl.inference.drawing import Tile, page
+from dsmoe_vl.inference.embed import embed_media, embed_texts
+from dsmoe_vl.inference.generate import caption_task, texts
+from dsmoe_vl.inference.index import Hit, MediaIndex, update_index
+from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.media import Media, first_picture, format_hint, in_batches, read_file
+from dsmoe_vl.inference.search import Search
+from dsmoe_vl.inference.summarize import summarize
+from dsmoe_vl.inference.summary_files import folder_names, write_summary
+
+_WITHOUT_INDEX = 200  # media that are embedded without a word about --index
+
+
+@dataclass
+class Outcome:
+    """How many files were answered and how many could not be used."""
+
+    answered: int = 0
+    bad: int = 0
+
+    def failed(self, name: str, reason: str) -> None:
+        """Name a bad file on the console."""
+        self.bad += 1
+        print_error(reason if name in reason else f"{name}: {reason}")
+
+    @property
+    def status(self) -> int:
+        """Exit status: 0; 1 where some files were bad; 2 where there is no answer."""
+        if not self.answered:
+            return 2
+        return 1 if self.bad else 0
+
+
+class Question(NamedTuple):
+    """What is looked for; one of the three."""
+
+    text: str | None = None
+    image: Path | None = None
+    video: Path | None = None
+
+
+def one_line(text: str) -> str:
+    """`text` with single blanks for tabs and line breaks, which a model may write."""
+    return " ".join(text.split())
+
+
+def print_error(message: str) -> None:
+    """One line on the standard error, whatever the message holds."""
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def caption_media(
+    trained: TrainedModel, media: Iterable[Media], max_tokens: int, search: Search, json_file: Path | None
+) -> int:
+    """Print `FILE<TAB>caption` lines, and write them as a JSON list too. Returns the exit status.
+
+    Raises ConfigError for a model that has not learned captions, or a file that cannot be written.
+    """
+    task, outcome = caption_task(trained), Outcome()
+    rows: list[dict[str, str]] = []
+    for batch in in_batches(media, task.prompt, outcome.failed):
+        written = texts(trained, [prompt for _, _, prompt in batch], max_tokens, search)
+        for (_, name, _), text in zip(batch, written, strict=True):
+            rows.append({"file": name, "caption": text})
+            print(f"{name}\t{one_line(text)}", flush=True)
+    outcome.answered = len(rows)
+    if json_file is not None:
+        try:
+            write_json(json_file, rows)
+        except OSError as error:
+            raise ConfigError(f"{json_file} cannot be written: {error.strerror}; name another file") from None
+    return outcome.status
+
+
+def retrieve(
+    trained: TrainedModel,
+    media: Sequence[Media],
+    question: Question,
+    top: int,
+    index_file: Path | None,
+    grid_file: Path | None,
+) -> int:
+    """Print `score<TAB>FILE` lines of the `top` nearest of `media`, and draw them. Returns the exit status.
+
+    Raises ConfigError for a model that has not learned retrieval or a file that cannot be written, DataError for a
+    question that cannot be read and for an index that is none.
+    """
+    require_task(trained, "retrieval")
+    old = MediaIndex.load(index_file) if index_file is not None and index_file.exists() else None
+    vector, picture = _ask(trained, question)
+    outcome = Outcome()
+    if index_file is None:
+        if len(media) > _WITHOUT_INDEX:
+            print(f"embedding {len(media)} files; --index FILE keeps this for the next question", file=sys.stderr)
+        index, _ = update_index(None, trained, media, outcome.failed)
+    else:
+        index, embedded = update_index(old, trained, media, outcome.failed, lambda part: part.save(index_file))
+        if old is None or embedded or index.rows != old.rows:
+            index.save(index_file)
+        again = "; the old one was made by another model" if old is not None and old.model != index.model else ""
+        print(f"index {index_file}: {len(index.rows)} files, {embedded} embedded now{again}", file=sys.stderr)
+    outcome.answered = len(index.rows)
+    hits = index.search(vector, top) if index.rows else []
+    for hit in hits:
+        print(f"{hit.score:.4f}\t{hit.row.name}")
+    if grid_file is not None and hits:
+        _save(grid(media, hits, question, picture), grid_file)
+    return outcome.status
+
+
+def grid(media: Sequence[Media], hits: Sequence[Hit], question: Question, picture: Image.Image | None) -> Image.Image:
+    """The pictures that were found, videos as their first frame, with scores and names; and what was asked."""
+    by_place = {item.place: item for item in media}
+    tiles = []
+    for rank, hit in enumerate(hits, 1):
+        try:
+            shown = first_picture(by_place[hit.row.place].read())
+        except DataError:  # it has been removed since, or its first frame is damaged
+            shown = Image.new("RGB", (4, 3), "gray")
+        tiles.append(Tile(shown, (f"{rank}.  {hit.score:.3f}", os.path.basename(hit.row.name))))
+    asked = question.text if picture is None else f"like {(question.image or question.video or Path()).name}"
+    return page(tiles, asked or "", beside=picture)
+
+
+def summarize_videos(
+    trained: TrainedModel, videos: Sequence[Path], output: Path, max_tokens: int, count: int | None
+) -> int:
+    """Write `OUTPUT/NAME/` for each video and print a line. `count` key frames, None: a share. Returns the exit status.
+
+    Raises ConfigError for a model that has not learned summaries, or a folder that cannot be written.
+    """
+    require_task(trained, "summary")
+    outcome = Outcome()
+    for path, name in zip(videos, folder_names(list(videos)), strict=True):
+        try:
+            sample = read_file(path, "video")
+        except DataError as error:
+            outcome.failed(str(path), str(error))
+            continue
+        try:
+            (summary,) = summarize(trained, [sample], max_tokens)
+            write_summary(trained, sample, summary, output / name, count)
+        except DataError as error:
+            outcome.failed(str(path), f"{error}; {format_hint(sample)}")
+            continue
+        times = ", ".join(f"{summary.seconds[number]:.2f} s" for number in summary.key_frames(count))
+        print(f"{path}\t{one_line(summary.text)}\t{times}\t{output / name}", flush=True)
+        outcome.answered += 1
+    return outcome.status
+
+
+def _ask(trained: TrainedModel, question: Question) -> tuple[np.ndarray, Image.Image | None]:
+    """The question's embedding, and its picture where it has one."""
+    if question.text is not None:
+        return embed_texts(trained, [question.text])[0], None
+    path, kind = (question.image, "image") if question.image is not None else (question.video, "video")
+    assert path is not None, "a question is one of three"
+    sample = read_file(path, kind)
+    try:
+        return embed_media(trained, [sample])[0], first_picture(sample)
+    except DataError as error:
+        raise DataError(f"{path}: {error}; {format_hint(sample)}") from None
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, "PNG")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from None
+    print(f"wrote {path}", file=sys.stderr)

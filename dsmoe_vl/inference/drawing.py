@@ -1,0 +1,164 @@
+"""Pages of pictures with words under them, and a curve, drawn with Pillow. All measures are pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARK = (214, 69, 0)  # of key frames
+_INK, _FAINT, _EMPTY = (20, 20, 20), (110, 110, 110), (238, 238, 238)
+_LINE = (31, 94, 168)
+_GRID = (226, 226, 226)
+_MARGIN, _GAP, _BORDER = 16, 12, 4
+_TEXT, _TITLE = 15, 18  # heights of letters
+_LEADING = 20
+_TITLE_LINES = 3
+_SMOOTH = 3  # a curve is drawn this much larger and then reduced, which smooths its edges
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture and the lines under it, the first of which is darker; `marked` puts a frame around it."""
+
+    picture: Image.Image
+    lines: tuple[str, ...]
+    marked: bool = False
+
+
+def page(
+    tiles: Sequence[Tile], title: str, beside: Image.Image | None = None, columns: int = 5, width: int = 220
+) -> Image.Image:
+    """Tiles of a `width` in rows, under a title of a few lines and, where given, a picture `beside` it."""
+    columns = max(1, min(columns, len(tiles)))
+    page_width = max(_MARGIN * 2 + columns * (width + _GAP) - _GAP, 480)
+    thumbnail = None if beside is None else _fitted(beside, (140, 110))
+    left = _MARGIN + (0 if thumbnail is None else thumbnail.width + _GAP)
+    title_lines = wrapped(title, page_width - left - _MARGIN, _TITLE)
+    if len(title_lines) > _TITLE_LINES:
+        title_lines[_TITLE_LINES - 1 :] = [title_lines[_TITLE_LINES - 1] + " ..."]
+    head = max(len(title_lines) * (_TITLE + 7), 0 if thumbnail is None else thumbnail.height)
+    # Pictures of one page have one height: that of the tallest at this width, within reason.
+    tallest = max((tile.picture.height / tile.picture.width for tile in tiles), default=0.75)
+    height = round(width * min(max(tallest, 0.4), 1.0))
+    lines = max((len(tile.lines) for tile in tiles), default=0)
+    step = height + 8 + lines * _LEADING + _GAP
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (page_width, _MARGIN + head + _GAP + rows * step + _MARGIN - _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    if thumbnail is not None:
+        sheet.paste(thumbnail, (_MARGIN, _MARGIN))
+    for number, line in enumerate(title_lines):
+        draw.text((left, _MARGIN + number * (_TITLE + 7)), line, _INK, _font(_TITLE))
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        place = (_MARGIN + column * (width + _GAP), _MARGIN + head + _GAP + row * step)
+        _draw_tile(sheet, tile, place, (width, height))
+    return sheet
+
+
+def curve(
+    seconds: np.ndarray, values: np.ndarray, marked: Sequence[int], title: str, size: tuple[int, int] = (900, 320)
+) -> Image.Image:
+    """Values in [0, 1] over seconds, float32 [f] each, as a line; points `marked` with their times."""
+    scale = _SMOOTH
+    width, height = size
+    left, right, top, bottom = 52, width - 24, 62, height - 48
+    sheet = Image.new("RGB", (width * scale, height * scale), "white")
+    draw = ImageDraw.Draw(sheet)
+    end = float(seconds[-1]) or 1.0
+
+    def at(second: float, value: float) -> tuple[float, float]:
+        x = left + (right - left) * second / end
+        return x * scale, (bottom - (bottom - top) * min(max(value, 0.0), 1.0)) * scale
+
+    def write(place: tuple[float, float], text: str, anchor: str, colour: tuple[int, int, int], high: int) -> None:
+        draw.text((place[0] * scale, place[1] * scale), text, colour, _font(high * scale), anchor=anchor)
+
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        draw.line((at(0, value), at(end, value)), _GRID, scale)
+        write((left - 8, at(0, value)[1] / scale), f"{value:g}", "rm", _FAINT, 13)
+    for tick in _ticks(end):
+        x = at(tick, 0)[0]
+        draw.line(((x, bottom * scale), (x, (bottom + 5) * scale)), _FAINT, scale)
+        write((x / scale, bottom + 8), f"{tick:g}", "mt", _FAINT, 13)
+    write(((left + right) / 2, height - 6), "seconds", "mb", _FAINT, 13)
+    write((left, 12), shortened(title, right - left, _TITLE), "lt", _INK, _TITLE)
+    points = [at(float(second), float(value)) for second, value in zip(seconds, values, strict=True)]
+    for number in marked:
+        draw.line((points[number], at(float(seconds[number]), 0)), MARK, scale)
+    draw.line(points, _LINE, 3 * scale, joint="curve")
+    last_label = -math.inf
+    for number, (x, y) in enumerate(points):
+        radius = (6 if number in marked else 3) * scale
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), MARK if number in marked else _LINE)
+        text = f"{seconds[number]:.2f} s"
+        half = _font(13).getlength(text) / 2
+        middle = min(max(x / scale, left + half), width - half - 4)
+        if number in marked and middle - half > last_label:  # labels of neighbours would cover each other
+            write((middle, y / scale - 10), text, "mb", MARK, 13)
+            last_label = middle + half + 6
+    return sheet.resize(size, Image.Resampling.LANCZOS)
+
+
+def shortened(text: str, width: float, high: int = _TEXT) -> str:
+    """`text` without its middle, where it is wider than `width` in letters of this height: both ends of a name tell."""
+    font = _font(high)
+    if font.getlength(text) <= width:
+        return text
+    kept = len(text) - 1
+    while kept > 2 and font.getlength(_without_middle(text, kept)) > width:
+        kept -= 1
+    return _without_middle(text, kept)
+
+
+def wrapped(text: str, width: float, high: int = _TEXT) -> list[str]:
+    """`text` in lines of at most `width`; a longer word loses its middle."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font(high).getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [shortened(line, width, high) for line in lines]
+
+
+def _draw_tile(sheet: Image.Image, tile: Tile, place: tuple[int, int], size: tuple[int, int]) -> None:
+    """One tile at its upper left corner, the picture in the middle of `size`."""
+    draw = ImageDraw.Draw(sheet)
+    (x, y), (width, height) = place, size
+    draw.rectangle((x, y, x + width - 1, y + height - 1), _EMPTY)
+    picture = _fitted(tile.picture, size)
+    sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+    if tile.marked:
+        around = (x - _BORDER, y - _BORDER, x + width - 1 + _BORDER, y + height - 1 + _BORDER)
+        draw.rectangle(around, outline=MARK, width=_BORDER)
+    for number, line in enumerate(tile.lines):
+        colour = MARK if tile.marked and number == 0 else _FAINT if number else _INK
+        draw.text((x, y + height + 8 + number * _LEADING), shortened(line, width), colour, _font(_TEXT))
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """As large as fits into `size`, small pictures enlarged."""
+    scale = min(size[0] / picture.width, size[1] / picture.height)
+    new = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(new, Image.Resampling.LANCZOS)
+
+
+def _font(high: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=high)
+
+
+def _without_middle(text: str, kept: int) -> str:
+    return text[: (kept + 1) // 2] + "..." + text[len(text) - kept // 2 :]
+
+
+def _ticks(end: float) -> list[float]:
+    """Round numbers from 0 to `end`, at most eleven."""
+    power = 10.0 ** math.floor(math.log10(end / 10))
+    step = next(power * factor for factor in (1, 2, 5, 10) if end / (power * factor) <= 10)
+    return [round(number * step, 6) for number in range(int(end / step + 1e-9) + 1)]

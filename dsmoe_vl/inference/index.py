@@ -1,0 +1,133 @@
+"""An index of pictures and videos: their embeddings, for as long as these are right. W: width of an embedding.
+
+The file is a safetensors file with one tensor, `embeddings`, float32 [n, W], unit rows, and as JSON in its metadata the
+hash of what made them and, for each row, the name to show, the place, and the size and time of the file. A row is used
+again while all of that is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dsmoe_vl.errors import DataError
+from dsmoe_vl.inference.embed import embed_media_segments, retrieval_task
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.inference.media import Failed, Media, in_batches
+
+_FORMAT = "dsmoe_vl media index 1"
+_READING = (
+    "image_max_patches", "frame_max_patches", "video_frames", "video_sampling", "video_fps", "frame_pool",
+)  # fmt: skip
+_HASHED_BYTES = 1 << 24
+_PARTS = 128  # batches of embeddings between two checkpoints
+
+
+class Row(NamedTuple):
+    """What an embedding belongs to; see `Media`."""
+
+    name: str
+    place: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class Hit(NamedTuple):
+    """A row that was found; `score` is the cosine of the angle between it and the question."""
+
+    score: float
+    row: Row
+
+
+@dataclass
+class MediaIndex:
+    """`rows` and their `embeddings`, float32 [n, W], made by the model with the hash `model`."""
+
+    model: str
+    rows: list[Row] = field(default_factory=list)
+    embeddings: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    @classmethod
+    def load(cls, path: Path) -> MediaIndex:
+        """Raises DataError for a file that is no index."""
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError
+                rows = [Row(*row) for row in json.loads(metadata["rows"])]
+                embeddings = file.get_tensor("embeddings")
+                if len(rows) != len(embeddings):
+                    raise ValueError
+                return cls(metadata["model"], rows, embeddings)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            raise DataError(f"index {path} is no index of `retrieve`: name another file, or remove this one") from None
+
+    def save(self, path: Path) -> None:
+        """Write atomically. Raises DataError where the file cannot be written."""
+        metadata = {"format": _FORMAT, "model": self.model, "rows": json.dumps(self.rows)}
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(save({"embeddings": self.embeddings}, metadata))
+            temporary.replace(path)
+        except OSError as error:
+            raise DataError(f"index {path} cannot be written: {error.strerror}; name another file") from None
+
+    def search(self, question: np.ndarray, top: int) -> list[Hit]:
+        """The `top` rows nearest to a unit vector, float32 [W], the nearest first; equal ones in the index's order."""
+        scores = self.embeddings @ question
+        return [Hit(float(scores[i]), self.rows[i]) for i in np.argsort(-scores, kind="stable")[:top]]
+
+
+def model_hash(trained: TrainedModel) -> str:
+    """Hex sha256 over what embeddings depend on: the weights' file, the tokenizer, and the recipe's settings of the
+    model, of retrieval and of how pictures are read."""
+    recipe = trained.recipe
+    reading = [getattr(recipe.data, name) for name in _READING]
+    settings = (recipe.model, recipe.moe, recipe.tasks.retrieval, reading, trained.tokenizer.sha256)
+    digest = hashlib.sha256(repr(settings).encode())
+    with (trained.checkpoint / "model.safetensors").open("rb") as file:
+        while part := file.read(_HASHED_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def update_index(
+    old: MediaIndex | None,
+    trained: TrainedModel,
+    media: Sequence[Media],
+    failed: Failed,
+    checkpoint: Callable[[MediaIndex], None] = lambda index: None,
+) -> tuple[MediaIndex, int]:
+    """An index of exactly `media`, without those that cannot be read, and the number of them that were embedded now.
+
+    `checkpoint` is called now and then with the index so far, so that an interrupted one can be continued. Raises
+    ConfigError for a model that has not learned retrieval.
+    """
+    task = retrieval_task(trained)
+    index = MediaIndex(model_hash(trained))
+    known = {} if old is None or old.model != index.model else {row[1:]: number for number, row in enumerate(old.rows)}
+    reused = [number for item in media if (number := known.get(item[:3])) is not None]
+    if old is not None and reused:
+        index.rows, index.embeddings = [old.rows[number] for number in reused], old.embeddings[reused]
+    parts, embedded = [index.embeddings] if reused else [], 0
+    for batch in in_batches([item for item in media if item[:3] not in known], task.media, failed):
+        parts.append(embed_media_segments(trained, [segment for _, _, segment in batch]))
+        index.rows.extend(Row(name, *item[:3]) for item, name, _ in batch)
+        embedded += len(batch)
+        if len(parts) > _PARTS:
+            index.embeddings = np.concatenate(parts)
+            parts = [index.embeddings]
+            checkpoint(index)
+    if parts:
+        index.embeddings = np.concatenate(parts)
+    return index, embedded

@@ -1,0 +1,161 @@
+"""Pictures and videos as users name them, files, folders, shards, arrays, as the samples that tasks read."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.decode import decode_image, decode_video
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards import IMAGE_EXTENSIONS, INDEX_NAME, VIDEO_EXTENSIONS, ShardIndex, read_sample
+from dsmoe_vl.data.transfer import is_remote
+from dsmoe_vl.errors import DataError
+
+BATCH = 16  # media that go through the model together
+
+T = TypeVar("T")
+# Told of each picture or video that cannot be used: its name, and why.
+Failed = Callable[[str, str], None]
+
+
+class Media(NamedTuple):
+    """One picture or video: a file, or a sample in a shard.
+
+    `place` says which, the same on every call; `size_bytes` and `mtime_ns` are the file's or the shard's (0: remote, or
+    not looked at). `read` raises DataError; its sample's key is the name to show.
+    """
+
+    place: str
+    size_bytes: int
+    mtime_ns: int
+    read: Callable[[], Sample]
+
+
+def media_files(paths: Sequence[Path], kind: str) -> list[Media]:
+    """Files that are all an "image" or all a "video", whatever their names."""
+    return [Media(str(path), 0, 0, partial(read_file, path, kind)) for path in paths]
+
+
+def open_media(folder: str, data: DataConfig) -> list[Media]:
+    """All pictures and videos of a folder and the folders in it, by name; or the samples of a folder of shards, of a
+    URL or a command, which `data` says how to fetch. Raises DataError where there are none."""
+    if is_remote(folder) or (Path(folder) / INDEX_NAME).is_file() or any(Path(folder).glob("*.tar")):
+        return list(_shard_media(folder, replace(data, allow_pipe=True)))  # the user has named the command
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{folder}: no such folder; name one with pictures, videos or shards")
+    kinds = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), **dict.fromkeys(VIDEO_EXTENSIONS, "video")}
+    found = []
+    for path in sorted(root.rglob("*")):
+        kind = kinds.get(path.suffix.lower().removeprefix("."))
+        if kind is not None and path.is_file():
+            facts = path.stat()
+            place = os.path.abspath(path)
+            found.append(Media(place, facts.st_size, facts.st_mtime_ns, partial(read_file, path, kind)))
+    if not found:
+        names = ", *.".join((*kinds, "tar"))
+        raise DataError(f"{folder}: no pictures, videos or shards in it; name a folder with files such as *.{names}")
+    return found
+
+
+def read_file(path: Path, kind: str) -> Sample:
+    """A user's own "image" or "video" as a sample. Raises DataError where the file cannot be read."""
+    try:
+        media = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; name an existing file") from None
+    return to_sample(media, kind, str(path))
+
+
+def to_sample(media: Any, kind: str, name: str = "") -> Sample:
+    """An "image" or "video" as a sample: a path, encoded bytes, or for an image a PIL image or an array uint8
+    [h, w, 3], [h, w, 4] or [h, w]. Raises DataError for anything else, and for files that cannot be read."""
+    if isinstance(media, (str, os.PathLike)):
+        return read_file(Path(media), kind)
+    if isinstance(media, (bytes, bytearray, memoryview)):
+        encoded = bytes(media)
+    elif kind == "image":
+        encoded = _encoded(media)
+    else:
+        raise DataError(f"a video cannot be made from {type(media).__name__}: give a path or encoded bytes")
+    extension = IMAGE_EXTENSIONS[0] if kind == "image" else VIDEO_EXTENSIONS[0]
+    return Sample(key=name, source="", epoch=0, media=encoded, media_type=extension, text="", meta={})
+
+
+def first_picture(sample: Sample) -> Image.Image:
+    """The image, or the first frame of the video, at full resolution. Raises DataError."""
+    if sample.media is None:
+        raise DataError("no image or video")
+    if is_video(sample):
+        return Image.fromarray(decode_video(sample.media, 1, "first")[0][1])
+    return Image.fromarray(decode_image(sample.media))
+
+
+def is_video(sample: Sample) -> bool:
+    """Whether a sample holds a video."""
+    return sample.media_type in VIDEO_EXTENSIONS
+
+
+def in_batches(
+    media: Iterable[Media], encode: Callable[[Sample], T], failed: Failed
+) -> Iterator[list[tuple[Media, str, T]]]:
+    """Each with its name and what `encode` makes of it, BATCH at a time, in order; `failed` is told of the others."""
+    batch: list[tuple[Media, str, T]] = []
+    for item in media:
+        try:
+            sample = item.read()
+        except DataError as error:
+            failed(item.place, str(error))
+            continue
+        try:
+            batch.append((item, sample.key, encode(sample)))
+        except DataError as error:
+            failed(sample.key, f"{error}; {format_hint(sample)}")
+            continue
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _shard_media(folder: str, data: DataConfig) -> Iterator[Media]:
+    index = ShardIndex.load(folder, data)
+    origin = folder if index.remote else os.path.abspath(folder)
+    for number, shard in enumerate(index.shards):
+        mtime = 0 if index.remote else (index.folder / shard.name).stat().st_mtime_ns
+        for sample in range(shard.samples):
+            place = f"{origin}/{shard.name}#{sample}"
+            yield Media(place, shard.bytes, mtime, partial(read_sample, index, number, sample))
+
+
+def _encoded(picture: Any) -> bytes:
+    """A PIL image or an array as a PNG; uncompressed, since it is read again at once."""
+    if not isinstance(picture, Image.Image):
+        pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+            raise DataError(
+                f"an image cannot be made from {type(picture).__name__} of {pixels.dtype} {list(pixels.shape)}: give a "
+                "path, bytes, a PIL image, or an array uint8 [h, w, 3], [h, w, 4] or [h, w]"
+            )
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode not in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
+        picture = picture.convert("RGB")
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=0)
+    return file.getvalue()
+
+
+def format_hint(sample: Sample) -> str:
+    """What to do about a sample that cannot be decoded."""
+    return "give a whole video that FFmpeg reads" if is_video(sample) else "save it as a JPEG, PNG or WebP"

@@ -1,0 +1,74 @@
+"""A video's summary as files: the text, the key frames, a storyboard and the curve of importance."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from dsmoe_vl.data.decode import decode_video
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.inference.drawing import Tile, curve, page
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.inference.summarize import VideoSummary
+
+_JPEG_QUALITY = 95
+_KEY_FRAME = re.compile(r"key_\d+_at_\d+\.\d\ds\.jpg")
+
+
+def write_summary(
+    trained: TrainedModel, sample: Sample, summary: VideoSummary, folder: Path, count: int | None = None
+) -> list[Path]:
+    """Fill `folder`; the files of its last summary are replaced. Returns those of the key frames.
+
+    `count` key frames, or as many as `VideoSummary.key_frames` takes. Raises ConfigError where nothing can be written.
+    """
+    assert sample.media is not None, "it has been summarized"
+    data = trained.recipe.data
+    frames = decode_video(sample.media, data.video_frames, data.video_sampling, data.video_fps)
+    pictures = [Image.fromarray(pixels) for _, pixels in frames]
+    keys = summary.key_frames(count)
+    tiles = [
+        Tile(
+            picture,
+            (f"{second:.2f} s" + (", key frame" if number in keys else ""), f"importance {importance:.2f}"),
+            number in keys,
+        )
+        for number, (picture, second, importance) in enumerate(
+            zip(pictures, summary.seconds, summary.importance, strict=True)
+        )
+    ]
+    name = Path(sample.key).name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            if _KEY_FRAME.fullmatch(old.name):
+                old.unlink()
+        (folder / "summary.txt").write_text(summary.text + "\n", encoding="utf-8")
+        written = []
+        for rank, number in enumerate(keys, 1):
+            written.append(folder / f"key_{rank:02}_at_{summary.seconds[number]:.2f}s.jpg")
+            pictures[number].save(written[-1], quality=_JPEG_QUALITY, subsampling=0)
+        columns = min(math.ceil(len(tiles) ** 0.5), 8)
+        page(tiles, f"{name}: {summary.text}", columns=columns).save(folder / "storyboard.png")
+        title = f"Importance of the frames of {name}"
+        curve(summary.seconds, summary.importance, keys, title).save(folder / "importance.png")
+    except OSError as error:
+        place = error.filename or folder
+        raise ConfigError(f"{place} cannot be written: {error.strerror}; name another --output") from None
+    return written
+
+
+def folder_names(paths: list[Path]) -> list[str]:
+    """A folder for each video: its name without the extension, from the second of a name on with a number."""
+    names: list[str] = []
+    for path in paths:
+        name, number = path.stem, 1
+        while name in names:
+            number += 1
+            name = f"{path.stem}_{number}"
+        names.append(name)
+    return names

@@ -1,0 +1,129 @@
+"""How TensorBoard arranges a run: tags, the charts of the first screen, and the settings to compare runs by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.config.recipe import learned_tasks
+from dsmoe_vl.optim.gradients import PARTS
+from dsmoe_vl.planner.parameters import experts_of_layers
+
+# metrics.jsonl names a value plainly; TensorBoard groups by prefix.
+_GROUPS = {
+    "loss": "train", "lr": "train", "grad_norm": "train",
+    "balance_loss": "moe", "z_loss": "moe", "max_violation": "moe", "max_violation_micro": "moe",
+    "dead_fraction": "moe", "entropy": "moe", "drop_fraction": "moe", "mutual_information": "moe",
+    "local_entropy_loss": "moe", "global_entropy_loss": "moe", "mutual_information_loss": "moe",
+    "omega": "sparsity", "zero_fraction": "sparsity", "zero_fraction_experts": "sparsity",
+    "tokens_per_second": "perf", "tflops": "perf", "mfu": "perf", "step_ms": "perf", "data_wait_ms": "perf",
+    "forward_ms": "perf", "backward_ms": "perf", "optimizer_ms": "perf",
+    "rss_gib": "memory", "allocated_gib": "memory", "allocated_peak_gib": "memory", "reserved_peak_gib": "memory",
+    "real_tokens": "data", "bad_samples": "data",
+}  # fmt: skip
+_TERMS = {"caption": ("caption",), "retrieval": ("retrieval",), "summary": ("summary", "importance", "ranking")}
+
+
+def tag(name: str) -> str:
+    """`loss_caption` -> `train/loss_caption`, `grad_norm_vision` -> `gradients/vision`, `eval_loss` -> `eval/loss`."""
+    if name.startswith("eval_"):
+        return "eval/" + name.removeprefix("eval_")
+    if name.startswith("grad_norm_"):
+        return "gradients/" + name.removeprefix("grad_norm_")
+    if name.startswith("loss_"):
+        return "train/" + name
+    return f"{_GROUPS.get(name, 'data')}/{name}"
+
+
+def layer_tag(layer: int, name: str) -> str:
+    """Of a decoder layer's aggregate."""
+    return f"moe/layer_{layer:02d}/{name}"
+
+
+def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
+    """The charts of the tab Custom Scalars: is it learning, is it fast, are the experts alive, how is the data."""
+    terms = [f"loss_{term}" for task in learned_tasks(plan.recipe) for term in _TERMS[task]]
+
+    def lines(*names: str) -> list[Any]:
+        return ["Multiline", [tag(name) for name in names]]
+
+    layout: dict[str, dict[str, list[Any]]] = {
+        "is it learning": {
+            "loss of every task": lines(*terms),
+            "held-out loss of every task": lines(*(f"eval_{term}" for term in terms)),
+            "loss, all in all": lines("loss", "eval_loss"),
+            "learning rate": lines("lr"),
+            "gradient norm": lines("grad_norm"),
+            "gradient norm by part": lines(*(f"grad_norm_{part}" for part in PARTS)),
+        },
+        "is it fast": {
+            "tokens a second": lines("tokens_per_second"),
+            "share of the peak rate": lines("mfu"),
+            "milliseconds of a step": lines("step_ms", "data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms"),
+            "memory, GiB": ["Multiline", ["memory/.*"]],
+        },
+    }
+    if experts_of_layers(plan.recipe):
+        layout["are the experts alive"] = {
+            "busiest expert over an even share, less 1": lines("max_violation", "max_violation_micro"),
+            "dead experts": lines("dead_fraction"),
+            "entropy of a token's routing, nats": lines("entropy"),
+            "entropy of every layer": ["Multiline", [r"moe/layer_\d+/entropy"]],
+            "max violation of every layer": ["Multiline", [r"moe/layer_\d+/max_violation"]],
+            "dropped assignments": lines("drop_fraction"),
+            "balance loss": lines("balance_loss"),
+        }
+    if plan.recipe.objective.l1.weight:
+        layout["is it sparse"] = {
+            "exact zeros": lines("zero_fraction", "zero_fraction_experts"),
+            "Omega": lines("omega"),
+        }
+    layout["how is the data"] = {
+        "samples of every source": ["Multiline", ["data/.*/samples"]],
+        "errors of every source": ["Multiline", ["data/.*/errors"]],
+        "real tokens of a pack": lines("real_tokens"),
+    }
+    writer.add_custom_scalars(layout)
+
+
+def write_settings(writer: SummaryWriter, plan: RunPlan) -> None:
+    """The tab HParams: what runs differ in, and the values that they are compared by."""
+    recipe, parameters = plan.recipe, plan.deepspeed.get("optimizer", {}).get("params", {})
+    settings = {
+        "lr": parameters.get("lr"),
+        "weight_decay": parameters.get("weight_decay"),
+        "tokens_per_step": plan.tokens_per_step,
+        "world_size": plan.world_size,
+        "ep_size": plan.ep_size,
+        "zero_stage": plan.zero_stage,
+        "precision": plan.precision,
+        "seed": recipe.run.seed,
+        "steps": recipe.run.steps,
+        "parameters": plan.parameters.total,
+        "active_parameters": plan.parameters.active,
+        "model.width": recipe.model.width,
+        "model.layers": recipe.model.layers,
+        "objective.l1.weight": recipe.objective.l1.weight,
+        **{
+            f"moe.{name}": getattr(recipe.moe, name)
+            for name in (
+                "backend",
+                "routing",
+                "experts",
+                "top_k",
+                "ffn_width",
+                "balance_weight",
+                "z_weight",
+                "bias_rate",
+            )
+        },
+        **{f"tasks.{task}.weight": getattr(recipe.tasks, task).weight for task in learned_tasks(recipe)},
+    }
+    compared = ("loss", "eval_loss", "tokens_per_second", "max_violation")
+    known = {name: value for name, value in settings.items() if value is not None}
+    # Into the run's own event file: SummaryWriter.add_hparams would open another run for them.
+    for summary in hparams(known, {tag(name): 0.0 for name in compared}):
+        writer._get_file_writer().add_summary(summary)

@@ -1,0 +1,115 @@
+"""What a run's routers have done, as a picture: `python -m dsmoe_vl.monitor.router runs/NAME [--output out.png]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.monitor.heatmap import Panel, load_scale, rising_scale, sheet
+from dsmoe_vl.monitor.router_series import FILE, RouterSeries
+
+_TIMES = 96  # columns of a panel over time, at most
+_LAYERS_OVER_TIME = 8  # layers with a panel of their own, evenly chosen where there are more
+
+
+def draw_record(series: RouterSeries, first_layer: int) -> Image.Image:
+    """The last record: layers x experts, of all tokens, of every task and of every modality that had any, and the
+    layers' gate weights. first_layer: the number of the first decoder layer with experts."""
+    last = series.rows(slice(-1, None))
+    steps = f"steps {last.step[0] - last.steps[0] + 1} to {last.step[0]}"
+    return sheet(f"router load, {steps}", [[*_load_panels(last, first_layer), _gate_panel(last, first_layer)]])
+
+
+def draw_run(series: RouterSeries, first_layer: int) -> Image.Image:
+    """The whole run: the last record, every layer's experts over time, and the layers' aggregates over time."""
+    last = series.rows(slice(-1, None))
+    layers = _layer_names(series, first_layer)
+    # Old records are longer than young ones: equally far steps, each drawn by the record that holds it.
+    steps = np.linspace(series.step[0] - series.steps[0] + 1, series.step[-1], min(len(series), _TIMES))
+    times = series.rows(np.searchsorted(series.step, np.floor(steps)))
+    ends = (str(times.step[0] - times.steps[0] + 1), str(times.step[-1]))
+    load = times.relative_load()
+    chosen = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS_OVER_TIME)).astype(int))
+    over_time = [
+        Panel(
+            f"layer {layers[n]}: experts over time", load[:, n, : series.experts[n]].T, load_scale(),
+            [str(e) for e in range(series.experts[n])], ends, "step",
+        )
+        for n in chosen
+    ]  # fmt: skip
+    found = times.of_layers()
+    tops = {
+        "max_violation": max(1.0, float(found["max_violation"].max())),
+        "dead_fraction": 1.0,
+        "entropy": float(np.log(series.experts.max())),
+        "drop_fraction": 1.0,
+    }
+    aggregates = [
+        Panel(
+            name.replace("_", " "), found[name].T, rising_scale(name.replace("_", " "), top), layers, ends, "step"
+        )
+        for name, top in tops.items()
+        if name != "drop_fraction" or found[name].any()
+    ]  # fmt: skip
+    title = f"routers, steps {ends[0]} to {ends[1]}; loads and gates of the last {last.steps[0]} steps"
+    blocks = [[*_load_panels(last, first_layer), _gate_panel(last, first_layer)], over_time, aggregates]
+    return sheet(title, blocks)
+
+
+def _load_panels(last: RouterSeries, first_layer: int) -> list[Panel]:
+    views = {"all tokens": last.relative_load()[0]}
+    by_task, by_modality = last.relative_load((3,))[0], last.relative_load((2,))[0]
+    views |= {f"task {task.name.lower()}": by_task[:, task] for task in TaskId}
+    views |= {f"modality {modality.name.lower()}": by_modality[:, modality] for modality in Modality}
+    layers, ends = _layer_names(last, first_layer), ("0", str(int(last.experts.max()) - 1))
+    return [
+        Panel(title, values, load_scale(), layers, ends, "expert")
+        for title, values in views.items()
+        if np.isfinite(values).any()
+    ]
+
+
+def _gate_panel(last: RouterSeries, first_layer: int) -> Panel:
+    counts = last.gates[0].astype(np.float64)
+    shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    scale = rising_scale("share of assignments", 0.5)
+    return Panel("gate weights", shares, scale, _layer_names(last, first_layer), ("0", "1"), "gate")
+
+
+def _layer_names(series: RouterSeries, first_layer: int) -> list[str]:
+    return [str(first_layer + index) for index in range(len(series.experts))]
+
+
+def main() -> int:
+    """Exit status: 0 drawn, 2 a user's error."""
+    parser = argparse.ArgumentParser(description="Draw what the routers of a run have done.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
+    parser.add_argument("--output", type=Path, help="the picture; RUN/router.png unless given")
+    args = parser.parse_args()
+    try:
+        series = RouterSeries.load_from(args.run / FILE)
+        first_layer = _first_layer(args.run)
+        output = args.output or args.run / "router.png"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_run(series, first_layer).save(output)
+    except (DsmoeVlError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+def _first_layer(run: Path) -> int:
+    from dsmoe_vl.config.plan import recipe_from_json
+
+    return recipe_from_json(run / "plan.json").moe.first_dense_layers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""`router.npz` of a run: what the routers have done so far, interval by interval. Sums only, so intervals add up.
+
+Shapes: R records, N MoE layers, J tasks, M modalities, E experts (of the widest layer), B bins.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.errors import DataError
+
+FILE = "router.npz"
+RECORDS_AT_MOST = 256  # then the older half is added up in pairs, so that the file stays small in a run of any length
+LIVE_SHARE = 0.01  # an expert with less than this part of an even share is dead
+
+
+@dataclass(frozen=True)
+class RouterSeries:
+    """Arrays with a row for every record, in order; `experts` has none.
+
+    Counts are exact. Of the fields: `violation` is the mean over a rank's micro-batches, added up over steps.
+    """
+
+    experts: NDArray[np.int64]  # [N] E of every layer
+    step: NDArray[np.int64]  # [R] the last one of the interval
+    steps: NDArray[np.int64]  # [R] how many the interval has
+    tokens: NDArray[np.int64]  # [R, M] real ones
+    load: NDArray[np.int64]  # [R, N, J, M, E] assignments that were computed
+    dropped: NDArray[np.int64]  # [R, N] assignments that were not
+    gates: NDArray[np.int64]  # [R, N, B] computed assignments by their gate, in equal bins from 0 to 1
+    entropy: NDArray[np.float64]  # [R, N, M] nats, added up over tokens
+    violation: NDArray[np.float64]  # [R, N]
+
+    @staticmethod
+    def empty(experts: tuple[int, ...], bins: int) -> RouterSeries:
+        """Without records."""
+        layers, tasks, modalities = len(experts), len(TaskId), len(Modality)
+        return RouterSeries(
+            experts=np.array(experts, np.int64),
+            step=np.zeros(0, np.int64),
+            steps=np.zeros(0, np.int64),
+            tokens=np.zeros((0, modalities), np.int64),
+            load=np.zeros((0, layers, tasks, modalities, max(experts)), np.int64),
+            dropped=np.zeros((0, layers), np.int64),
+            gates=np.zeros((0, layers, bins), np.int64),
+            entropy=np.zeros((0, layers, modalities)),
+            violation=np.zeros((0, layers)),
+        )
+
+    @staticmethod
+    def load_from(path: Path) -> RouterSeries:
+        """Raises DataError where there is no such file or another one."""
+        try:
+            with np.load(path) as file:
+                return RouterSeries(**{field.name: file[field.name] for field in fields(RouterSeries)})
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} is not there: name a run with MoE layers and run.router_every above 0 that has got that far"
+            ) from None
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            raise DataError(f"{path} is not a router.npz as training writes it") from None
+
+    def save(self, path: Path) -> None:
+        """Replace the file: whoever reads it sees the old or the new one, whole."""
+        new = path.with_name(path.name + ".new")
+        with new.open("wb") as file:
+            np.savez(file, **vars(self))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def with_record(self, record: RouterSeries) -> RouterSeries:
+        """One record more; some of the older ones are joined where there would be too many."""
+        series = self._joined(record)
+        if len(series) <= RECORDS_AT_MOST:
+            return series
+        half = RECORDS_AT_MOST // 2
+        return series.rows(slice(0, half)).summed(2)._joined(series.rows(slice(half, None)))
+
+    def until(self, step: int) -> RouterSeries:
+        """The records of steps up to this one: a resumed run takes the later steps again."""
+        return self.rows(slice(0, int(np.searchsorted(self.step, step, "right"))))
+
+    def rows(self, which: slice | NDArray[np.intp]) -> RouterSeries:
+        """Some of the records."""
+        return replace(self, **{name: values[which] for name, values in self._series().items()})
+
+    def summed(self, group: int) -> RouterSeries:
+        """Every `group` neighbouring records as one, fewer in the last."""
+        starts = np.arange(0, len(self), group)
+        ends = np.minimum(starts + group, len(self)) - 1
+        series = {name: np.add.reduceat(values, starts) for name, values in self._series().items()}
+        return replace(self, **{**series, "step": self.step[ends]})
+
+    def exists(self) -> NDArray[np.bool_]:
+        """bool [N, E]: which columns of `load` stand for an expert."""
+        return np.arange(self.load.shape[-1]) < self.experts[:, None]
+
+    def relative_load(self, over: tuple[int, ...] = (2, 3)) -> NDArray[np.float64]:
+        """Load over an even share: 1 where routing is even; NaN where there is no expert or no token.
+
+        over: the axes of `load` that are added up, tasks (2) and modalities (3) unless given.
+        """
+        load = self.load.sum(over, keepdims=True).astype(np.float64)
+        total = load.sum(-1, keepdims=True)
+        shape = (1, -1, 1, 1, 1)
+        share = np.divide(load, total, out=np.full_like(load, np.nan), where=total > 0) * self.experts.reshape(shape)
+        return np.where(self.exists().reshape(1, -1, 1, 1, load.shape[-1]), share, np.nan).squeeze(over)
+
+    def of_layers(self) -> dict[str, NDArray[np.float64]]:
+        """Aggregates [R, N] by name, as TensorBoard shows them for every layer."""
+        share = self.relative_load()
+        tokens = np.maximum(self.tokens.sum(1), 1)[:, None]
+        assignments = self.load.sum((2, 3, 4)) + self.dropped
+        dead = (share < LIVE_SHARE) & self.exists()
+        return {
+            "max_violation": np.nan_to_num(np.nanmax(share, -1), nan=1.0) - 1,
+            "max_violation_micro": self.violation / self.steps[:, None],
+            "dead_fraction": dead.sum(-1) / self.experts,
+            "entropy": self.entropy.sum(-1) / tokens,
+            "drop_fraction": self.dropped / np.maximum(assignments, 1),
+        }
+
+    def _series(self) -> dict[str, NDArray]:
+        return {name: values for name, values in vars(self).items() if name != "experts"}
+
+    def _joined(self, other: RouterSeries) -> RouterSeries:
+        later = other._series()
+        return replace(self, **{n: np.concatenate((values, later[n])) for n, values in self._series().items()})

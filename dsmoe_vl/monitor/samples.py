@@ -1,0 +1,198 @@
+"""What the model does with a few held-out pictures and videos, asked while it trains.
+
+The model is read from the checkpoint that has just been written. Its one file of weights holds for any topology, so
+that rank 0 needs no collective: the other ranks wait at the next one, for `_SECONDS` and one answer more at most.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dsmoe_vl.config.recipe import Recipe, learned_tasks
+from dsmoe_vl.data.decode import decode_image, decode_video
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.errors import DataError
+from dsmoe_vl.inference.embed import embed_media, embed_texts
+from dsmoe_vl.inference.generate import caption
+from dsmoe_vl.inference.load import TrainedModel, load_run
+from dsmoe_vl.inference.summarize import VideoSummary, summarize
+from dsmoe_vl.monitor.sample_sheet import Curves, Row, draw
+from dsmoe_vl.tasks.caption import captions_of
+from dsmoe_vl.tasks.video_summary import importance_at
+
+SHOWN = 8  # samples, over all held-out sources
+_GALLERY = 32  # among which a text looks for its picture
+_TOKENS = 48  # of a generated text
+_SECONDS = 60.0
+_FRAMES = 4  # of a video that are drawn
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model made of one sample; None where it has not learned to, or there was no time."""
+
+    sample: Sample
+    caption: str | None = None
+    rank: int | None = None  # of the own picture when looked for by the first caption, 1 is best
+    gallery: int = 0
+    found: tuple[str, ...] = ()  # keys of the nearest, the best first
+    summary: VideoSummary | None = None
+    truth: np.ndarray | None = None  # the annotators' importance of the summary's frames
+
+    def record(self) -> dict[str, Any]:
+        """As a line of JSON has it."""
+        values: dict[str, Any] = {"key": self.sample.key, "source": self.sample.source}
+        values["reference"] = _reference(self.sample)
+        if self.caption is not None:
+            values["caption"] = self.caption
+        if self.rank is not None:
+            values |= {"rank": self.rank, "gallery": self.gallery, "found": list(self.found)}
+        if self.summary is not None and self.truth is not None:
+            values["summary"] = self.summary.text
+            for name, numbers in (("seconds", self.summary.seconds), ("importance", self.summary.importance)):
+                values[name] = [round(float(number), 4) for number in numbers]
+            values["annotated_importance"] = [round(float(number), 4) for number in self.truth]
+        return values
+
+
+def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Image.Image | None:
+    """Write `samples/step_XXXXXXXX.png` and `.jsonl` of a run; the picture, or None without held-out samples.
+
+    Leaves torch's random state as it was: a run that is watched takes the same steps as one that is not.
+    """
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        answers = ask(load_run(run_dir, _place(run_dir, device)), recipe, _SECONDS)
+    if not answers:
+        return None
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers]
+    (folder / f"step_{step:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    picture = draw(f"held-out samples at step {step}", [_row(answer) for answer in answers])
+    picture.save(folder / f"step_{step:08d}.png")
+    return picture
+
+
+def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
+    """The first SHOWN held-out samples that can be read, with answers as far as the time goes."""
+    end = time.monotonic() + seconds
+    tasks = learned_tasks(recipe)
+    gallery = [sample for sample in islice(held_out(recipe), _GALLERY) if _pictures(sample)]
+    answers = [Answer(sample) for sample in gallery[:SHOWN]]
+    steps: list[Callable[[TrainedModel, Answer], Answer]] = []
+    if "caption" in tasks:
+        steps.append(_with_caption)
+    if "summary" in tasks:
+        steps.append(_with_summary)
+    if "retrieval" in tasks and answers:
+        answers = _with_hits(trained, answers, gallery, end)
+    for step in steps:
+        for index, answer in enumerate(answers):
+            if time.monotonic() > end:
+                return answers
+            try:
+                answers[index] = step(trained, answer)
+            except DataError:
+                continue
+    return answers
+
+
+def held_out(recipe: Recipe) -> Iterator[Sample]:
+    """Samples of all held-out sources in turn, always the same."""
+    data = recipe.data
+    streams = [iterate_samples(source.path, source.name, data=data) for source in data.evaluation]
+    while streams:
+        for stream in list(streams):
+            try:
+                yield next(stream)
+            except (StopIteration, DataError):
+                streams.remove(stream)
+
+
+def _with_caption(trained: TrainedModel, answer: Answer) -> Answer:
+    return replace(answer, caption=caption(trained, [answer.sample], _TOKENS)[0])
+
+
+def _with_summary(trained: TrainedModel, answer: Answer) -> Answer:
+    importance_at(answer.sample, [0.0])  # DataError for what is no annotated video
+    (summary,) = summarize(trained, [answer.sample], _TOKENS)
+    truth = importance_at(answer.sample, [float(second) for second in summary.seconds])
+    return replace(answer, summary=summary, truth=truth)
+
+
+def _with_hits(trained: TrainedModel, answers: list[Answer], gallery: list[Sample], end: float) -> list[Answer]:
+    """Where each sample's text finds its picture among the gallery's, as much of it as there is time for."""
+    vectors, kept = [], []
+    for sample in gallery:
+        if time.monotonic() > end:
+            break
+        try:
+            vectors.append(embed_media(trained, [sample])[0])
+            kept.append(sample.key)
+        except DataError:
+            continue
+    asked = [answer for answer in answers if answer.sample.key in kept and _reference(answer.sample)]
+    if not asked:
+        return answers
+    texts = embed_texts(trained, [_reference(answer.sample) for answer in asked])
+    order = (-(texts @ np.stack(vectors).T)).argsort(axis=1, kind="stable")
+    hits: dict[str, dict[str, Any]] = {
+        answer.sample.key: {
+            "rank": 1 + int(np.flatnonzero(nearest == kept.index(answer.sample.key))[0]),
+            "gallery": len(kept),
+            "found": tuple(kept[index] for index in nearest[:3]),
+        }
+        for answer, nearest in zip(asked, order, strict=True)
+    }
+    return [replace(answer, **hits.get(answer.sample.key, {})) for answer in answers]
+
+
+def _row(answer: Answer) -> Row:
+    texts = [("reference", _reference(answer.sample))]
+    if answer.caption is not None:
+        texts.append(("caption", answer.caption))
+    if answer.summary is not None:
+        texts.append(("summary", answer.summary.text))
+    if answer.rank is not None:
+        instead = "" if answer.rank == 1 else f", after {answer.found[0]}"
+        texts.append(("retrieval", f"the reference finds it as number {answer.rank} of {answer.gallery}{instead}"))
+    curves = None
+    if answer.summary is not None and answer.truth is not None:
+        curves = Curves(answer.summary.seconds, answer.summary.importance, answer.truth)
+    return Row(f"{answer.sample.source}  {answer.sample.key}", _pictures(answer.sample), texts, curves)
+
+
+def _pictures(sample: Sample) -> list[Image.Image]:
+    """The picture, or a few frames; none where it cannot be read."""
+    if sample.media is None:
+        return []
+    try:
+        if sample.media_type in ("jpg", "jpeg", "png", "webp"):
+            return [Image.fromarray(decode_image(sample.media, 256 * 256))]
+        return [Image.fromarray(pixels) for _, pixels in decode_video(sample.media, _FRAMES)]
+    except DataError:
+        return []
+
+
+def _reference(sample: Sample) -> str:
+    return captions_of(sample)[0].strip()
+
+
+def _place(run_dir: Path, device: str) -> str:
+    """The accelerator if a second copy of the weights fits beside the training twice over, else the CPU."""
+    if device != "cuda":
+        return "cpu"
+    files = list((run_dir / "checkpoints").glob("step_*/model.safetensors"))
+    needed = 2 * max((file.stat().st_size for file in files), default=0)
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.mem_get_info()[0] > needed else "cpu"

@@ -1,0 +1,68 @@
+"""Norms of the gradient by part of the model, from the shards that a rank holds anyway: nothing is gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_local_grad
+from torch import Tensor, nn
+
+PARTS = ("vision", "embedding", "attention", "feed_forward", "experts", "router", "heads")
+
+
+def part_of(name: str) -> str:
+    """The one of PARTS that a parameter of the engine's module belongs to; connector and norms go with what they feed.
+
+    "experts" are the routed ones; shared and dense feed-forwards are "feed_forward"."""
+    if ".experts." in name or ".deepspeed_experts." in name:
+        return "experts"
+    if ".router." in name:
+        return "router"
+    if "vision." in name or "connector." in name:
+        return "vision"
+    if ".attention" in name:
+        return "attention"
+    if ".feed_forward" in name:
+        return "feed_forward"
+    return "embedding" if "embedding." in name else "heads"
+
+
+@torch.no_grad()
+def local_squares(model: nn.Module, ep_size: int, rank: int, device: torch.device) -> Tensor:
+    """This rank's share of each part's squared gradient norm, float32 [len(PARTS)]; the shares of all ranks add up.
+
+    To be called between the last backward of a step and its update, when DeepSpeed has averaged the gradients and not
+    yet clipped them.
+    """
+    squares = torch.zeros(len(PARTS), device=device)
+    by_part: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        shard = _shard(parameter, ep_size if part == "experts" else 1, rank)
+        if shard is not None and shard.numel():
+            by_part.setdefault(part, []).append(shard)
+    for part, shards in by_part.items():
+        norms = torch.stack(torch._foreach_norm(shards)).float()
+        squares[PARTS.index(part)] = norms.square().sum().to(device)
+    return squares
+
+
+def _shard(parameter: Any, holders: int, rank: int) -> Tensor | None:
+    """The part of a gradient that counts on this rank; None where there is none.
+
+    `holders`: the first ranks that together hold one copy, where DeepSpeed does not divide it.
+    """
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        gradient = safe_get_local_grad(parameter)
+        real = max(parameter.ds_numel - parameter.ds_zero_partition_rank * gradient.numel(), 0)
+        return gradient.flatten()[:real]
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2, and the bf16 optimizer
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        address = mapping.lp_fragment_address
+        whole = gradient.numel() == parameter.numel()
+        return gradient[address.start : address.start + address.numel] if whole else gradient[: address.numel]
+    return parameter.grad if rank < holders else None

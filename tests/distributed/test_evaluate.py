@@ -1,0 +1,137 @@
+"""`launch/evaluate.py` on one rank and on two: every sample once, the same scores, every rank ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsmoe_vl.data.shards import iterate_samples
+from tests.distributed.ranks import REPOSITORY, free_port, try_ranks
+from tests.reports import Page
+from tests.runs import TRAIN, finish, python, start
+from tests.tars import write_index, write_tar
+
+EVALUATE = REPOSITORY / "launch" / "evaluate.py"
+SAMPLES = 7  # odd: two ranks have unequal shares
+TASKS = ("tasks.retrieval.weight=1.0", "tasks.summary.weight=1.0")
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """A run that has learned all tasks, if little."""
+    run = tiny.folder / "runs" / "all_tasks"
+    steps = ["run.steps=2", "run.checkpoint_every=2", "run.evaluate_every=2", "data.pack_length=512"]
+    result = finish(start(python(TRAIN, *tiny.arguments(run, *steps, *TASKS))))
+    assert result.status == 0, result.out + result.err
+    return run
+
+
+@pytest.fixture(scope="module")
+def annotated(tiny):
+    """A film of many scenes with four annotators, as each converter would describe it; one that cannot be read."""
+    folder, rng = tiny.folder / "annotated", np.random.default_rng(0)
+    videos = list(iterate_samples(tiny.data / "videos_train"))
+    members = []
+    for number in range(SAMPLES):
+        source, video = ("tvsum", "summe", "videoxum", "qvhighlights")[number % 4], videos[number]
+        curves = rng.integers(0, 2 if source in ("summe", "videoxum") else 5, (4, 12))
+        meta = {"source": source, "saliency": (curves / curves.max()).tolist(), "annotated_frames": 170}
+        meta |= {name: video.meta[name] for name in ("duration_seconds", "captions", "summary")}
+        media = b"no video" if number == 2 else video.media
+        members += [(f"v{number}.mp4", media), (f"v{number}.json", json.dumps({**meta, "id": f"v{number}"}).encode())]
+    write_tar(folder / "00000.tar", members)
+    write_index(folder, {"00000.tar": SAMPLES})
+    return folder
+
+
+def copy(run: Path, name: str) -> Path:
+    """The run under another name, so that evaluations do not write over each other."""
+    return Path(shutil.copytree(run, run.with_name(name)))
+
+
+def scores(run: Path) -> dict:
+    return json.loads((run / "eval.json").read_text())
+
+
+def test_two_ranks_score_as_one_does(tiny, run, annotated):
+    alone, together = copy(run, "alone_all"), copy(run, "together")
+    images = str(tiny.data / "images_eval")
+    arguments = ["--data", images, str(annotated), "--limit", str(SAMPLES), "--gallery", "5", "--max-tokens", "6"]
+    result = finish(start(python(EVALUATE, "--run", alone, *arguments)))
+    assert result.status == 0, result.err
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    launcher += ["--master_port", str(free_port()), str(EVALUATE)]
+    both = finish(start([*launcher, "--run", str(together), *arguments]))
+    assert both.status == 0, both.out + both.err
+
+    one, two = scores(alone), scores(together)
+    assert [list(tasks) for tasks in one.values()] == [["caption", "retrieval", "summary"][:n] for n in (2, 3)]
+    for folder, tasks in one.items():
+        for task, values in tasks.items():
+            assert two[folder][task] == pytest.approx(values, abs=1e-6), (folder, task)
+    assert one[images]["caption"]["samples"] == SAMPLES
+    assert one[images]["retrieval"]["samples"] == 5
+    found = one[str(annotated)]
+    assert found["caption"]["samples"] == found["summary"]["samples"] == SAMPLES - 1  # one cannot be read
+    assert {"tvsum_f", "summe_f", "videoxum_f", "user_kendall_tau", "user_spearman_rho"} <= set(found["summary"])
+    # The same examples, whoever has met them, and as many tokens of captions (of a gallery, ranks may embed too many).
+    pages = [Page((folder / "report.html").read_text(encoding="utf-8")) for folder in (alone, together)]
+    sections = [[section["id"] for section in page.named("section")] for page in pages]
+    assert sections == [["metrics", "captions", "retrieval", "summaries", "routing", "plan"]] * 2
+    for shown in ("dd", "h3", "li"):
+        assert pages[0].words(shown) == pages[1].words(shown)
+    counted = [re.findall(r"captions: [\d,]+ assignments", page.words("figcaption")) for page in pages]
+    assert counted[0] == counted[1] and len(counted[0]) == 1
+    assert len(pages[0].named("img")) == len(pages[1].named("img")) > 30
+    # Rank 0 alone speaks and writes: what one process prints, every reference once.
+    assert both.out.count("reference") == result.out.count("reference") > 0
+
+    step = 2
+    for name in ("images_eval", "annotated"):
+        (events,) = (together / "tensorboard" / "eval" / name).iterdir()
+        curves = EventAccumulator(str(events)).Reload()
+        (point,) = curves.Scalars("eval/retrieval/media_to_text_r1")
+        folder = images if name == "images_eval" else str(annotated)
+        assert point.step == step and point.value == pytest.approx(two[folder]["retrieval"]["media_to_text_r1"])
+    assert [tag for tag in curves.Tags()["scalars"] if tag == "eval/summary/tvsum_f"]
+
+
+def test_torchrun_starts_it_too(run, annotated):
+    """With --run-dir: torchrun takes --run for its own."""
+    torchrun = copy(run, "torchrun")
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(free_port()), str(EVALUATE), "--run-dir", str(torchrun)]
+    result = finish(start([*launcher, "--data", str(annotated), "--tasks", "summary", "--max-tokens", "2"]))
+    assert result.status == 0, result.out + result.err
+    assert scores(torchrun)[str(annotated)]["summary"]["samples"] == SAMPLES - 1
+
+
+def test_what_fails_on_one_rank_ends_both(run, annotated, tmp_path):
+    """The JSON of sample 1, which is rank 1's, is damaged."""
+    members = []
+    for number, sample in enumerate(iterate_samples(annotated)):
+        meta = b"{" if number == 1 else json.dumps(sample.meta).encode()
+        members += [(f"{sample.key}.mp4", sample.media), (f"{sample.key}.json", meta)]
+    write_tar(tmp_path / "broken" / "00000.tar", members)
+    write_index(tmp_path / "broken", {"00000.tar": SAMPLES})
+    broken = copy(run, "broken")
+    arguments = ["--run", str(broken), "--data", str(tmp_path / "broken"), "--max-tokens", "2"]
+    ranks = try_ranks(EVALUATE, arguments, 2)
+    assert all(rank.status for rank in ranks)
+    errors = "".join(rank.err for rank in ranks)
+    assert "error (rank 1): malformed text or JSON" in errors and errors.count("error (rank") == 1
+    assert "Traceback" not in errors and not (broken / "eval.json").exists()
+
+
+def test_a_user_error_is_told_once(tmp_path):
+    ranks = try_ranks(EVALUATE, ["--run", str(tmp_path / "none")], 2)
+    assert [rank.status for rank in ranks] == [2, 2]
+    errors = "".join(rank.err for rank in ranks)
+    assert errors.count("no complete checkpoint under") == 1 and "Traceback" not in errors

@@ -1,0 +1,95 @@
+"""Samples dealt to ranks, which are threads here."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsmoe_vl.evaluation import retrieval
+from dsmoe_vl.evaluation.dealing import Dealer, Dealt
+from dsmoe_vl.evaluation.record import write_scalars
+from dsmoe_vl.parallel.ranks import Ranks
+from tests.samples import sample
+
+
+class Threads:
+    """The `gather` of a HostGroup among threads."""
+
+    def __init__(self, count):
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=20)
+        self.values = [None] * count
+
+    def of(self, rank):
+        def gather(value):
+            self.values[rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+            return values
+
+        return type("Group", (), {"gather": staticmethod(gather)})()
+
+    def run(self, work):
+        """`work(dealer)` on every rank."""
+        dealers = [Dealer(Ranks(rank, self.count, rank), self.of(rank)) for rank in range(self.count)]
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(work, dealers))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_result_once_and_in_order(count):
+    samples = [replace(sample("image"), key=str(i)) for i in range(7)]
+
+    def work(dealer):
+        own = samples[dealer.rank :: dealer.count]
+        assert len(own) == dealer.own(7)
+        dealt = Dealt(own, dealer)
+        return dealer.merge([(dealt.number(one), one.key) for one in dealt if one.key != "3"])  # 3 cannot be read
+
+    assert Threads(count).run(work) == [["0", "1", "2", "4", "5", "6"]] * count
+
+
+def gallery_oracle(contents, readable, size):
+    chosen, seen = [], set()
+    for number, content in enumerate(contents):
+        if len(chosen) < size and content not in seen and readable[number]:
+            seen.add(content)
+            chosen.append(number)
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_gallery_is_that_of_one_rank(monkeypatch, seed):
+    """Whatever cannot be read or shows the same as another, and wherever it lies."""
+    rng = np.random.default_rng(seed)
+    total, size = int(rng.integers(1, 40)), int(rng.integers(1, 25))
+    contents, readable = rng.integers(0, 25, total).tolist(), (rng.random(total) < 0.7).tolist()
+    plain = sample("image")
+    samples = [replace(plain, key=str(i), meta={"content": f"c{content}"}) for i, content in enumerate(contents)]
+
+    def embed(trained, one, pair):
+        return retrieval._Shown(pair, np.zeros((1, 1)), [one.key]) if readable[int(one.key)] else None
+
+    monkeypatch.setattr(retrieval, "_embed_sample", embed)
+    for count in (1, 2, 3):
+
+        def work(dealer):
+            own = iter(samples[dealer.rank :: dealer.count])
+            return [int(one.captions[0]) for one in retrieval._gallery(None, own, size, dealer)]
+
+        assert Threads(count).run(work) == [gallery_oracle(contents, readable, size)] * count
+
+
+def test_scalars_of_folders_with_one_name(tmp_path):
+    write_scalars(tmp_path, 7, {"a/val": {"caption": {"x": 1}}, "b/val/": {"caption": {"x": 2.5}}})
+    found = {}
+    for folder in tmp_path.iterdir():
+        (point,) = EventAccumulator(str(folder)).Reload().Scalars("eval/caption/x")
+        found[folder.name] = (point.step, point.value)
+    assert found == {"val": (7, 1.0), "val_2": (7, 2.5)}
