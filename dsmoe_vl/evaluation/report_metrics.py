@@ -27,7 +27,7 @@ _METRICS = {
     "tvsum_f": ("key shots as TVSum counts them (F, 0 to 1)", _PLAIN),
     "summe_f": ("key shots as SumMe counts them (F, 0 to 1)", _PLAIN),
     "videoxum_f": ("frames as VideoXum counts them (F, 0 to 1)", _PLAIN),
-    "cider": ("CIDEr", _PLAIN),
+    "cider_d": ("CIDEr", _PLAIN),
     "rouge_l": ("ROUGE-L (0 to 1)", _PLAIN),
     "meteor": ("METEOR (0 to 1)", _PLAIN),
     "spice": ("SPICE (0 to 1)", _PLAIN),
