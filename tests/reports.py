@@ -60,7 +60,7 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
     videos = FolderExamples([captioned(None, 4)], [], retrieval, [board])
     scores = {
         FOLDERS[0]: {
-            "caption": {"samples": 1200, "attribute_accuracy": 0.97166, "cider": 1.23456},
+            "caption": {"samples": 1200, "attribute_accuracy": 0.97166, "cider_d": 1.23456},
             "retrieval": {"samples": 200, "media_to_text_r1": 0.925, "coco_5k_text_to_media_median_rank": 3.0},
         },
         FOLDERS[1]: {
