@@ -202,6 +202,8 @@ def evaluate_on_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     kind = "cuda" if args.device.startswith("cuda") else "cpu"
     os.environ["DS_ACCELERATOR"] = kind  # DeepSpeed reads it when imported
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import torch.distributed as dist
+
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 
     device = use_device(device_name(), ranks.local_rank)
@@ -209,7 +211,10 @@ def evaluate_on_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
         args.device = str(device)
     start_process_group(ranks, kind)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else nowhere):
-        evaluate_and_write(args, Dealer(ranks, HostGroup()))
+        group = HostGroup()
+        evaluate_and_write(args, Dealer(ranks, group))
+        group.barrier()  # a rank whose peers are still connected, or that is, may abort as it ends
+        dist.destroy_process_group()
 
 
 def evaluate_and_write(args: argparse.Namespace, dealer: Dealer) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import os
@@ -260,6 +261,7 @@ def _live_with_rank(closed: Any, _worker: int) -> None:
     Launchers signal the whole process tree, but a rank that is asked to stop needs data to end its step. A worker that
     is left behind would hold the dead rank's connections open, and the other ranks would wait for it.
     """
+    gc.freeze()  # what the rank left to be collected may have threads, which are not here and would be waited for
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(), closed), daemon=True).start()

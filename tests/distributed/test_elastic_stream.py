@@ -49,8 +49,8 @@ class Expected:
 
     packs: list[tuple[list[Identity], int]] = field(default_factory=list)  # samples and fingerprint of each
     bad: list[set[tuple[Any, ...]]] = field(default_factory=list)  # quarantined when so many packs were consumed
-    stop: int = 0  # packs after which the largest source's first epoch is complete, and all that others have begun
-    complete: dict[int, int] = field(default_factory=dict)  # by source, the epochs that are complete then
+    stop: int = 0  # packs after which the largest source's first epoch is complete, and so are most of the others'
+    complete: dict[int, int] = field(default_factory=dict)  # by source, how many epochs are complete then
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,7 +139,7 @@ def unbroken(run: Run, folder: Path, margin: int = 16) -> Expected:
         seen.update((list(SHARDS).index(one[0]), one[3]) for one in expected.bad[-1] - expected.bad[-2])
         if not expected.complete and seen[0, 0] == sizes[0]:
             expected.complete = {0: 1} | {
-                source: 1 + max(epoch for other, epoch in seen if other == source) for source in (1, 2)
+                source: max(1, *(epoch for other, epoch in seen if other == source)) for source in (1, 2)
             }
         if expected.complete and not expected.stop:
             missing = [

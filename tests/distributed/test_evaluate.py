@@ -105,7 +105,7 @@ def test_two_ranks_score_as_one_does(tiny, run, annotated):
 
 def test_torchrun_starts_it_too(run, annotated):
     """With --run-dir: torchrun takes --run for its own."""
-    torchrun = copy(run, "torchrun")
+    torchrun = copy(run, "evaluated_under_torchrun")
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2"]
     launcher += ["--master_port", str(free_port()), str(EVALUATE), "--run-dir", str(torchrun)]
     result = finish(start([*launcher, "--data", str(annotated), "--tasks", "summary", "--max-tokens", "2"]))

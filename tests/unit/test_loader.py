@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -182,6 +183,33 @@ def test_workers_have_one_thread_and_end(sources: tuple[SourceConfig, ...]) -> N
         assert not multiprocessing.active_children()
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_worker_does_not_collect_what_it_inherits(sources: tuple[SourceConfig, ...], tmp_path: Path) -> None:
+    """FFmpeg's coders have threads, which a fork does not carry over; freed in a worker, they would wait for them."""
+
+    class Inherited:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / f"deleted by {os.getpid()}").touch()
+
+    def collect(sample: Sample) -> list[Segment]:
+        gc.collect()
+        return encode(sample)
+
+    gc.disable()
+    try:
+        Inherited()
+        data = dataclasses.replace(DATA, workers=1)
+        loader = Loader(data, sources, collect, 16, 2, seed=1, rank=0, ranks=1, micro_batch=1, accumulation=1)
+        next(iter(loader))
+        loader.close()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.glob("deleted by *")] == [f"deleted by {os.getpid()}"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
