@@ -86,7 +86,7 @@ def iterate_video(
 ) -> Iterator[tuple[float, np.ndarray]]:
     """As `decode_video`, one frame after another: hundreds of large ones need not be in memory together."""
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(io.BytesIO(data), "r", format=_container(data)) as container:
             if not container.streams.video:
                 raise DataError("video cannot be decoded: no video stream")
             stream = container.streams.video[0]
@@ -185,6 +185,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", opaque.size, "white")
         return Image.alpha_composite(white, opaque).convert("RGB")
     return image.convert("RGB")
+
+
+def _container(data: bytes) -> str:
+    """FFmpeg's name of the container. It would open what it guesses, and a playlist names files of this machine."""
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return "mov"
+    if data[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        return "avi"
+    raise DataError("video cannot be decoded: neither MP4, WebM, Matroska nor AVI")
 
 
 def _ticks(timed: av.Packet | av.VideoFrame) -> int:

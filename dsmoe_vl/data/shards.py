@@ -128,7 +128,7 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
     try:
         text = files.get("txt", b"").decode("utf-8")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are the former
         raise DataError(f"malformed text or JSON: {path}: {key}: {error}") from error
     if not isinstance(meta, dict):
         raise DataError(f"malformed text or JSON: {path}: {key}.json is not an object")

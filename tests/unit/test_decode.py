@@ -158,6 +158,14 @@ def test_so_many_frames_a_second(shared_data: Path) -> None:
     assert len(decode_video(data, 8, "fps", 0.001)) == 1
 
 
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "secret.mp4").write_bytes(video("mp4", "libx264", [0, 1]))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n"
+    for data in (playlist.encode(), f"ffconcat version 1.0\nfile '{tmp_path}/secret.mp4'\n".encode()):
+        with pytest.raises(DataError, match="neither MP4, WebM, Matroska nor AVI"):
+            decode_video(data, 1)
+
+
 def test_key_frames() -> None:
     data = video("mp4", "libx264", list(range(60)), g="10", **{"x264-params": "scenecut=0"})
     assert levels(decode_video(data, 8, "keyframes")) == [0, 10, 20, 30, 40, 50]
