@@ -94,7 +94,14 @@ def iterate_video(
             pixels = stream.codec_context.width * stream.codec_context.height
             if pixels > MAX_PIXELS:
                 raise DataError(f"video too large: {pixels} pixels a frame, at most {MAX_PIXELS} are decoded")
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a later frame may be larger
+            packets, left = [], 4 * len(data)
+            for packet in container.demux(stream):
+                left -= packet.size
+                if left < 0:  # an index that names the same bytes again and again fills the memory
+                    raise DataError("video cannot be decoded: its frames are larger than the file")
+                if packet.size:
+                    packets.append(packet)
             ticks = sorted({_ticks(packet) for packet in packets})
             if not ticks:
                 raise DataError("video cannot be decoded: no frames")
@@ -246,5 +253,6 @@ def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[i
 
 
 def _upright_frame(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
-    pixels = converter.reformat(frame, format="rgb24").to_ndarray()
+    # One thread: by default every converter starts one for each of the machine's cores.
+    pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels

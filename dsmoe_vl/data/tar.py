@@ -52,7 +52,7 @@ def scan_shard(path: Path) -> ShardScan:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, 0):
-                key, _ = _split_name(member)
+                key = _split_name(member.name)[0] if member.is_file else ""
                 if key not in ("", last_key):
                     starts.append(end)
                     last_key = key
@@ -73,6 +73,7 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
     Raises DataError where the file cannot be read, has changed since it was scanned, or two names there are equal.
     """
     names: set[tuple[str, str]] = set()
+    others: set[str] = set()  # keys of members that are no files
     files: dict[str, bytes] = {}
     position = start
     try:
@@ -80,19 +81,25 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, start):
                 position = member.end
-                name = key, extension = _split_name(member)
-                if key and name in names:
-                    raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
-                names.add(name)
-                if key and extension in extensions and position <= end:
-                    files[extension] = os.pread(file.fileno(), member.size, member.start)
+                name = key, extension = _split_name(member.name)
+                if not member.is_file:
+                    others.add(key)
+                elif key:
+                    if name in names:
+                        raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
+                    names.add(name)
+                    if extension in extensions and position <= end:
+                        file.seek(member.start)
+                        files[extension] = file.read(member.size)  # one system call ends after 2 GiB
                 if position >= end:
                     break
     except OSError as error:
         raise _unreadable(path, error) from error
-    keys = {key for key, _ in names} - {""}
+    keys = {key for key, _ in names}
     if position != end or end > size or len(keys) != 1:
         raise DataError(f"shard changed while it was read: {path}: bytes {start} to {end} are no longer a sample")
+    if keys <= others:
+        raise DataError(f"file missing: {path}: {keys.pop()} has a link or a sparse file, which are not read")
     return keys.pop(), files
 
 
@@ -121,6 +128,7 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
         return
 
 
+_END_MARK = 2**17  # bytes of zeros at most; two blocks, filled up to a record, which some programs make this large
 _PLAIN_NUMBER = re.compile(rb" *([0-7]+)[ \0]*")  # octal
 
 
@@ -145,14 +153,17 @@ def _damage(file: BinaryIO, end: int, size: int) -> str:
     if end + tarfile.BLOCKSIZE > size:
         return f"truncated at byte {size}"
     file.seek(end)
-    return f"no tar header at byte {end}" if any(file.read(tarfile.RECORDSIZE)) else ""
+    if any(file.read(_END_MARK)):
+        return f"no tar header at byte {end}"
+    # A copy that was interrupted may have its full size already, and zeros for the rest.
+    return f"zeros from byte {end} to {size}" if size - end > _END_MARK else ""
 
 
-def _split_name(member: _Member) -> tuple[str, str]:
+def _split_name(name: str) -> tuple[str, str]:
     """("dir/key", "ext"); ("", "") for what belongs to no sample, such as folders and hidden files."""
-    folder, slash, base = member.name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    if not (stem and dot and member.is_file):
+    if not (stem and dot):
         return "", ""
     return folder + slash + stem, extension.lower()
 

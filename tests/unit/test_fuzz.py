@@ -103,11 +103,6 @@ def test_every_strange_value_in_every_place(folder: Path) -> None:
     assert not failures, "\n".join(failures)
 
 
-def known_fault(reason: str, raises: type[BaseException]) -> pytest.MarkDecorator:
-    """Fails once the fault is mended, so that this mark goes as well."""
-    return pytest.mark.xfail(strict=True, raises=raises, reason=f"dsmoe_vl/data/{reason}")
-
-
 def as_before(folder: Path, members: list[Member]) -> None:
     """Fails where a sample is read that is not, in all its files, one of `members`."""
     read_shard_anew()
@@ -145,7 +140,6 @@ def test_two_headers_that_changed_places(tmp_path: Path) -> None:
         as_before(tmp_path, photos(5))
 
 
-@known_fault("tar.py takes any number of zeros for the end of a tar", AssertionError)
 def test_a_copy_that_stopped(tmp_path: Path) -> None:
     """It may have its full size at once, and zeros in place of what is still to come."""
     whole = write_tar(tmp_path / "a.tar", photos(60)).read_bytes()
@@ -154,7 +148,6 @@ def test_a_copy_that_stopped(tmp_path: Path) -> None:
         as_before(tmp_path, photos(60))
 
 
-@known_fault("tar.py leaves out what is no ordinary file", AssertionError)
 @pytest.mark.parametrize(
     "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE], ids=["link", "symlink", "sparse"]
 )
@@ -186,7 +179,6 @@ def test_a_video_names_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         decode_video(b"ffconcat version 1.0\nfile private.mp4\n", 2)
 
 
-@known_fault("decode.py looks at the size of the first frame alone", pytest.fail.Exception)
 def test_a_video_whose_frames_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="avi") as container:
@@ -235,7 +227,6 @@ def repeating(kind: bytes, body: bytes, size: int, count: int, place: int) -> by
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
-@known_fault("decode.py holds all frames that an index names", AssertionError)
 def test_an_index_that_names_the_same_bytes_again_and_again() -> None:
     """A file of 120 kB with 200 MB of frames; it could as well be 200 GB."""
     whole = boxes(film(np.random.default_rng(0), False, 48, 1)[0])
