@@ -355,7 +355,7 @@ def main() -> int:
         train([folder / "shards"], folder / "tokenizer.model", vocab_size=400)
         run = Interleaved(args.repeats)
         ratios = time_loader(folder / "shards", folder / "tokenizer.model", args.workers, run, args.samples)
-        ratios |= time_converter(records(photos, 10 * args.samples), args.workers, run)
+        ratios |= time_converter(records(photos, 20 * args.samples), args.workers, run)
         ratios |= time_resume(folder, args.repeats)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from dsmoe_vl.data.pack import Packer, PackShape, collate
 from dsmoe_vl.data.pack_stream import Delivery, Encode, PackStream, SampleReader, to_pack
 from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.data.shards import ShardIndex
+from dsmoe_vl.data.slots import PatchSlots
 from dsmoe_vl.data.state import check_order, merge_states, order_identity
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import ConfigError, DataError
@@ -114,6 +115,7 @@ class Loader:
         self._thread: _Background | None = None
         self._making: Future[_Step] | None = None  # the step that the thread works at
         self._workers: list[BaseProcess] = []
+        self._slots: PatchSlots | None = None
         self._closed = multiprocessing.RawValue(ctypes.c_bool, False)  # the workers read it; has no lock
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -158,13 +160,18 @@ class Loader:
             while wait([self._making], timeout=0.1).not_done and not any(worker.exitcode for worker in self._workers):
                 pass  # a worker that ends while it sends would leave the thread waiting; one that was killed has
         self._closed.value = True  # ends the workers
-        self._thread = self._making = self._stream = None
+        self._thread = self._making = self._stream = self._slots = None
         for worker in self._workers:
             worker.join()
         self._workers = []
         atexit.unregister(self.close)
 
     def _open_stream(self) -> Iterator[Delivery]:
+        workers = self._data.workers
+        # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
+        held = -(-self._packs_per_step // workers) if workers else 0
+        ahead = held + 1 if workers else None
+        self._slots = PatchSlots(workers, held + 1, held, self._shape) if workers else None
         stream = PackStream(
             self._data,
             self._sources,
@@ -176,12 +183,10 @@ class Loader:
             self._ranks,
             self._packs,
             dict(self._lane_states),
+            self._slots,
         )
-        workers = self._data.workers
         if workers:  # they ignore SIGTERM, so a process that ends without close() would wait for them for ever
             atexit.register(self.close)
-        # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
-        ahead = -(-self._packs_per_step // workers) + 1 if workers else None
         own = torch.Generator()  # a draw from the global one would set a resumed run apart from an unbroken one
         self._closed = multiprocessing.RawValue(ctypes.c_bool, False)
         others = multiprocessing.active_children()
@@ -211,7 +216,14 @@ class Loader:
         packs = [delivery.pack for delivery in deliveries if delivery.pack is not None]
         if len(packs) < self._packs_per_step:
             return deliveries, []
+        slots, origins = self._slots, [(delivery.worker, delivery.number) for delivery in deliveries]
+        if slots is not None:
+            for pack, origin in zip(packs, origins, strict=True):
+                slots.restore(pack, *origin)
         batches = [collate(packs[i : i + self._micro_batch]) for i in range(0, len(packs), self._micro_batch)]
+        if slots is not None:
+            for origin in origins:
+                slots.check(*origin)
         return deliveries, [_pinned(batch) for batch in batches] if torch.cuda.is_available() else batches
 
     def _account(self, deliveries: list[Delivery]) -> None:

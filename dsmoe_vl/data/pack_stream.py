@@ -12,8 +12,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
+from dsmoe_vl.data.prefetch import Prefetcher
 from dsmoe_vl.data.segment import Pack, Sample, Segment
 from dsmoe_vl.data.shards import ShardIndex, read_sample
+from dsmoe_vl.data.slots import PatchSlots
 from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
 from dsmoe_vl.errors import DataError, FetchError
 
@@ -22,9 +24,11 @@ Encode = Callable[[Sample], list[Segment]]
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a worker sends: a pack and what was read for it, or the message of the error that ended the stream."""
+    """What a worker sends: its pack `number` and what was read for it, or the message of the error that ended it."""
 
     counts: ReadCounts
+    worker: int
+    number: int
     pack: Pack | None = None
     failure: str = ""
 
@@ -113,15 +117,19 @@ class PackStream(IterableDataset[Delivery]):
         ranks: int,
         start: int,
         lane_states: dict[str, Any],
+        slots: PatchSlots | None,
     ) -> None:
+        """With `slots`, the patches of packs are there and not in the packs."""
         self._data, self._sources, self._indexes = data, sources, indexes
         self._encode, self._shape, self._seed = encode, shape, seed
         self._rank, self._ranks = rank, ranks
         self._start, self._lane_states = start, lane_states
+        self._slots = slots
+        self._prefetcher = Prefetcher(list(indexes.values()))
 
     def __iter__(self) -> Iterator[Delivery]:
         worker = get_worker_info()
-        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         log = ErrorLog(self._data.max_bad_fraction)
         reader = SampleReader(self._indexes, self._encode, self._shape, log)
         orders = [
@@ -129,25 +137,28 @@ class PackStream(IterableDataset[Delivery]):
             for name, index in self._indexes.items()
         ]
         lanes: dict[int, _LanePacks] = {}
-        begin, every = self._start + self._rank + first * self._ranks, self._ranks * workers
-        for lane, state in self._lane_states.items():
-            if (int(lane) - begin) % every == 0:  # one of this worker's
+        begin, every = self._start + self._rank + own * self._ranks, self._ranks * workers
+        for name, state in self._lane_states.items():
+            if (int(name) - begin) % every == 0:  # one of this worker's
                 reader.resume(state)
+        number = 0
         try:
-            for n in itertools.count(begin, every):
-                number = n % self._data.lanes
-                if number not in lanes:
-                    lanes[number] = self._open_lane(number, orders, reader)
-                pack = lanes[number].next()
-                yield Delivery(log.drain(), pack)
+            for number, n in enumerate(itertools.count(begin, every)):
+                lane = n % self._data.lanes
+                if lane not in lanes:
+                    lanes[lane] = self._open_lane(lane, orders, reader)
+                pack = lanes[lane].next()
+                if self._slots is not None:
+                    self._slots.store(pack, own, number)
+                yield Delivery(log.drain(), own, number, pack)
         except (DataError, FetchError) as error:
-            yield Delivery(log.drain(), failure=str(error))
+            yield Delivery(log.drain(), own, number, failure=str(error))
 
     def _weights(self) -> list[float]:
         return [source.weight ** (1 / self._data.temperature) for source in self._sources]
 
     def _open_lane(self, number: int, orders: list[SourceOrder], reader: SampleReader) -> _LanePacks:
-        lane = Lane(number, self._data.lanes, orders, self._weights())
+        lane = Lane(number, self._data.lanes, orders, self._weights(), self._prefetcher.announce)
         packs = _LanePacks(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
         if str(number) in self._lane_states:
             packs.restore(self._lane_states[str(number)])

@@ -9,7 +9,7 @@ small.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -56,41 +56,69 @@ class SourceOrder:
 class Lane:
     """One virtual reader: the endless, weighted mixture of its blocks of every source."""
 
-    def __init__(self, lane: int, lanes: int, orders: Sequence[SourceOrder], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        lane: int,
+        lanes: int,
+        orders: Sequence[SourceOrder],
+        weights: Sequence[float],
+        announce: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`announce(source, shard)` is told, when a block begins, what the source's next block will read."""
         total = sum(weights)
         self._lane, self._lanes = lane, lanes
         self._orders = orders
+        self._announce = announce
         self._weights = [weight / total for weight in weights]
+        self._fingerprint = zlib.crc32(repr(self._weights).encode())
         # Lanes start out of phase, so that the packs of one step do not all draw a rare source together.
         self._phases = [(lane * (i + 1) * _GOLDEN_RATIO) % 1.0 if weight else 0.0 for i, weight in enumerate(weights)]
         self._taken = [0] * len(orders)
+        self._taken_before = [0] * len(orders)  # before the present weights
         self._cursors = [(0, 0)] * len(orders)  # blocks finished by this lane, samples taken of the next
         self._open: list[tuple[int, list[tuple[int, int]]] | None] = [None] * len(orders)
 
     def next(self) -> SampleRef:
         """The next sample, of the source that is furthest behind its weight."""
-        draws = sum(self._taken) + 1
+        taken = [now - before for now, before in zip(self._taken, self._taken_before, strict=True)]
+        draws = sum(taken) + 1
         behind = [
-            weight * draws - taken + phase
-            for weight, taken, phase in zip(self._weights, self._taken, self._phases, strict=True)
+            weight * draws - count + phase
+            for weight, count, phase in zip(self._weights, taken, self._phases, strict=True)
         ]
         source = behind.index(max(behind))
         self._taken[source] += 1
         turn, offset = self._cursors[source]
-        block = self._open[source] or self._orders[source].block(self._lane + turn * self._lanes)
-        epoch, samples = block
+        epoch, samples = block = self._open[source] or self._begin(source, turn)
         last = offset + 1 == len(samples)
         self._cursors[source] = (turn + 1, 0) if last else (turn, offset + 1)
         self._open[source] = None if last else block
         return SampleRef(source, epoch, *samples[offset])
 
+    def _begin(self, source: int, turn: int) -> tuple[int, list[tuple[int, int]]]:
+        order = self._orders[source]
+        if self._announce is not None:
+            _, following = order.block(self._lane + (turn + 1) * self._lanes)
+            self._announce(source, following[0][0])
+        return order.block(self._lane + turn * self._lanes)
+
     def state(self) -> dict[str, Any]:
         """What `restore` needs to continue with the next sample; JSON."""
-        return {"taken": list(self._taken), "cursors": [list(cursor) for cursor in self._cursors]}
+        return {
+            "taken": list(self._taken),
+            "cursors": [list(cursor) for cursor in self._cursors],
+            "weights": self._fingerprint,
+            "taken_before": list(self._taken_before),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where the lane was when `state` was taken."""
+        """Continue where the lane was when `state` was taken.
+
+        Weights that have changed since hold from here on: what was drawn by the old ones is not made up for.
+        """
         self._taken = list(state["taken"])
+        is_same = state.get("weights", self._fingerprint) == self._fingerprint  # older checkpoints do not say
+        self._taken_before = list(state.get("taken_before", [0] * len(self._taken)) if is_same else self._taken)
         self._cursors = [(turn, offset) for turn, offset in state["cursors"]]
         self._open = [None] * len(self._orders)
 

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _TITLE, _TEXT, _SMALL = (ImageFont.load_default(size) for size in (16, 13, 11))
-_INK, _FAINT, _RULE = (25, 25, 28), (115, 115, 122), (228, 228, 232)
+_INK, _FAINT, _RULE, _RIGHT = (25, 25, 28), (115, 115, 122), (228, 228, 232), (38, 138, 84)
 _TRUTH, _PREDICTED = (150, 150, 158), (31, 94, 168)
-_PICTURE, _FRAME = (180, 120), (110, 82)  # pixels, at most
+_PICTURE, _FRAME, _HIT = (180, 120), (110, 82), (72, 54)  # pixels, at most
 _STRIP, _WORDS, _CURVE, _MARGIN, _LEADING = 236, 470, 250, 16, 17
 
 
@@ -26,11 +26,12 @@ class Curves:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample; texts with what each is."""
+    """One sample; texts with what each is, and what retrieval found, each with whether it is the right one."""
 
     name: str
     pictures: Sequence[Image.Image]
     texts: Sequence[tuple[str, str]]
+    hits: Sequence[tuple[Image.Image, bool]]
     curves: Curves | None
 
 
@@ -51,7 +52,9 @@ def draw(title: str, rows: Sequence[Row]) -> Image.Image:
 def _row(row: Row, width: int) -> Image.Image:
     strip = _strip(row.pictures)
     words = [(label, line) for label, text in row.texts for line in _wrapped(label, text)]
-    height = max(strip.height, (1 + len(words)) * _LEADING + 4, 112 if row.curves is not None else 0) + 2 * 10
+    text_height = (1 + len(words)) * _LEADING + 4
+    hits_height = _HIT[1] + 8 if row.hits else 0
+    height = max(strip.height, text_height + hits_height, 112 if row.curves is not None else 0) + 2 * 10
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
     pen.line((_MARGIN, 0, width - _MARGIN, 0), _RULE)
@@ -65,6 +68,13 @@ def _row(row: Row, width: int) -> Image.Image:
             pen.text((x, y), label, _FAINT, _TEXT)
         last = label
         pen.text((x + 74, y), line, _PREDICTED if label in ("caption", "summary") else _INK, _TEXT)
+    for hit, is_right in row.hits:
+        small = _fitted(hit, _HIT)
+        image.paste(small, (x + 74, 10 + text_height + 4))
+        if is_right:
+            corner = (x + 74, 10 + text_height + 4)
+            pen.rectangle((*corner, corner[0] + small.width - 1, corner[1] + small.height - 1), None, _RIGHT, 3)
+        x += small.width + 6
     if row.curves is not None:
         image.paste(_curves(row.curves), (_MARGIN + _STRIP + _WORDS + _MARGIN, 6))
     return image

@@ -36,6 +36,7 @@ _GALLERY = 32  # among which a text looks for its picture
 _TOKENS = 48  # of a generated text
 _SECONDS = 60.0
 _FRAMES = 4  # of a video that are drawn
+_HITS = 5  # that are shown
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Answer:
     caption: str | None = None
     rank: int | None = None  # of the own picture when looked for by the first caption, 1 is best
     gallery: int = 0
-    found: tuple[str, ...] = ()  # keys of the nearest, the best first
+    found: tuple[Sample, ...] = ()  # the nearest, the best first
     summary: VideoSummary | None = None
     truth: np.ndarray | None = None  # the annotators' importance of the summary's frames
 
@@ -57,7 +58,7 @@ class Answer:
         if self.caption is not None:
             values["caption"] = self.caption
         if self.rank is not None:
-            values |= {"rank": self.rank, "gallery": self.gallery, "found": list(self.found)}
+            values |= {"rank": self.rank, "gallery": self.gallery, "found": [sample.key for sample in self.found]}
         if self.summary is not None and self.truth is not None:
             values["summary"] = self.summary.text
             for name, numbers in (("seconds", self.summary.seconds), ("importance", self.summary.importance)):
@@ -139,23 +140,28 @@ def _with_hits(trained: TrainedModel, answers: list[Answer], gallery: list[Sampl
             break
         try:
             vectors.append(embed_media(trained, [sample])[0])
-            kept.append(sample.key)
+            kept.append(sample)
         except DataError:
             continue
-    asked = [answer for answer in answers if answer.sample.key in kept and _reference(answer.sample)]
+    places = {(sample.source, sample.key): place for place, sample in enumerate(kept)}
+    asked = [answer for answer in answers if _name(answer.sample) in places and _reference(answer.sample)]
     if not asked:
         return answers
     texts = embed_texts(trained, [_reference(answer.sample) for answer in asked])
     order = (-(texts @ np.stack(vectors).T)).argsort(axis=1, kind="stable")
-    hits: dict[str, dict[str, Any]] = {
-        answer.sample.key: {
-            "rank": 1 + int(np.flatnonzero(nearest == kept.index(answer.sample.key))[0]),
+    hits: dict[tuple[str, str], dict[str, Any]] = {
+        _name(answer.sample): {
+            "rank": 1 + int(np.flatnonzero(nearest == places[_name(answer.sample)])[0]),
             "gallery": len(kept),
-            "found": tuple(kept[index] for index in nearest[:3]),
+            "found": tuple(kept[index] for index in nearest[:_HITS]),
         }
         for answer, nearest in zip(asked, order, strict=True)
     }
-    return [replace(answer, **hits.get(answer.sample.key, {})) for answer in answers]
+    return [replace(answer, **hits.get(_name(answer.sample), {})) for answer in answers]
+
+
+def _name(sample: Sample) -> tuple[str, str]:
+    return sample.source, sample.key
 
 
 def _row(answer: Answer) -> Row:
@@ -165,12 +171,12 @@ def _row(answer: Answer) -> Row:
     if answer.summary is not None:
         texts.append(("summary", answer.summary.text))
     if answer.rank is not None:
-        instead = "" if answer.rank == 1 else f", after {answer.found[0]}"
-        texts.append(("retrieval", f"the reference finds it as number {answer.rank} of {answer.gallery}{instead}"))
+        texts.append(("retrieval", f"the reference finds it as number {answer.rank} of {answer.gallery}; the nearest:"))
     curves = None
     if answer.summary is not None and answer.truth is not None:
         curves = Curves(answer.summary.seconds, answer.summary.importance, answer.truth)
-    return Row(f"{answer.sample.source}  {answer.sample.key}", _pictures(answer.sample), texts, curves)
+    hits = [(_pictures(sample)[0], _name(sample) == _name(answer.sample)) for sample in answer.found]
+    return Row(f"{answer.sample.source}  {answer.sample.key}", _pictures(answer.sample), texts, hits, curves)
 
 
 def _pictures(sample: Sample) -> list[Image.Image]:

@@ -51,7 +51,7 @@ def test_images_and_videos_in_turn_with_every_answer(recipe, model):
     for answer in answers:
         record = json.loads(json.dumps(answer.record()))
         assert record["caption"] == f"a picture of {answer.sample.key}" and record["reference"]
-        assert 1 <= record["rank"] <= record["gallery"] == 12 and len(record["found"]) == 3
+        assert 1 <= record["rank"] <= record["gallery"] == 12 and len(record["found"]) == 5
         assert ("importance" in record) == ("annotated_importance" in record) == (answer.sample.source == "videos")
 
 
@@ -80,7 +80,8 @@ def test_files_are_written_and_randomness_is_left_alone(recipe, model, monkeypat
 def test_a_sheet_keeps_within_its_width_whatever_the_texts_are():
     curves = Curves(np.array([0.0, 1.0]), np.array([0.0, 2.0]), np.array([0.5, np.float32(0.1)]))
     texts = [("caption", "word " * 300), ("summary", "x" * 5000), ("reference", "")]
-    rows = [Row("name", [Image.new("RGB", size)], texts, curves) for size in ((1, 3000), (3000, 1), (64, 64))]
-    sheet = draw("title", [*rows, Row("frames", [Image.new("L", (9, 9))] * 4, [], None)])
-    assert sheet.width < 1100 and 400 < sheet.height < 1200
+    hits = [(Image.new("RGB", size), size == (64, 64)) for size in ((64, 64), (1, 3000), (3000, 1), (64, 48), (48, 64))]
+    rows = [Row("name", [Image.new("RGB", size)], texts, hits, curves) for size in ((1, 3000), (3000, 1), (64, 64))]
+    sheet = draw("title", [*rows, Row("frames", [Image.new("L", (9, 9))] * 4, [], [], None)])
+    assert sheet.width < 1100 and 400 < sheet.height < 1500
     assert np.asarray(sheet)[:, -8:].min() == 255  # nothing is cut at the right

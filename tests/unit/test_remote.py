@@ -26,6 +26,7 @@ from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data import remote
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader, evaluation_packs
+from dsmoe_vl.data.prefetch import Prefetcher
 from dsmoe_vl.data.shards import Shard, ShardIndex, iterate_samples, read_sample
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
 from tests.tars import write_index, write_shards, write_tar
@@ -116,6 +117,30 @@ def test_stream_equals_the_local_one_bit_for_bit(folder: Path, web: Web, data: D
     assert random.getstate() == random_state[0] and np.random.get_state()[1].tolist() == random_state[1]
     assert torch.equal(torch.get_rng_state(), random_state[2])
     assert web.requests == {"a/index.json": 1, FIRST: 3, "a/00002.tar": 1, "a/00003.tar": 1}
+
+
+def test_announced_shards_are_fetched_ahead(web: Web, data: DataConfig) -> None:
+    index = ShardIndex.load(f"{web.url}/a", data)
+    prefetcher = pickle.loads(pickle.dumps(Prefetcher([index])))
+    prefetcher.announce(0, 0)
+    prefetcher.announce(0, 2)
+    prefetcher.announce(0, 0)
+    until(lambda: len(cached(data)) == 2)
+    assert read_sample(index, 2, 0).key == "a-2-0"
+    assert [web.requests[f"a/0000{i}.tar"] for i in range(4)] == [1, 0, 1, 0]
+
+
+def test_what_cannot_be_fetched_ahead_is_left_to_the_reader(web: Web, data: DataConfig) -> None:
+    web.always[FIRST] = 404
+    web.faults["a/00003.tar"] = [503, 503, 503]
+    index = ShardIndex.load(f"{web.url}/a", impatient(data))
+    prefetcher = Prefetcher([index])
+    for shard in (0, 3, 2):
+        prefetcher.announce(0, shard)
+    until(lambda: len(cached(data)) == 2)
+    with pytest.raises(DataError, match=r"00000\.tar"):
+        read_sample(index, 0, 0)
+    assert read_sample(index, 3, 0).key == "a-3-0"
 
 
 def test_evaluation(folder: Path, web: Web, data: DataConfig) -> None:

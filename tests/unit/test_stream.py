@@ -68,6 +68,22 @@ def test_mixture_follows_the_weights() -> None:
     assert len(set(rare)) > 1  # lanes do not draw it at the same time
 
 
+def test_a_block_that_begins_announces_the_shard_of_the_next_one() -> None:
+    announced: list[tuple[int, int]] = []
+    orders = [SourceOrder("a", index(40, 60, 30), 2, 10, 1), SourceOrder("b", index(25, 25), 2, 10, 1)]
+    lane = Lane(1, 2, orders, [2.0, 1.0], lambda source, shard: announced.append((source, shard)))
+    begun: list[tuple[int, int]] = []
+    for _ in range(300):
+        count = len(announced)
+        ref = lane.next()
+        if len(announced) > count:
+            begun.append((ref.source, ref.shard))
+    for source in (0, 1):
+        shards = [shard for own, shard in begun if own == source]
+        assert shards[1:] == [shard for own, shard in announced if own == source][:-1]
+        assert len(shards) > 5
+
+
 @pytest.mark.parametrize("stop", [0, 1, 15, 16, 17, 200])
 def test_state_continues_anywhere(stop: int) -> None:
     first, second = (lanes_of([index(40, 60), index(3)], 4, [3.0, 1.0])[2] for _ in range(2))
@@ -76,6 +92,18 @@ def test_state_continues_anywhere(stop: int) -> None:
     second.restore(json.loads(json.dumps(first.state())))
     assert [first.next() for _ in range(100)] == [second.next() for _ in range(100)]
     assert len(json.dumps(first.state())) < 200
+
+
+def test_changed_weights_hold_from_the_restored_sample_on() -> None:
+    before = lanes_of([index(500), index(500)], 4, [3.0, 1.0])[2]
+    for _ in range(4000):
+        before.next()
+    changed = lanes_of([index(500), index(500)], 4, [1.0, 1.0])[2]
+    changed.restore(json.loads(json.dumps(before.state())))
+    assert Counter(changed.next().source for _ in range(20))[0] == pytest.approx(10, abs=1)
+    again = lanes_of([index(500), index(500)], 4, [1.0, 1.0])[2]
+    again.restore(json.loads(json.dumps(changed.state())))
+    assert [again.next() for _ in range(100)] == [changed.next() for _ in range(100)]
 
 
 def bad(reason: str = "image cannot be decoded: no JPEG", source: str = "photos") -> BadSample:

@@ -1,0 +1,99 @@
+"""Patches that come through shared memory are those that the worker made."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsmoe_vl.config.recipe import SourceConfig
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.data.pack import PackShape, assemble, collate
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment, TaskId
+from dsmoe_vl.data.slots import PatchSlots
+from tests.tars import encoded_as, picture, write_tar
+from tests.unit.test_loader import DATA, encode_picture
+
+pytestmark = pytest.mark.timeout(60)
+SHAPE = PackShape(length=8, patches=8, patch_size=4, merge=2)
+
+
+def pack(value: int, pictures: int = 1) -> Pack:
+    """`pictures` of one cell each, all bytes of them `value`."""
+    cells = np.arange(pictures, dtype=np.int32)
+    tokens, labels = np.full(4, 5, np.int32), np.full(4, IGNORE, np.int32)
+    shown = [Picture(np.full((4, 48), value, np.uint8), (2, 2), -1.0, cells[i : i + 1]) for i in range(pictures)]
+    return assemble([Segment(TaskId.CAPTION, tokens, labels, np.full(4, Modality.TEXT), shown)], SHAPE)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> SourceConfig:
+    members = [(f"{i:03}.jpg", encoded_as(picture(32 + 16 * (i % 3), 32, seed=i), "JPEG")) for i in range(60)]
+    write_tar(tmp_path / "shards" / "a.tar", members)
+    return SourceConfig("a", str(tmp_path / "shards"))
+
+
+@pytest.mark.parametrize(("workers", "micro_batch", "accumulation"), [(1, 1, 1), (2, 3, 1), (4, 1, 3), (2, 2, 4)])
+def test_batches_of_workers_equal_those_of_the_process_itself(
+    photos: SourceConfig, workers: int, micro_batch: int, accumulation: int
+) -> None:
+    def steps(count: int) -> list[Batch]:
+        data = dataclasses.replace(DATA, pack_length=16, pack_patches=40, workers=count)
+        loader = Loader(data, (photos,), encode_picture, 8, 2, 1, 0, 1, micro_batch, accumulation)
+        found: list[Batch] = []
+        for number, batches in zip(range(12), loader, strict=False):
+            time.sleep(0.05 * (number % 3 == 0) * (count > 0))  # the workers get as far ahead as they can
+            found += batches
+        loader.close()
+        return found
+
+    for theirs, own in zip(steps(workers), steps(0), strict=True):
+        assert theirs.patches.any()
+        for field in dataclasses.fields(Batch):
+            a, b = getattr(theirs, field.name), getattr(own, field.name)
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b, field.name
+
+
+def test_a_pack_without_pictures_has_an_empty_cell_wherever_it_lies() -> None:
+    slots = PatchSlots(workers=1, ahead=1, held=1, shape=SHAPE)
+    for number, pictures in enumerate([2, 2, 0, 0]):  # the slots of the first two are used again
+        made = pack(200, pictures)
+        expected = collate([made]).patches
+        slots.store(made, 0, number)
+        assert len(made.patches) == 0
+        slots.restore(made, 0, number)
+        assert torch.equal(collate([made]).patches, expected)
+        slots.check(0, number)
+
+
+def test_a_pack_that_was_overwritten_is_noticed() -> None:
+    slots = PatchSlots(workers=2, ahead=1, held=1, shape=SHAPE)
+    for number in range(3):
+        slots.store(pack(number), 1, number)
+    slots.check(1, 1)
+    slots.check(1, 2)
+    with pytest.raises(AssertionError, match="pack 0 of worker 1 was overwritten by its pack 2"):
+        slots.check(1, 0)
+
+
+def _store(slots: PatchSlots) -> None:
+    slots.store(pack(77), 1, 5)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_every_way_to_start_a_worker_shares_them(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    slots = PatchSlots(workers=2, ahead=2, held=1, shape=SHAPE)
+    process = context.Process(target=_store, args=(slots,))
+    process.start()
+    process.join(50)
+    arrived = pack(0)
+    slots.restore(arrived, 1, 5)
+    slots.check(1, 5)
+    assert (arrived.patches[:4] == 77).all()
