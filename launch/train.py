@@ -134,7 +134,10 @@ def quiet_deepspeed(rank: int) -> None:
     if "DSMOE_VL_VERBOSE" not in os.environ:
         import logging
 
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR if rank else logging.WARNING)
+        log = logging.getLogger("DeepSpeed")
+        log.setLevel(logging.ERROR if rank else logging.WARNING)
+        # Its schedules ask themselves too early, and warn.
+        log.addFilter(lambda record: "before it has started" not in record.getMessage())
         # DeepSpeed calls a collective by its old name; the user can do nothing about it.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
 

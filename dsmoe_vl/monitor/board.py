@@ -50,6 +50,8 @@ def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
     def lines(*names: str) -> list[Any]:
         return ["Multiline", [tag(name) for name in names]]
 
+    # Nobody knows the peak rate of a CPU.
+    rate = {"share of the peak rate": lines("mfu")} if plan.device == "cuda" else {"TFLOP a second": lines("tflops")}
     layout: dict[str, dict[str, list[Any]]] = {
         "is it learning": {
             "loss of every task": lines(*terms),
@@ -61,7 +63,7 @@ def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
         },
         "is it fast": {
             "tokens a second": lines("tokens_per_second"),
-            "share of the peak rate": lines("mfu"),
+            **rate,
             "milliseconds of a step": lines("step_ms", "data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms"),
             "memory, GiB": ["Multiline", ["memory/.*"]],
         },

@@ -22,6 +22,8 @@ from dsmoe_vl.tasks.language import followed_by, language_loss
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.task import TaskOutput
 
+_LEAST_SECONDS = 1e-3  # of an annotated video
+
 
 class VideoSummaryTask:
     """See the module's drawing."""
@@ -98,16 +100,16 @@ def annotated_curves(sample: Sample) -> tuple[np.ndarray, float]:
     """
     meta = sample.meta
     try:
-        annotators = np.atleast_2d(np.asarray(meta.get("saliency") or meta.get("importance"), dtype=np.float32))
+        annotators = np.atleast_2d(np.asarray(meta.get("saliency") or meta.get("importance"), dtype=np.float64))
         duration = float(meta["duration_seconds"])
     except (TypeError, ValueError, KeyError, OverflowError):
         raise DataError("no importance of frames") from None
     known = annotators.size > 0 and annotators.ndim == 2 and np.isfinite(annotators).all()
-    if not known or not 0 < duration < float("inf"):
+    if not known or not _LEAST_SECONDS <= duration < float("inf"):
         raise DataError("no importance of frames")
     if annotators.min() < 0 or annotators.max() > 1:
         raise DataError(f"importance outside of 0 to 1: {annotators.min():g} to {annotators.max():g}")
-    return annotators, duration
+    return annotators.astype(np.float32), duration
 
 
 def ranked_pairs(importance: np.ndarray, margin: float) -> np.ndarray:

@@ -8,15 +8,13 @@ import json
 import torch.distributed as dist
 
 from dsmoe_vl.config.resolve import resolve
-from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.device import use_device
-from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+from dsmoe_vl.parallel.launch import start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
-from dsmoe_vl.training.step import OptimizerStep
-from tests.batches import mixed_pack
-from tests.distributed.train_losses import PACKS_PER_STEP, RECIPE
+from tests.distributed.stepping import take_steps
+from tests.distributed.train_losses import RECIPE
 
 
 def main() -> None:
@@ -42,13 +40,8 @@ def main() -> None:
         }
         plan = resolve(RECIPE, deepspeed, ranks.world_size, device="cpu", bf16_unit=True)
         engine = build_engine(plan, ranks, build_tasks(RECIPE, None))
-        take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
         found[stage] = []
-        for step in range(2):
-            packs = [mixed_pack(100 * step + n) for n in range(ranks.rank, PACKS_PER_STEP, ranks.world_size)]
-            half = len(packs) // 2
-            shared = take_step.share([collate(packs[:half]), collate(packs[half:])])
-            result = take_step(*shared[:2], part_norms=True)
+        for result in take_steps(plan, ranks, engine, device, 2, part_norms=True):
             norms = {part: float(norm) for part, norm in result.part_norms.items()}
             found[stage].append({"all": result.grad_norm, **norms})
         engine.destroy()

@@ -16,16 +16,14 @@ import torch.distributed as dist
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
 from dsmoe_vl.config.resolve import resolve
-from dsmoe_vl.data.pack import collate
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
-from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+from dsmoe_vl.parallel.launch import start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
-from dsmoe_vl.training.step import OptimizerStep
-from tests.batches import mixed_pack
-from tests.distributed.train_losses import PACKS_PER_STEP, RECIPE
+from tests.distributed.stepping import take_steps
+from tests.distributed.train_losses import RECIPE
 
 L1 = L1Config(weight=0.6, experts=1.0, matrices=0.5, vectors=0.25)
 
@@ -56,12 +54,8 @@ def main() -> None:
         }
         plan = resolve(recipe, deepspeed, ranks.world_size, device="cpu", bf16_unit=True)
         engine = build_engine(plan, ranks, build_tasks(recipe, None))
-        take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
         found[stage] = []
-        for step in range(args.steps):
-            packs = [mixed_pack(100 * step + n) for n in range(ranks.rank, PACKS_PER_STEP, ranks.world_size)]
-            half = len(packs) // 2
-            take_step(*take_step.share([collate(packs[:half]), collate(packs[half:])])[:2])
+        for _ in take_steps(plan, ranks, engine, device, args.steps):
             found[stage].append(sparsity(engine.module, plan, ranks.rank, device))
         save_weights(engine.module, stage, args.folder / f"{stage}.safetensors")
         engine.destroy()

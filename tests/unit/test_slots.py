@@ -39,6 +39,7 @@ def photos(tmp_path: Path) -> SourceConfig:
     return SourceConfig("a", str(tmp_path / "shards"))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize(("workers", "micro_batch", "accumulation"), [(1, 1, 1), (2, 3, 1), (4, 1, 3), (2, 2, 4)])
 def test_batches_of_workers_equal_those_of_the_process_itself(
     photos: SourceConfig, workers: int, micro_batch: int, accumulation: int

@@ -1,0 +1,28 @@
+"""Optimizer steps on packs that are the same whatever the split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dsmoe_vl.config.plan import RunPlan
+from dsmoe_vl.data.pack import collate
+from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.training.step import OptimizerStep
+from tests.batches import mixed_pack
+from tests.distributed.train_losses import PACKS_PER_STEP
+
+
+def take_steps(
+    plan: RunPlan, ranks: Ranks, engine: Any, device: torch.device, steps: int, part_norms: bool = False
+) -> Iterator[Any]:
+    """The result of each step, of two micro-steps."""
+    take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
+    for step in range(steps):
+        packs = [mixed_pack(100 * step + n) for n in range(ranks.rank, PACKS_PER_STEP, ranks.world_size)]
+        half = len(packs) // 2
+        batches, counts, _ = take_step.share([collate(packs[:half]), collate(packs[half:])])
+        yield take_step(batches, counts, part_norms)
