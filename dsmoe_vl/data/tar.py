@@ -47,15 +47,19 @@ class _Member(NamedTuple):
 def scan_shard(path: Path) -> ShardScan:
     """Find the samples of one tar by reading its headers alone. Raises DataError where it cannot be read."""
     starts: list[int] = []
+    links: dict[str, int] = {}  # where the first one of a key lies: it may be the first member of the next sample
     last_key, end = "", 0
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, 0):
-                key = _split_name(member.name)[0] if member.is_file else ""
-                if key not in ("", last_key):
-                    starts.append(end)
+                key = _split_name(member.name)[0]
+                if not member.is_file:
+                    links.setdefault(key, end)
+                elif key not in ("", last_key):
+                    starts.append(links.get(key, end))
                     last_key = key
+                    links.clear()
                 end = member.end
                 if end > size:
                     break
