@@ -168,8 +168,8 @@ class Loader:
 
     def _open_stream(self) -> Iterator[Delivery]:
         workers = self._data.workers
-        # A whole step lies ready while the step before it runs. Each worker computes on one thread (torch's default).
-        held = -(-self._packs_per_step // workers) if workers else 0
+        # Each worker computes on one thread (torch's default). A whole step lies ready in this process.
+        held = -(-self._micro_batch // workers) if workers else 0  # of a worker's packs, while they are flattened
         ahead = held + 1 if workers else None
         self._slots = PatchSlots(workers, held + 1, held, self._shape) if workers else None
         stream = PackStream(
@@ -212,18 +212,16 @@ class Loader:
 
     def _make_step(self) -> _Step:
         assert self._stream is not None
-        deliveries = list(itertools.islice(self._stream, self._packs_per_step))
-        packs = [delivery.pack for delivery in deliveries if delivery.pack is not None]
-        if len(packs) < self._packs_per_step:
-            return deliveries, []
-        slots, origins = self._slots, [(delivery.worker, delivery.number) for delivery in deliveries]
-        if slots is not None:
-            for pack, origin in zip(packs, origins, strict=True):
-                slots.restore(pack, *origin)
-        batches = [collate(packs[i : i + self._micro_batch]) for i in range(0, len(packs), self._micro_batch)]
-        if slots is not None:
-            for origin in origins:
-                slots.check(*origin)
+        stream, slots = self._stream, self._slots
+        deliveries: list[Delivery] = []
+        batches: list[Batch] = []
+        while len(deliveries) < self._packs_per_step:
+            arrived = list(itertools.islice(stream, self._micro_batch))
+            deliveries += arrived
+            packs = [delivery.pack for delivery in arrived if delivery.pack is not None]
+            if len(packs) < self._micro_batch:
+                return deliveries, []
+            batches.append(_flattened(packs, arrived, slots))
         return deliveries, [_pinned(batch) for batch in batches] if torch.cuda.is_available() else batches
 
     def _account(self, deliveries: list[Delivery]) -> None:
@@ -286,6 +284,17 @@ def _end_with(parent: int, closed: Any) -> None:
     while os.getppid() == parent and (rank is None or rank.is_alive()) and not closed.value:
         time.sleep(0.2)
     os._exit(0)  # torch raises in the rank for a worker with another status
+
+
+def _flattened(packs: list[Pack], arrived: list[Delivery], slots: PatchSlots | None) -> Batch:
+    if slots is None:
+        return collate(packs)
+    for pack, delivery in zip(packs, arrived, strict=True):
+        slots.restore(pack, delivery.worker, delivery.number)
+    batch = collate(packs)
+    for delivery in arrived:
+        slots.check(delivery.worker, delivery.number)
+    return batch
 
 
 def _pinned(batch: Batch) -> Batch:

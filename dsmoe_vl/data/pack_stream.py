@@ -128,6 +128,9 @@ class PackStream(IterableDataset[Delivery]):
         self._prefetcher = Prefetcher(list(indexes.values()))
 
     def __iter__(self) -> Iterator[Delivery]:
+        return _Unending(self._deliveries())
+
+    def _deliveries(self) -> Iterator[Delivery]:
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         log = ErrorLog(self._data.max_bad_fraction)
@@ -153,6 +156,8 @@ class PackStream(IterableDataset[Delivery]):
                 yield Delivery(log.drain(), own, number, pack)
         except (DataError, FetchError) as error:
             yield Delivery(log.drain(), own, number, failure=str(error))
+        finally:
+            self._prefetcher.close()
 
     def _weights(self) -> list[float]:
         return [source.weight ** (1 / self._data.temperature) for source in self._sources]
@@ -163,6 +168,34 @@ class PackStream(IterableDataset[Delivery]):
         if str(number) in self._lane_states:
             packs.restore(self._lane_states[str(number)])
         return packs
+
+
+class _Unending:
+    """Deliveries whose end, a failure or an error, is given again and again.
+
+    torch hands the work of a worker that ends to the others: these would overwrite slots that the rank still reads.
+    """
+
+    def __init__(self, deliveries: Iterator[Delivery]) -> None:
+        self._deliveries = deliveries
+        self._end: Delivery | Exception | None = None
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return self
+
+    def __next__(self) -> Delivery:
+        if isinstance(self._end, Exception):
+            raise self._end
+        if self._end is not None:
+            return self._end
+        try:
+            delivery = next(self._deliveries)
+        except Exception as error:
+            self._end = error
+            raise
+        if delivery.failure:
+            self._end = delivery
+        return delivery
 
 
 def to_pack(items: list[Encoded], shape: PackShape) -> Pack:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import random
 import tempfile
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from dsmoe_vl.config.recipe import PIPE, DataConfig
 from dsmoe_vl.data.transfer import PermanentFailure, TransientFailure, blocks, file_url, without_query
@@ -45,6 +46,12 @@ class _Mismatch(TransientFailure):
     """A whole file, but not the one that the manifest describes."""
 
 
+class _Cached(NamedTuple):
+    used: float  # seconds since 1970
+    size: int
+    path: Path
+
+
 class RemoteFolder:
     """A folder of shards behind a URL or a command, and its part of the cache; can be pickled."""
 
@@ -61,8 +68,10 @@ class RemoteFolder:
         self._cache = Path(data.cache).expanduser()
         key = hashlib.sha256(self.name.rstrip("/").encode()).hexdigest()[:_HEX]
         self.folder = self._cache / key  # where its shards are cached
+        self._limit = data.cache_gib * 2**30 or math.inf  # bytes
         self._silence = min(_SILENCE, data.fetch_patience_seconds)
         self._lost: dict[Path, str] = {}  # why; they are not tried again
+        self._lost_ahead: set[Path] = set()  # are not tried ahead again
         self._has_warned = False
 
     def read(self, name: str) -> bytes:
@@ -85,7 +94,7 @@ class RemoteFolder:
         Another process may remove it at any time, to make room. Raises DataError where it cannot be had, and
         FetchError where the server keeps failing or the cache cannot be written.
         """
-        path = self.folder / f"{sha256[:_HEX]}-{name}"
+        path = self._place(name, sha256)
         if path in self._lost:
             raise DataError(self._lost[path])
         try:
@@ -100,6 +109,20 @@ class RemoteFolder:
                 f"data.cache_gib = {self._data.cache_gib}, or choose another folder"
             ) from error
         return path
+
+    def fetch_ahead(self, name: str, size: int, sha256: str) -> None:
+        """As `fetch`, but without an error, and only where the cache has room: what is read now must stay in it."""
+        path = self._place(name, sha256)
+        if path in self._lost or path in self._lost_ahead or path.exists():
+            return
+        try:
+            if sum(one.size for one in self._cached()) + size <= self._limit:
+                self._download(path, name, size, sha256)
+        except (PermanentFailure, FetchError, OSError):
+            self._lost_ahead.add(path)
+
+    def _place(self, name: str, sha256: str) -> Path:
+        return self.folder / f"{sha256[:_HEX]}-{name}"
 
     def _download(self, path: Path, name: str, size: int, sha256: str) -> None:
         url = file_url(self._url, name)
@@ -170,18 +193,13 @@ class RemoteFolder:
 
     def _trim(self, newest: Path) -> None:
         """Remove the least recently used shards beyond `data.cache_gib`, and what dead downloads have left."""
-        now, found = time.time(), []
-        for path in self._cache.glob(_CACHED):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        limit = self._data.cache_gib * 2**30
-        for used, size, path in sorted(found):
+        now, found = time.time(), sorted(self._cached())
+        total = sum(one.size for one in found)
+        for used, size, path in found:
             if path.suffix == _PARTIAL:
                 remove = now - used > _ABANDONED
             else:
-                remove = 0 < limit < total and path != newest
+                remove = self._limit < total and path != newest
                 if remove and now - used < _SOON and not self._has_warned:
                     self._has_warned = True
                     _log.warning(
@@ -192,6 +210,12 @@ class RemoteFolder:
             if remove:
                 path.unlink(missing_ok=True)
                 total -= size
+
+    def _cached(self) -> Iterator[_Cached]:
+        for path in self._cache.glob(_CACHED):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                yield _Cached(status.st_mtime, status.st_size, path)
 
 
 def _use(path: Path, size: int) -> bool:

@@ -70,7 +70,7 @@ class Lane:
         self._orders = orders
         self._announce = announce
         self._weights = [weight / total for weight in weights]
-        self._fingerprint = zlib.crc32(repr(self._weights).encode())
+        self._fingerprint = zlib.crc32(" ".join(f"{weight:.9g}" for weight in self._weights).encode())
         # Lanes start out of phase, so that the packs of one step do not all draw a rare source together.
         self._phases = [(lane * (i + 1) * _GOLDEN_RATIO) % 1.0 if weight else 0.0 for i, weight in enumerate(weights)]
         self._taken = [0] * len(orders)
@@ -117,8 +117,8 @@ class Lane:
         Weights that have changed since hold from here on: what was drawn by the old ones is not made up for.
         """
         self._taken = list(state["taken"])
-        is_same = state.get("weights", self._fingerprint) == self._fingerprint  # older checkpoints do not say
-        self._taken_before = list(state.get("taken_before", [0] * len(self._taken)) if is_same else self._taken)
+        is_same = state.get("weights") == self._fingerprint  # older checkpoints do not say
+        self._taken_before = list(state["taken_before"] if is_same else self._taken)
         self._cursors = [(turn, offset) for turn, offset in state["cursors"]]
         self._open = [None] * len(self._orders)
 

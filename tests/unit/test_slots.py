@@ -15,8 +15,9 @@ from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Sample, Segment, TaskId
 from dsmoe_vl.data.slots import PatchSlots
+from dsmoe_vl.errors import DataError
 from tests.tars import encoded_as, picture, write_tar
 from tests.unit.test_loader import DATA, encode_picture
 
@@ -98,3 +99,41 @@ def test_every_way_to_start_a_worker_shares_them(method: str) -> None:
     slots.restore(arrived, 1, 5)
     slots.check(1, 5)
     assert (arrived.patches[:4] == 77).all()
+
+
+class FailsOnOneWorker:
+    """Worker `workers` - 2 raises `error` at its sample `number`; the last worker is slow."""
+
+    def __init__(self, workers: int, number: int, error: Exception) -> None:
+        self.workers, self.number, self.error, self.seen = workers, number, error, 0
+
+    def __call__(self, sample: Sample) -> list[Segment]:
+        worker, self.seen = torch.utils.data.get_worker_info().id, self.seen + 1
+        if worker == self.workers - 2 and self.seen == self.number:
+            raise self.error
+        time.sleep(0.05 * (worker == self.workers - 1))
+        tokens = np.full(16, self.seen, np.int32)
+        return [Segment(TaskId.CAPTION, tokens, tokens.copy(), np.zeros(16, np.int32))]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    "error", [DataError("image cannot be decoded: x"), ZeroDivisionError("a bug")], ids=["data", "bug"]
+)
+@pytest.mark.parametrize(("workers", "accumulation", "number"), [(3, 5, 3), (4, 16, 5), (4, 32, 9)])
+def test_the_error_of_one_worker_is_what_ends_the_stream(
+    photos: SourceConfig, workers: int, accumulation: int, number: int, error: Exception
+) -> None:
+    """And it ends it at its own step, though the others go on."""
+    data = dataclasses.replace(
+        DATA, pack_length=16, pack_patches=8, lanes=workers, lookahead=1, workers=workers, max_bad_fraction=0.0001
+    )
+    encode = FailsOnOneWorker(workers, number, error)
+    loader = Loader(data, (photos,), encode, 8, 2, 1, 0, 1, 1, accumulation)
+    steps = 0
+    with pytest.raises((DataError, ZeroDivisionError), match=r"image cannot be decoded: x|a bug"):
+        for _ in loader:
+            steps += 1
+    loader.close()
+    pack = workers - 2 + (number - 1) * workers  # of the whole stream
+    assert steps == pack // accumulation
