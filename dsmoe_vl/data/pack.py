@@ -121,7 +121,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
     positions = np.zeros(length, np.int64)
     task_ids = np.zeros(length, np.int64)
     modality_ids = np.full(length, Modality.TEXT, np.int64)
-    patches = np.zeros((shape.patches, 3 * shape.patch_size**2), np.uint8)
+    patches: list[np.ndarray] = []
     patch_positions = np.zeros((shape.patches, 2), np.int64)
     cell_position = np.full(cells, length, np.int64)
     cell_frame = np.full(cells, length, np.int64)
@@ -146,7 +146,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
             count = len(picture.patches)
             patch_start, patch_end = patch_end, patch_end + count
             cell_start, cell_end = cell_end, cell_end + len(picture.cell_token)
-            patches[patch_start:patch_end] = picture.patches
+            patches.append(picture.patches)
             patch_positions[patch_start:patch_end] = grid_positions(picture.grid, shape.merge)
             cell_position[cell_start:cell_end] = start + picture.cell_token
             cell_time[cell_start:cell_end] = picture.time_seconds
@@ -171,7 +171,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         modality_ids=modality_ids,
         real=np.arange(length) < end,
         segment_lengths=[segment.length for segment in segments],
-        patches=patches,
+        patches=patches or [np.zeros((shape.merge**2, 3 * shape.patch_size**2), np.uint8)],
         patch_positions=patch_positions,
         picture_lengths=picture_lengths,
         cell_position=cell_position,
@@ -196,11 +196,12 @@ def collate(packs: Sequence[Pack]) -> Batch:
     Where no pack holds a picture, the patches of one cell stay: the encoder runs on every rank at every step.
     """
     length = len(packs[0].tokens)
-    cell_size = len(packs[0].patches) // len(packs[0].cell_position)
+    cell_size = len(packs[0].patch_positions) // len(packs[0].cell_position)
     segments = [n for pack in packs for n in [*pack.segment_lengths, length - sum(pack.segment_lengths)] if n]
     pictures = [n for pack in packs for n in pack.picture_lengths] or [cell_size]
     used = [sum(pack.picture_lengths) for pack in packs]
-    used[0] = max(used[0], cell_size if sum(used) == 0 else 0)
+    used[0] = used[0] if any(used) else cell_size
+    patches = [part for pack, n in zip(packs, used, strict=True) if n for part in pack.patches]
     frames = np.cumsum([0, *(len(pack.frame_tokens) for pack in packs)])
     counts = {name: sum(pack.counts[name] for pack in packs) for name in packs[0].counts}
 
@@ -233,7 +234,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
         real=flat("real"),
         cu_segments=_cumulative(segments),
         max_segment=max(segments),
-        patches=flat("patches", 1),
+        patches=torch.from_numpy(np.concatenate(patches)),
         patch_positions=flat("patch_positions", 1),
         cu_pictures=_cumulative(pictures),
         max_picture=max(pictures),

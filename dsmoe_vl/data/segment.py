@@ -100,7 +100,8 @@ class Pack:
     """One fixed-shape row of a batch, as numpy arrays.
 
     tokens, labels, positions, task_ids, modality_ids int64 [L]; real bool [L]; segment_lengths: their sum <= L, the
-    tail is padding. patches uint8 [P, C]; patch_positions int64 [P, 2] (row, column); picture_lengths: their sum <= P.
+    tail is padding. picture_lengths: patches of each picture, their sum <= P. patches: uint8 [p, C] of each picture, or
+    where there is none one cell of zeros; patch_positions int64 [P, 2] (row, column).
     cell_position int64 [Q] in 0..L, L meaning "padding, goes nowhere"; cell_weight float32 [Q] (1 / cells on the same
     token, 0 in padding); cell_time float32 [Q] seconds, -1 for still images and padding. cell_frame int64 [Q] in 0..L
     and cell_frame_weight float32 [Q]: the same for the frame tokens.
@@ -116,7 +117,7 @@ class Pack:
     modality_ids: np.ndarray
     real: np.ndarray
     segment_lengths: list[int]
-    patches: np.ndarray
+    patches: list[np.ndarray]
     patch_positions: np.ndarray
     picture_lengths: list[int]
     cell_position: np.ndarray

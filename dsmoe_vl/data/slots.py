@@ -43,20 +43,22 @@ class PatchSlots:
 
     def store(self, pack: Pack, worker: int, number: int) -> None:
         """Move the patches of a worker's pack `number` into its slot; the pack keeps none."""
-        used = max(sum(pack.picture_lengths), self._cell)  # `collate` may read an empty cell
         slot = number % self._count
         self._numbers()[worker, slot] = number
-        self._patches()[worker, slot, :used] = pack.patches[:used]
-        pack.patches = pack.patches[:0]
+        np.concatenate(pack.patches, out=self._patches()[worker, slot, : self._used(pack)])
+        pack.patches = []
 
     def restore(self, pack: Pack, worker: int, number: int) -> None:
         """Give a pack that has arrived its patches, until `held` further ones of its worker have been taken."""
-        pack.patches = self._patches()[worker, number % self._count]
+        pack.patches = [self._patches()[worker, number % self._count, : self._used(pack)]]
 
     def check(self, worker: int, number: int) -> None:
         """To be called when a pack's patches have been read: they were its own all the time."""
         found = self._numbers()[worker, number % self._count]
         assert found == number, f"pack {number} of worker {worker} was overwritten by its pack {found}"
+
+    def _used(self, pack: Pack) -> int:
+        return sum(pack.picture_lengths) or self._cell
 
     def _numbers(self) -> np.ndarray:
         count = math.prod(self._numbers_shape)

@@ -68,7 +68,7 @@ def test_a_pack_without_pictures_has_an_empty_cell_wherever_it_lies() -> None:
         made = pack(200, pictures)
         expected = collate([made]).patches
         slots.store(made, 0, number)
-        assert len(made.patches) == 0
+        assert made.patches == []
         slots.restore(made, 0, number)
         assert torch.equal(collate([made]).patches, expected)
         slots.check(0, number)
@@ -98,7 +98,7 @@ def test_every_way_to_start_a_worker_shares_them(method: str) -> None:
     arrived = pack(0)
     slots.restore(arrived, 1, 5)
     slots.check(1, 5)
-    assert (arrived.patches[:4] == 77).all()
+    assert (arrived.patches[0] == 77).all()
 
 
 class FailsOnOneWorker:
