@@ -43,6 +43,7 @@ class Report:
     shards: int = 0
     total_bytes: int = 0
     media_types: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)  # what samples are for; one that names none is for all
     foreign: int = 0  # samples that other tools have written
     lengths: list[int] = field(default_factory=list)  # of captions, in words or tokens
     unit: str = "words"
@@ -92,6 +93,8 @@ def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None 
         seen.add(look.sample.key)
         report.samples += 1
         report.media_types[look.sample.media_type or "text only"] += 1
+        tasks = look.sample.meta.get("tasks")
+        report.tasks.update({str(task) for task in tasks} if isinstance(tasks, list) else ["every task"])
         report.foreign += not is_own(look.sample)
         report.lengths.extend(len(measure(caption)) for caption in captions_of(look.sample))
         if look.sample.media is not None:
@@ -179,6 +182,7 @@ def describe(report: Report) -> Iterator[str]:
     """The report as lines of text."""
     yield f"{report.samples} samples read, {report.shards} shards, {report.total_bytes / 2**20:.1f} MiB"
     yield "media: " + (", ".join(f"{count} {name}" for name, count in report.media_types.most_common()) or "none")
+    yield "for: " + (", ".join(f"{task} {count}" for task, count in sorted(report.tasks.items())) or "none")
     if report.foreign:
         yield f"{report.foreign} samples of another tool, read as they are; `convert img2dataset` adds what ours have"
     yield from _histogram(f"caption length, {report.unit}", report.lengths)

@@ -18,7 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.describe import describe
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.plan import RunPlan, plan_to_json
+from dsmoe_vl.config.plan import RunPlan, changed_settings, plan_to_json
 from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit
@@ -103,7 +103,8 @@ def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
         HostGroup().barrier()
     if ranks.rank == 0:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
-        for note in plan.notes:
+        changes = changed_settings(plan, plan.run_dir / "plan.json")
+        for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
             print(f"note: {note}", flush=True)
 
     from dsmoe_vl.training.trainer import Trainer

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools.formats import Record
 from data_tools.formats.filters import Filters, add_filter_argument
-from data_tools.formats.tables import existing_folder, read_rows
+from data_tools.formats.tables import existing_folder, read_rows, require_columns
 from data_tools.formats.text_files import media_kind, records_beside_text
 from dsmoe_vl.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
@@ -34,10 +34,10 @@ or without one, with a caption a line of a text file:
       2024/c.jpg
       2024/c.txt
 
-Several rows of one file are several captions of it; of all else, the first of them counts. Other names of columns are
-given by --map. What it knows: file, text, id (instead of the file's path), url, licence, summary (a text), importance
-(a list of numbers from 0 to 1, one for each equal part of a video) and saliency (a list of such lists, one an
-annotator). In csv and tsv the lists are JSON.
+Several rows of one file are several captions of it; of all else, the first of them counts. Columns that it knows:
+file, text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1,
+one for each equal part of a video) and saliency (a list of such lists, one an annotator). In csv and tsv the lists are
+JSON. --map text=caption gives a column of another name, --map id= says that there is none.
 
 Examples:
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help=f"the column of {', '.join(FIELDS)} (default: file=file, text=text)",
+        help=f"the column of {', '.join(FIELDS)} (default: the one of that name; FIELD= for none)",
     )
     parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help="copied to KEY.json")
     add_filter_argument(parser, "the table's columns")
@@ -83,17 +83,17 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     path: Path = arguments.table
-    filters, columns = Filters(arguments.filter), _parse_map(arguments.map)
-    options = {column: f"--map {field}={column}" for field, column in columns.items()}
-    options |= {column: f"--keep {column}" for column in arguments.keep}
-    # With labels of another kind a text is not needed.
-    needed = ["file"] if columns.keys() & set(LABELS) else ["file", "text"]
-    columns = {"file": "file", "text": "text", **columns}
-    rows = read_rows(path, "--table", {columns[field]: f"--map {field}=COLUMN" for field in needed})
+    filters, mapped = Filters(arguments.filter), _parse_map(arguments.map)
+    rows = read_rows(path, "--table", {mapped.get("file", "file"): "--map file=COLUMN"})
     known = dict.fromkeys(column for _, row in rows for column in row)
+    options = {column: f"--map {field}={column}" for field, column in mapped.items() if column}
+    options |= {column: f"--keep {column}" for column in arguments.keep}
     for column, option in options.items():
         if rows and column not in known:
             raise DataError(f"{option}: no column {column!r} in {path}; there are {', '.join(known)}")
+    columns = {field: column for field in FIELDS if (column := mapped.get(field, field)) in known}
+    if not columns.keys() & set(LABELS):  # with one of these a text is not needed
+        require_columns(rows, path, {mapped.get("text") or "text": "--map text=COLUMN"})
 
     found: dict[str, Record] = {}
     nameless = []
@@ -108,7 +108,7 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
         name = posixpath.normpath(name)
         if name not in found:
             found[name] = _record(folder, name, line, row, columns, arguments.keep)
-        text = row.get(columns["text"])
+        text = row.get(columns.get("text", ""))
         found[name].captions.extend(text if isinstance(text, list) else [text])
     filters.check(str(path))
     owners: dict[str, str] = {}
@@ -116,7 +116,7 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
         if owners.setdefault(record.identifier, name) != name:
             raise DataError(
                 f"--map id={columns['id']}: {path} gives {owners[record.identifier]} and {name} the same id, "
-                f"{record.identifier!r}: name a column of unique ids, or leave it out"
+                f"{record.identifier!r}: name a column of unique ids, or none by --map id="
             )
     yield from found.values()
     yield from nameless
@@ -148,11 +148,11 @@ def _record(
 
 
 def _parse_map(texts: list[str]) -> dict[str, str]:
-    """The column of each field that was given one. Raises DataError."""
+    """The column of each field that was given one, "" where it has none. Raises DataError."""
     columns = {}
     for text in texts:
-        field, _, column = (part.strip() for part in text.partition("="))
-        if field not in FIELDS or not column:
+        field, sign, column = (part.strip() for part in text.partition("="))
+        if field not in FIELDS or not sign or (field == "file" and not column):
             raise DataError(f"--map {text}: write FIELD=COLUMN; fields are {', '.join(FIELDS)}")
         columns[field] = column
     return columns

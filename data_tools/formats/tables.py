@@ -61,12 +61,17 @@ def read_rows(path: Path, option: str, columns: dict[str, str] | None = None) ->
         rows = list(jsonl_rows(path, option))
     else:
         rows = list(csv_rows(path, option, "\t" if suffix == ".tsv" else ","))
+    require_columns(rows, path, columns or {})
+    return rows
+
+
+def require_columns(rows: list[Row], path: Path, columns: dict[str, str]) -> None:
+    """Raises DataError where a row lacks one of `columns`, as in `read_rows`."""
     for line, row in rows:
-        for column, named_by in (columns or {}).items():
+        for column, named_by in columns.items():
             if column not in row:
                 found = ", ".join(row) or "no columns"
                 raise DataError(f"{path}, line {line}: no {column!r} among {found}: name it with {named_by}")
-    return rows
 
 
 def csv_rows(path: Path, option: str, delimiter: str = ",") -> Iterator[Row]:

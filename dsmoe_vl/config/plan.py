@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,30 @@ def plan_to_json(plan: RunPlan) -> str:
     """The plan as JSON text; `recipe_from_json` reads the recipe back exactly."""
     counts = {"total": plan.parameters.total, "active": plan.parameters.active, **asdict(plan.parameters)}
     return json.dumps({**asdict(plan), "parameters": counts}, indent=2, default=str) + "\n"
+
+
+def changed_settings(plan: RunPlan, path: Path) -> list[str]:
+    """Settings of recipe and DeepSpeed JSON that differ from those in a run's `plan.json`: "run.steps 100 -> 200".
+
+    [] where there is no such file, and settings that only one of them has are left out: another version wrote it.
+    """
+    try:
+        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(plan_to_json(plan))
+        pairs = [(dict(before[part]), now[part]) for part in ("recipe", "deepspeed")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [change for old, new in pairs for change in _differences(old, new, "")]
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in (key for key in now if key in before):
+            yield from _differences(before[key], now[key], f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(old, new, f"{name}[{number}]")
+    elif before != now:
+        yield f"{name} {json.dumps(before)} -> {json.dumps(now)}"
 
 
 def recipe_from_json(path: Path) -> Recipe:

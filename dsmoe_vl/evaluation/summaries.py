@@ -13,7 +13,7 @@ from dsmoe_vl.evaluation.captions import names_every_object
 from dsmoe_vl.evaluation.frame_features import frame_features
 from dsmoe_vl.evaluation.shots import MAX_FRAMES, segment, unit_features
 from dsmoe_vl.evaluation.summary_metrics import kendall_tau_b, key_frame_f, spearman_rho
-from dsmoe_vl.evaluation.summary_protocols import frames_of_parts, protocol_scores
+from dsmoe_vl.evaluation.summary_protocols import frames_of_parts, protocol_scores, times_of_parts
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.tasks.video_summary import annotated_curves
@@ -42,15 +42,15 @@ def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_toke
 
 
 def importance_scores(trained: TrainedModel, sample: Sample, summary: VideoSummary) -> dict[str, float]:
-    """A predicted curve, read where each annotated part begins, against the annotators' mean, and where KEY.json lists
-    several curves against each of them by the protocol of its `source` (`summary_protocols.protocol_scores`).
+    """A predicted curve, read in each annotated part, against the annotators' mean, and where KEY.json lists several
+    curves against each of them by the protocol of its `source` (`summary_protocols.protocol_scores`).
 
     Raises DataError where the sample has no curve or its video cannot be read.
     """
     curves, duration = annotated_curves(sample)
     truth, source = curves.mean(axis=0, dtype=np.float32), str(sample.meta.get("source", ""))
     lengths = frames_of_parts(source, len(truth), sample.meta.get("annotated_frames"))
-    predicted = summary.at((np.cumsum(lengths) - lengths) * duration / lengths.sum())
+    predicted = summary.at(times_of_parts(source, lengths, duration, sample.meta.get("fps")))
     scores = {
         "key_frame_f": key_frame_f(predicted, truth),
         "kendall_tau": kendall_tau_b(predicted, truth),

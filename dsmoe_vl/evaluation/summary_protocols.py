@@ -80,6 +80,20 @@ def frames_of_parts(source: str, parts: int, annotated_frames: object) -> np.nda
     return np.diff(np.arange(parts + 1) * annotated_frames // parts)
 
 
+def times_of_parts(source: str, lengths: np.ndarray, duration: float, frames_a_second: object) -> np.ndarray:
+    """The mean time of the frames for which the annotation of each part holds: seconds, float64 [P].
+
+    The middle of a part of many frames, or of unknown ones; the beginning of one that is a single frame. TVSum's scores
+    are those of the frame with which a part begins.
+    """
+    seconds = lengths * (duration / lengths.sum())
+    if source == "tvsum":
+        return np.cumsum(seconds) - seconds
+    is_known = isinstance(frames_a_second, int | float) and 0 < frames_a_second < float("inf")
+    frames = np.maximum(seconds * frames_a_second, 1) if is_known else np.inf
+    return np.cumsum(seconds) - seconds + seconds * (1 - 1 / frames) / 2
+
+
 def needs_shots(source: str) -> bool:
     """Whether the protocol of KEY.json's `source` chooses whole shots."""
     return source in ("tvsum", "summe")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import os
 import sys
 import time
@@ -29,7 +31,7 @@ _TIMEOUT = timedelta(minutes=20)
 def start_process_group(ranks: Ranks, device: str) -> None:
     """Initialise torch.distributed through DeepSpeed. Under MPI, mpi4py finds the first host (facts of the launcher).
 
-    Raises ConfigError where several ranks were started and nothing names the first host.
+    Raises ConfigError where several ranks were started and nothing names the first host, or its port is taken.
     """
     under_mpi = "RANK" not in os.environ and ("OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ)
     if not under_mpi:
@@ -44,7 +46,16 @@ def start_process_group(ranks: Ranks, device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cpu":
         _build_cpu_communication()
-    deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=_TIMEOUT, verbose=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank would tell that the operations were built
+            deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=_TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {port} of the first host is in use, probably by another run: end that, or choose another port "
+            "with `deepspeed --master_port N`, or MASTER_PORT under other launchers"
+        ) from error
     if dist.get_world_size() != ranks.world_size:
         raise ConfigError(
             f"the launcher announced {ranks.world_size} ranks but {dist.get_world_size()} joined; "

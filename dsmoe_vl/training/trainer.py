@@ -38,6 +38,7 @@ class Trainer:
     def __init__(self, plan: RunPlan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
         recipe = plan.recipe
+        self.stop = StopRequest()
         self.device = use_device(plan.device, ranks.local_rank)
         self.host = HostGroup()
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
@@ -79,7 +80,7 @@ class Trainer:
         if self.step:
             self.monitor.say(f"resumed at step {self.step}")
         saved = self.step
-        with StopRequest() as stop:
+        with self.stop:
             batches = iter(self.loader)
             if self.step == 0:
                 self.evaluate()  # where the held-out losses start
@@ -88,7 +89,7 @@ class Trainer:
                 started = time.perf_counter()
                 step_batches = next(batches)
                 waited = time.perf_counter() - started
-                step_batches, counts, stopping = self.take_step.share(step_batches, stop.received)
+                step_batches, counts, stopping = self.take_step.share(step_batches, self.stop.received)
                 self.step += 1
                 last = self.step == run.steps
                 logs = last or self.step % run.log_every == 0

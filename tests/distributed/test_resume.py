@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from tests.distributed.ranks import run_ranks
 from tests.runs import STEPS, TRAIN, curve, deepspeed_command, finish, metrics, start
 
 
-def interrupt(command, run, number, after_step):
+def interrupt(command, run, number, after_step, send=os.killpg):
     """Start, signal the whole process group once a step is logged (as a terminal does), wait for the end."""
     process = start(command)
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
@@ -22,7 +24,7 @@ def interrupt(command, run, number, after_step):
         if log.exists() and any(f'"step": {after_step},' in line for line in log.read_text().splitlines()):
             break
         time.sleep(0.02)
-    os.killpg(process.pid, number)
+    send(process.pid, number)
     return finish(process)
 
 
@@ -42,6 +44,27 @@ def test_signals_end_with_a_checkpoint_and_the_same_command_continues(tiny, trai
     result = finish(start(command))
     assert result.status == 0 and f"resumed at step {stopped_at}" in result.out, result.out + result.err
     assert curve(run) == curve(trained)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: ranks without a launcher were not checked")
+def test_ranks_end_with_the_command_that_started_them(tiny):
+    """A signal to `deepspeed` alone ends that process at once, and nothing tells its ranks."""
+    run = tiny.folder / "runs" / "orphaned"
+    result = interrupt(deepspeed_command(tiny.arguments(run)), run, signal.SIGTERM, after_step=2, send=os.kill)
+    assert result.status == -signal.SIGTERM
+    assert "the same command continues" in result.out, result.out + result.err
+    last = metrics(run)[-1]["step"]
+    assert 2 <= last < STEPS and (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
+
+
+def test_a_taken_port_is_named(tiny):
+    command = deepspeed_command(tiny.arguments(tiny.folder / "runs" / "second"))
+    port = command[command.index("--master_port") + 1]
+    with socket.create_server(("", int(port))):
+        result = finish(start(command))
+    assert result.status == 2
+    assert f"error (rank 0): port {port} of the first host is in use" in result.err
+    assert "Traceback" not in result.out + result.err
 
 
 def test_incomplete_checkpoints_are_passed_over(tiny, trained):

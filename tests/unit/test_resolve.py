@@ -12,7 +12,7 @@ import pytest
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.describe import describe
 from dsmoe_vl.config.load import load_recipe, recipe_from_table
-from dsmoe_vl.config.plan import RunPlan, plan_to_json, recipe_from_json
+from dsmoe_vl.config.plan import RunPlan, changed_settings, plan_to_json, recipe_from_json
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.errors import ConfigError
@@ -305,6 +305,29 @@ def test_broken_plan_json_is_named(tmp_path, text):
         recipe_from_json(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         recipe_from_json(tmp_path / "absent.json")
+
+
+def test_changes_since_the_last_start_are_told(tmp_path):
+    path, first = tmp_path / "plan.json", plan()
+    assert changed_settings(first, path) == []
+    path.write_text(plan_to_json(first))
+    assert changed_settings(first, path) == []
+    sources = (replace(first.recipe.data.sources[0], weight=9.0), *first.recipe.data.sources[1:])
+    data, run = replace(first.recipe.data, sources=sources), replace(first.recipe.run, seed=2)
+    recipe = replace(first.recipe, data=data, run=run)
+    second = plan(recipe, moe() | {"gradient_clipping": 0.5})
+    assert changed_settings(second, path) == [
+        f"data.sources[0].weight {first.recipe.data.sources[0].weight} -> 9.0",
+        "run.seed 1 -> 2",
+        "gradient_clipping 1.0 -> 0.5",
+    ]
+    written = json.loads(path.read_text())
+    del written["recipe"]["run"]["seed"]  # an older version's
+    path.write_text(json.dumps(written))
+    assert len(changed_settings(second, path)) == 2
+    for text in ("[]", "{", '{"recipe": 3}'):
+        path.write_text(text)
+        assert changed_settings(first, path) == []
 
 
 def test_file_names_default_to_what_they_are():

@@ -14,11 +14,13 @@ from dsmoe_vl.evaluation.summary_protocols import (
     frames_of_parts,
     overlap_f,
     summe_f,
+    times_of_parts,
     tvsum_f,
     user_correlations,
     videoxum_f,
 )
 from dsmoe_vl.inference.summarize import VideoSummary
+from dsmoe_vl.tasks.video_summary import importance_at
 from tests.samples import sample
 
 ONES = np.ones(20, dtype=np.int64)
@@ -129,12 +131,26 @@ def test_one_curve_is_no_annotator():
 
 
 def test_a_tvsum_score_is_read_at_its_own_frame():
-    """Parts of 15, 15 and 10 frames: the third begins at 0.75 of the video, not at two thirds."""
+    """Parts of 15, 15 and 10 frames: the third begins at 0.75 of the video."""
     video = of_source("other", saliency=None, importance=[0.0, 0.0, 1.0], annotated_frames=40)
-    step = VideoSummary("", np.array([0.0, 7.4, 7.41, 10.0]), np.array([0.0, 0.0, 1.0, 1.0]))
-    assert summaries.importance_scores(None, video, step)["importance_error"] == pytest.approx(1 / 3)
+    peak = VideoSummary("", np.array([0.0, 7.4, 7.45, 7.55, 7.6, 10.0]), np.array([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]))
+    assert summaries.importance_scores(None, video, peak)["importance_error"] == pytest.approx(1 / 3)
     video.meta["source"] = "tvsum"
-    assert summaries.importance_scores(None, video, step)["importance_error"] == pytest.approx(0.0)
+    assert summaries.importance_scores(None, video, peak)["importance_error"] == pytest.approx(0.0)
+
+
+def test_other_annotations_hold_for_all_frames_of_a_part():
+    lengths = np.ones(5, dtype=np.int64)
+    assert times_of_parts("", lengths, 10.0, None).tolist() == pytest.approx([1, 3, 5, 7, 9])
+    assert times_of_parts("", lengths, 10.0, 0.5).tolist() == pytest.approx([0, 2, 4, 6, 8])  # a frame is a part
+    assert times_of_parts("", lengths, 10.0, 2.0).tolist() == pytest.approx([0.75, 2.75, 4.75, 6.75, 8.75])
+    assert times_of_parts("summe", np.array([3, 1]), 8.0, 0.5).tolist() == pytest.approx([2, 6])
+    # A model that knows the annotation, which is a step at each border, agrees with it.
+    video = of_source("", saliency=None, importance=[0.1, 0.9, 0.1, 0.2, 0.1], fps=25)
+    seconds = (np.arange(250) + 0.5) / 25
+    curve = VideoSummary("", seconds, importance_at(video, seconds.tolist()))
+    scores = summaries.importance_scores(None, video, curve)
+    assert (scores["key_frame_f"], scores["kendall_tau"]) == (1.0, pytest.approx(1.0))
 
 
 @pytest.fixture(scope="module")

@@ -208,6 +208,17 @@ class TestFolder:
         named = {"url": "u", "licence": "x", "summary": "all of it", "saliency": [[0.5, 1]], "c": 1}
         assert first.meta == named and not any(second.meta.values())
 
+    def test_columns_by_their_own_names(self, tmp_path):
+        row = {"file": "a.mp4", "id": "n", "url": "u", "summary": "all of it", "importance": [0.5, 1], "text": "a cat"}
+        table = written(tmp_path / "t.jsonl", json.dumps(row))
+        (record,) = read(folder, "--media", tmp_path, "--table", table)
+        assert (record.identifier, record.captions) == ("n", ["a cat"])
+        assert record.meta == {"url": "u", "summary": "all of it", "importance": [0.5, 1]}
+        without = [part for field in ("id", "text", "importance") for part in ("--map", field + "=")]
+        (record,) = read(folder, "--media", tmp_path, "--table", table, *without)
+        assert (record.identifier, record.captions) == ("a.mp4", [None])
+        assert record.meta == {"url": "u", "summary": "all of it"}
+
     def test_lists_in_cells_of_csv_and_no_text_beside_them(self, tmp_path):
         table = written(tmp_path / "t.csv", 'file,scores\na.mp4,"[0.1, 0.9]"\nb.mp4,"[0.1"\nc.mp4,0.5\nd.mp4,\n')
         found = read(folder, "--media", tmp_path, "--table", table, "--map", "importance=scores")
@@ -256,7 +267,9 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--map", "text=caption"], r"t.csv, line 2: no 'caption' among file, words, id: name it with --map text="),
+            (["--map", "text=caption"], r"--map text=caption: no column 'caption' in .*there are file, words, id"),
+            (["--map", "text="], r"t.csv, line 2: no 'text' among file, words, id: name it with --map text=COLUMN"),
+            (["--map", "file="], r"--map file=: write FIELD=COLUMN"),
             ([], r"t.csv, line 2: no 'text' among file, words, id: name it with --map text=COLUMN"),
             (["--map", "words"], r"--map words: write FIELD=COLUMN; fields are file, text, id"),
             (["--map", "caption=words"], r"--map caption=words: write FIELD=COLUMN"),
@@ -265,7 +278,7 @@ class TestFolder:
                 r"--map url=link: no column 'link' in .*there are file, words",
             ),
             (["--map", "text=words", "--keep", "by"], r"--keep by: no column 'by' in "),
-            (["--map", "text=words", "--map", "id=id"], r"--map id=id: .* gives a.jpg and b.jpg the same id, '1'"),
+            (["--map", "text=words"], r"--map id=id: .* gives a.jpg and b.jpg the same id, '1'.* none by --map id="),
             (["--table", "t.xlsx"], r"--table t.xlsx: the name must end in \.csv"),
         ],
     )
