@@ -60,7 +60,7 @@ def plan_run(args: argparse.Namespace, world_size: int) -> RunPlan:
         device=device,
         bf16_unit=has_bf16_unit(device),
         strict=args.strict,
-        recipe_file=str(args.recipe),
+        recipe_file=f"{args.recipe} with the command line's settings" if args.overrides else str(args.recipe),
         deepspeed_file=str(args.deepspeed),
     )
 

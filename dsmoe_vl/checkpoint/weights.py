@@ -8,9 +8,13 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.capacity import CapacityMoE, one_process_name
 from dsmoe_vl.moe.layer import ExpertParallelMoE
 
@@ -37,6 +41,22 @@ def save_weights(model: nn.Module, zero_stage: int, path: Path) -> None:
         weights[one_process_name(name).removeprefix("backbone.")] = buffer.to("cpu", copy=True)
     if dist.get_rank() == 0:
         save_file(weights, path)
+
+
+def require_same_model(folder: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError unless a checkpoint has the tensors of the recipe's model, before DeepSpeed loads parts."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(recipe)
+    expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if names:
+        one = names[0]
+        raise CheckpointError(
+            f"{folder} is of another model: {len(names)} tensors differ, {one} is {saved.get(one, 'missing')} there and "
+            f"{expected.get(one, 'missing')} in this recipe; restore the recipe's settings, or start a new run.name"
+        )
 
 
 def one_process_tensors(model: nn.Module, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:

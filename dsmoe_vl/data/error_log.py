@@ -38,7 +38,9 @@ class ReadCounts:
 class ErrorLog:
     """Counts the samples read in this process since `drain` and enforces the error budget of the whole run."""
 
-    def __init__(self, max_bad_fraction: float) -> None:
+    def __init__(self, max_bad_fraction: float, part: str = "data.sources") -> None:
+        """`part` of the recipe has the sources."""
+        self._part = part
         self._max_bad_fraction = max_bad_fraction
         self._read: Counter[str] = Counter()
         self._bad: Counter[str] = Counter()
@@ -62,7 +64,7 @@ class ErrorLog:
         read, bad = self._read[source], self._bad[source]
         if bad > self._max_bad_fraction * max(read, _PATIENCE) or (bad == read and read >= _PATIENCE):
             raise DataError(
-                f"source {source}: {bad} of {read} samples are bad, more than data.max_bad_fraction = "
+                f"{self._part}, {source}: {bad} of {read} samples are bad, more than data.max_bad_fraction = "
                 f"{self._max_bad_fraction}; the last is number {sample.sample} of {sample.shard}: {sample.reason}; "
                 "repair the shards or raise the budget"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import newest_complete, require_fit
+from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -92,7 +93,7 @@ class Trainer:
                 step_batches, counts, stopping = self.take_step.share(step_batches, self.stop.received)
                 self.step += 1
                 last = self.step == run.steps
-                logs = last or self.step % run.log_every == 0
+                logs = last or stopping or self.step % run.log_every == 0
                 result = self.take_step(step_batches, counts, part_norms=logs)
                 self.window.add(result)
                 self.window.time(time.perf_counter() - started, waited)
@@ -161,6 +162,7 @@ class Trainer:
             return
         folder, manifest = found
         require_fit(folder, manifest, state.topology_of(self.plan), self.tokenizer.sha256)
+        require_same_model(folder, self.plan.recipe)
         self.step, self.take_step.load_fraction, data = state.restore(folder, self.ranks, self.engine, self.device)
         self.loader.load_state_dict(data)
 

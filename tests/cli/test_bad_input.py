@@ -134,6 +134,17 @@ class TestResume:
     def test_another_zero_stage(self, tiny, run):
         refused(tiny.arguments(run, stage=3), "zero_stage=2", "zero_stage=3", f"step_{STEPS:08d}", "new run.name")
 
+    @pytest.mark.parametrize(
+        ("setting", "difference"),
+        [
+            ("model.width=64", "connector"),
+            ("moe.experts=8", "experts.w1 is [4, 32, 32] there and [8, 32, 32] in"),
+            ("model.layers=3", "layers.2.attention.k_norm.weight is missing there"),
+        ],
+    )
+    def test_another_model(self, tiny, run, setting, difference):
+        refused(tiny.arguments(run, setting), f"step_{STEPS:08d} is of another model", difference, "new run.name")
+
     def test_another_order_of_the_data(self, tiny, run):
         refused(tiny.arguments(run, "run.seed=2"), "run.seed was 1", "is 2 now", "start a new run")
 

@@ -216,7 +216,9 @@ def test_a_worker_does_not_collect_what_it_inherits(sources: tuple[SourceConfig,
 def test_too_many_bad_samples_end_the_run_with_their_message(sources: tuple[SourceConfig, ...], workers: int) -> None:
     data = dataclasses.replace(DATA, workers=workers)
     loader = Loader(data, sources, refuse, 16, 2, seed=1, rank=0, ranks=1, micro_batch=1, accumulation=1)
-    with pytest.raises(DataError, match=r"^source a: 2 of 2 samples are bad, .*: image cannot be decoded: a-") as error:
+    with pytest.raises(
+        DataError, match=r"^data\.sources, a: 2 of 2 samples are bad, .*: image cannot be decoded: a-"
+    ) as error:
         next(iter(loader))
     assert "Traceback" not in str(error.value)
     assert loader.report()["a/errors"] == 2

@@ -115,7 +115,9 @@ def test_error_budget_is_per_source() -> None:
     for _ in range(5):
         log.bad(bad())
     log.bad(bad(source="videos"))
-    with pytest.raises(DataError, match=r"source photos: 6 of 6 samples are bad, .*max_bad_fraction = 0\.05") as error:
+    with pytest.raises(
+        DataError, match=r"^data\.sources, photos: 6 of 6 samples are bad, .*max_bad_fraction = 0\.05"
+    ) as error:
         log.bad(bad())
     assert "number 7 of 00000.tar: image cannot be decoded: no JPEG" in str(error.value)
 
