@@ -10,6 +10,7 @@ import av
 from PIL import Image, ImageOps
 
 from data_tools.formats import Record
+from data_tools.schema import curves_problem
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
@@ -64,6 +65,9 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
     tasks = tasks_of(record, captions)
     if not tasks:
         return Rejected(record.identifier, "empty caption", f"{len(record.captions)} captions, none with text")
+    if problem := curves_problem(record.meta):
+        reason, _, detail = problem.partition(": ")
+        return Rejected(record.identifier, reason, detail)
     if record.media is None:
         return Rejected(record.identifier, "unlisted file", "the annotations caption it but name no file")
     try:

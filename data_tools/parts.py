@@ -177,6 +177,8 @@ def _check_budget(outcome: Outcome, max_rejected: float) -> None:
     rejected = outcome.reasons.total()
     where = f"; they are listed in {outcome.listing}" if rejected else ""
     if outcome.written == 0:
+        if not rejected:
+            raise DataError("no records: the annotations name no image or video, or filters leave none")
         raise DataError(f"no record could be used ({rejected} rejected: {outcome.summary()}){where}")
     fraction = rejected / (rejected + outcome.written)
     if fraction > max_rejected:

@@ -44,11 +44,23 @@ def problems(sample: Sample) -> Iterator[str]:
     for name in ("width", "height", "duration_seconds", "fps"):
         if name in meta and not _is_positive(meta[name]):
             yield f"no positive number: {name} is {meta[name]!r:.40}"
-    curves = [meta["importance"]] if "importance" in meta else meta.get("saliency", [])
-    if not isinstance(curves, list) or not all(_is_curve(curve) for curve in curves):
-        yield "importance outside of 0 to 1: a list of numbers is expected, or for saliency one an annotator"
+    if problem := curves_problem(meta):
+        yield problem
     if sample.media is not None and meta.get("sha256") != hashlib.sha256(sample.media).hexdigest():
         yield "media differ from the sha256 in json"
+
+
+def curves_problem(meta: dict[str, Any]) -> str:
+    """What is wrong with `importance` and `saliency`, as `kind: detail`; "" where nothing is, or there is neither."""
+    importance, saliency = meta.get("importance"), meta.get("saliency")
+    if importance is not None and not _is_curve(importance):
+        return "malformed importance: a list of numbers from 0 to 1 is expected"
+    if saliency is None:
+        return ""
+    is_list = isinstance(saliency, list) and bool(saliency) and all(_is_curve(curve) for curve in saliency)
+    if not is_list or len({len(curve) for curve in saliency}) > 1:
+        return "malformed saliency: a list of equally long lists of numbers from 0 to 1 is expected, one an annotator"
+    return ""
 
 
 def _is_positive(value: Any) -> bool:

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def main() -> int:
         if args.dry_run:
             if ranks.rank == 0:
                 print(describe(plan))
+                for name in missing_files(plan):
+                    print(f"not here yet: {name}")
             return 0
     except DsmoeVlError as error:
         if ranks.rank == 0:
@@ -102,7 +105,10 @@ def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
             make_default_data(plan)
         HostGroup().barrier()
     if ranks.rank == 0:
+        from dsmoe_vl.checkpoint.store import hold
+
         plan.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = hold(plan.run_dir)
         changes = changed_settings(plan, plan.run_dir / "plan.json")
         for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
             print(f"note: {note}", flush=True)
@@ -114,6 +120,24 @@ def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
         (plan.run_dir / "plan.json").write_text(plan_to_json(plan))
     trainer.fit()
     trainer.close()
+    if ranks.rank == 0:
+        lock.close()
+
+
+def missing_files(plan: RunPlan) -> Iterator[str]:
+    """What training will look for and this machine does not have. Raises ConfigError for a tokenizer that cannot be."""
+    from dsmoe_vl.data.tokenizer import Tokenizer
+    from dsmoe_vl.data.transfer import is_remote
+
+    data, tokenizer = plan.recipe.data, Path(plan.recipe.tokenizer.path)
+    for part, sources in (("data.sources", data.sources), ("data.evaluation", data.evaluation)):
+        for source in sources:
+            if not is_remote(source.path) and not Path(source.path).is_dir():
+                yield f"{part}, {source.name}: {source.path}"
+    if tokenizer.is_file():
+        Tokenizer(tokenizer).require_fit(plan.recipe.tokenizer.vocab_size)
+    else:
+        yield f"tokenizer.path: {tokenizer}"
 
 
 def make_default_data(plan: RunPlan) -> None:

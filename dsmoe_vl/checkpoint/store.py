@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are complete, which is the newest, which may go.
+"""Checkpoints on disk: which are complete, which is the newest, which may go; and who may write them.
 
 runs/NAME/checkpoints/
   latest                      the name of the newest complete checkpoint
@@ -8,12 +8,14 @@ runs/NAME/checkpoints/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dsmoe_vl.errors import CheckpointError
 
@@ -91,6 +93,27 @@ def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
         if manifest is not None:
             return folder, manifest
     return None
+
+
+def hold(run_dir: Path) -> TextIO:
+    """Keep other trainings out of a run while the returned file is open. Raises CheckpointError where one goes on.
+
+    On file systems without locks none is noticed.
+    """
+    file = (run_dir / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise CheckpointError(
+            f"{run_dir} is being trained by {file.read().strip()}: wait until it has ended, or set another run.name"
+        ) from None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def require_newest(run_dir: Path) -> tuple[Path, Manifest]:

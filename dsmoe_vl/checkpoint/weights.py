@@ -54,8 +54,8 @@ def require_same_model(folder: Path, recipe: Recipe) -> None:
     if names:
         one = names[0]
         raise CheckpointError(
-            f"{folder} is of another model: {len(names)} tensors differ, {one} is {saved.get(one, 'missing')} there and "
-            f"{expected.get(one, 'missing')} in this recipe; restore the recipe's settings, or start a new run.name"
+            f"{folder} is of another model: {len(names)} tensors differ, {one} is {saved.get(one, 'missing')} there "
+            f"and {expected.get(one, 'missing')} in this recipe; restore the recipe's settings, or start a new run.name"
         )
 
 

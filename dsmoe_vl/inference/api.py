@@ -62,7 +62,10 @@ class Model:
         return self._caption(video, "video", max_tokens, Search(**search))
 
     def embed_text(self, text: str | Sequence[str]) -> np.ndarray:
-        """Unit vector of a text, float32 [W]; of a list, [n, W]."""
+        """Unit vector of a text, float32 [W]; of a list, [n, W]. Raises DataError for what is no text."""
+        for one in text if isinstance(text, (list, tuple)) else [text]:
+            if not isinstance(one, str):
+                raise DataError(f"a text cannot be made from {type(one).__name__}: give a str")
         return _stacked(text, lambda some: list(embed_texts(self.trained, some)))
 
     def embed_image(self, picture: Picture | Sequence[Picture]) -> np.ndarray:
@@ -75,7 +78,15 @@ class Model:
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> Any:
-        """Cosines between embeddings, -1 to 1: [W] with [W] gives a float, [n, W] with [m, W] an array [n, m]."""
+        """Cosines between embeddings, -1 to 1: [W] with [W] gives a float, [n, W] with [m, W] an array [n, m].
+
+        Raises DataError for embeddings of different widths.
+        """
+        shapes = np.shape(a), np.shape(b)
+        if not all(len(shape) in (1, 2) for shape in shapes) or shapes[0][-1] != shapes[1][-1]:
+            raise DataError(
+                f"embeddings of {list(shapes[0])} and {list(shapes[1])} cannot be compared: give [W] or [n, W]"
+            )
         cosines = np.asarray(a) @ np.asarray(b).T
         return float(cosines) if cosines.ndim == 0 else cosines
 

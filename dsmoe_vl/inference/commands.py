@@ -168,6 +168,8 @@ def summarize_videos(
 def _ask(trained: TrainedModel, question: Question) -> tuple[np.ndarray, Image.Image | None]:
     """The question's embedding, and its picture where it has one."""
     if question.text is not None:
+        if not question.text.strip():
+            raise ConfigError("--text is empty: say what is looked for")
         return embed_texts(trained, [question.text])[0], None
     path, kind = (question.image, "image") if question.image is not None else (question.video, "video")
     assert path is not None, "a question is one of three"

@@ -8,6 +8,7 @@ import torch
 from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.inference.generate import prompt_batch
 from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.retrieval import RetrievalTask
@@ -16,7 +17,7 @@ from dsmoe_vl.tasks.retrieval import RetrievalTask
 def embed_media(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
     """Unit vectors, float32 [n, W]. Raises ConfigError for a model without retrieval, DataError for bad media."""
     task = retrieval_task(trained)
-    return embed_media_segments(trained, [task.media(sample) for sample in samples])
+    return embed_media_segments(trained, encode_all(task.media, samples))
 
 
 def embed_media_segments(trained: TrainedModel, segments: list[Segment]) -> np.ndarray:

@@ -19,7 +19,9 @@ from torch import Tensor
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.inference.search import GREEDY, Decoder, Search, beam, greedy, sample
 from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask
@@ -29,7 +31,7 @@ from dsmoe_vl.tasks.pictures import PictureReader
 def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY) -> list[str]:
     """One caption a sample. Raises ConfigError for a model without captions, DataError for unreadable media."""
     task = caption_task(trained)
-    return texts(trained, [task.prompt(sample) for sample in samples], max_tokens, search)
+    return texts(trained, encode_all(task.prompt, samples), max_tokens, search)
 
 
 def caption_task(trained: TrainedModel) -> CaptionTask:
@@ -52,7 +54,7 @@ def generate(
 ) -> list[list[int]]:
     """A continuation of each prompt without the end token, at most `max_tokens`; never a control symbol.
 
-    `make_decoder` replaces the `CachedDecoder`.
+    Raises ConfigError unless `max_tokens` is positive. `make_decoder` replaces the `CachedDecoder`.
     """
     decoder = (make_decoder or CachedDecoder)(trained, prompts, max_tokens)
     return continuations(trained, decoder, prompts, max_tokens, search)
@@ -63,6 +65,8 @@ def continuations(
     trained: TrainedModel, decoder: Decoder, prompts: list[Segment], max_tokens: int, search: Search
 ) -> list[list[int]]:
     """As `generate`, from a decoder that holds the prompts."""
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens = {max_tokens}: must be at least 1")
     end = trained.tokenizer.eos
     if search.top_p is not None:
         draws = torch.from_numpy(np.stack([_draws(search.seed, prompt, max_tokens) for prompt in prompts]))

@@ -142,7 +142,11 @@ def _encoded(picture: Any) -> bytes:
     """A PIL image or an array as a PNG; uncompressed, since it is read again at once."""
     if not isinstance(picture, Image.Image):
         pixels = np.asarray(picture)
-        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        if (
+            pixels.dtype != np.uint8
+            or not pixels.size
+            or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
+        ):
             raise DataError(
                 f"an image cannot be made from {type(picture).__name__} of {pixels.dtype} {list(pixels.shape)}: give a "
                 "path, bytes, a PIL image, or an array uint8 [h, w, 3], [h, w, 4] or [h, w]"
@@ -154,6 +158,17 @@ def _encoded(picture: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=0)
     return file.getvalue()
+
+
+def encode_all(encode: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:
+    """What `encode` makes of each. Raises DataError with the file's name, where the sample is a file."""
+    encoded: list[T] = []
+    for sample in samples:
+        try:
+            encoded.append(encode(sample))
+        except DataError as error:
+            raise DataError(f"{sample.key}: {error}; {format_hint(sample)}" if sample.key else str(error)) from error
+    return encoded
 
 
 def format_hint(sample: Sample) -> str:

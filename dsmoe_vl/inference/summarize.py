@@ -11,6 +11,7 @@ import torch
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.inference.generate import CachedDecoder, continuations
 from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.inference.search import GREEDY, Search
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
@@ -58,7 +59,7 @@ def summarize(
     require_task(trained, "summary")
     pictures = PictureReader(trained.recipe.data, trained.recipe.model.vision)
     task = VideoSummaryTask(pictures, trained.tokenizer, trained.recipe.tasks.summary)
-    prompts = [task.prompt(sample) for sample in samples]
+    prompts = encode_all(task.prompt, samples)
     decoder = CachedDecoder(trained, prompts, max_tokens)
     scores = trained.model.importance(decoder.hidden[decoder.batch.frame_tokens]).sigmoid().cpu()
     written = continuations(trained, decoder, prompts, max_tokens, search)

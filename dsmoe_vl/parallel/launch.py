@@ -96,14 +96,16 @@ def report_failure(error: BaseException, ranks: Ranks) -> None:
     Other ranks may wait in a collective for this one: the caller ends the process at once after this.
     """
     sys.stdout.flush()
-    if is_first_to_fail(ranks):
-        if isinstance(error, DsmoeVlError):
-            print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
-        else:
-            print(f"rank {ranks.rank} failed:", file=sys.stderr)
-            traceback.print_exception(error)
+    is_first = is_first_to_fail(ranks)
+    if is_first and isinstance(error, DsmoeVlError):
+        print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
+    elif is_first:
+        print(f"rank {ranks.rank} failed:", file=sys.stderr)
+        traceback.print_exception(error)
     if ranks.rank == 0:
         time.sleep(1)  # those that fail at the same time ask this rank whether they are first
+    elif not is_first:
+        time.sleep(3)  # a launcher returns the status of the rank that ends first
 
 
 def _build_cpu_communication() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 
 import pytest
 
 from data_tools.tokenizer import train as train_tokenizer
+from dsmoe_vl.checkpoint.store import hold
 from tests.distributed.ranks import run_ranks, try_ranks
 from tests.runs import STEPS, TRAIN, metrics
 
@@ -144,6 +146,13 @@ class TestResume:
     )
     def test_another_model(self, tiny, run, setting, difference):
         refused(tiny.arguments(run, setting), f"step_{STEPS:08d} is of another model", difference, "new run.name")
+
+    def test_another_training(self, tiny, run):
+        with hold(run):
+            first, other = try_ranks(TRAIN, tiny.arguments(run), 2, timeout_seconds=100)
+        assert first.status == 2 and other.status, first.err + other.err
+        assert f"error (rank 0): {run} is being trained by process {os.getpid()} of " in first.err
+        assert other.err == ""  # it ends because the first rank has
 
     def test_another_order_of_the_data(self, tiny, run):
         refused(tiny.arguments(run, "run.seed=2"), "run.seed was 1", "is 2 now", "start a new run")

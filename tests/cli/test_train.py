@@ -110,3 +110,18 @@ def test_dry_run_of_the_shipped_recipes(recipe, config, ranks, tmp_path):
     assert (result.status, result.err) == (0, ""), result.err
     assert f"{ranks} ranks" in result.out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_names_what_is_not_here(tiny, tmp_path):
+    def dry_run(*more):
+        return finish(start(python(TRAIN, "--dry-run", *tiny.arguments(tmp_path / "run", *more))))
+
+    assert "not here yet" not in dry_run().out
+    lost = dry_run('data.evaluation=[{name="held", path="no/shards"}]', "tokenizer.path=no/tokenizer.model")
+    assert lost.status == 0
+    assert lost.out.splitlines()[-2:] == [
+        "not here yet: data.evaluation, held: no/shards",
+        "not here yet: tokenizer.path: no/tokenizer.model",
+    ]
+    small = dry_run("tokenizer.vocab_size=300")
+    assert (small.status, len(small.err.splitlines())) == (2, 1) and "tokenizer.vocab_size = 300" in small.err

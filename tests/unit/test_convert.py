@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_an_identifier_that_occurs_twice(tmp_path):
         (b'{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', r"'caption'.*instances_"),
         (b'{"images": [{"id": 1}], "annotations": []}', "'file_name'"),
         (b'{"images": ["a.jpg"], "annotations": []}', "not a COCO caption file"),
-        (b'{"images": [], "annotations": []}', "no record could be used"),
+        (b'{"images": [], "annotations": []}', "no records: the annotations name no image or video"),
     ],
 )
 def test_files_that_are_not_coco_captions(tmp_path, content, message):
@@ -245,6 +246,21 @@ def test_rows_of_one_video_are_its_captions(clips, tmp_path, name, content):
     assert (first.meta["width"], first.meta["height"]) == (48, 32)
 
 
+def test_importance_is_looked_at(clips, tmp_path):
+    curves = {"a.mp4": [0, 0.5, 1], "b.mp4": [0, 2], "c.mp4": [], "d.mp4": ["a", 1], "e.mp4": None}
+    rows = []
+    for name, curve in curves.items():
+        if name != "a.mp4":
+            shutil.copy(clips / "a.mp4", clips / name)
+        rows.append({"file": name, "text": name, "importance": curve})
+    rows.append({"file": "sub/b b.mp4", "text": "x", "saliency": [[0, 1], [0, 1, 1]]})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = records("folder", "--media", clips, "--table", tmp_path / "t.jsonl")
+    convert(found, "folder", tmp_path / "shards", max_rejected=1.0)
+    bad = dict.fromkeys(("b.mp4", "c.mp4", "d.mp4"), "malformed importance")
+    assert reasons(tmp_path / "shards") == {**bad, "sub/b b.mp4": "malformed saliency"}
+
+
 def test_bad_videos_are_listed_with_their_reason(clips, tmp_path):
     rows = [("a.mp4", "good"), ("cut.mp4", "cut"), ("song.mp3", "song"), ("gone.mp4", "gone"), ("sub", "a folder"),
             ("sub/b b.mp4", "")]  # fmt: skip
@@ -269,7 +285,7 @@ def test_bad_videos_are_listed_with_their_reason(clips, tmp_path):
         ("t.csv", b"file,text\na.mp4,two dogs, running\n", "line 2: more cells than columns"),
         ("t.csv", b"file,text\na.mp4,\xff\n", "not UTF-8"),
         ("t.csv", b'file,text\na.mp4,"x\n', "line 2: unexpected end of data"),
-        ("t.csv", b"file,text\n", "no record could be used"),
+        ("t.csv", b"file,text\n", "no records: the annotations name no image or video"),
         ("t.jsonl", b'{"file": "a.mp4", "text": "x"}\n{"file"', "line 2: not JSON"),
         ("t.jsonl", b'["a.mp4", "x"]', "line 1: an object is expected"),
         ("t.jsonl", b"{}", "line 1: no 'file' among no columns"),

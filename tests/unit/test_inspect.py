@@ -95,7 +95,8 @@ def test_json_that_training_could_not_use(tmp_path):
     good = {"captions": ["a"], "duration_seconds": 2.0, "saliency": [[0, 1], [0.5, 1]], "tasks": ["summary"]}
     bad = {
         "no positive number": {"duration_seconds": 0},
-        "importance outside of 0 to 1": {"saliency": [[0, 2]]},
+        "malformed saliency": {"saliency": [[0, 2]]},
+        "malformed importance": {"importance": []},
         "unknown task": {"tasks": ["captions"]},
     }
     samples = [(name, photo(), "png", "a", good | change) for name, change in bad.items()]

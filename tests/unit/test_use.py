@@ -87,6 +87,23 @@ def test_similarity(model):
     assert model.similarity(a[0], b).shape == (3,)
 
 
+def test_what_cannot_be_used_is_named(model, files, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    for ask, given, message in [
+        (model.caption, tmp_path / "notes.txt", r"^/.*notes\.txt: image cannot be decoded.*; save it as a JPEG"),
+        (model.embed_image, [files / "0.jpg", tmp_path / "notes.txt"], r"notes\.txt: image cannot be decoded"),
+        (model.summarize, tmp_path / "notes.txt", r"notes\.txt: video cannot be decoded"),
+        (model.caption, np.zeros((0, 5, 3), np.uint8), r"from ndarray of uint8 \[0, 5, 3\]: give a path"),
+        (model.embed_text, 5, "a text cannot be made from int"),
+        (model.embed_text, ["a", None], "a text cannot be made from NoneType"),
+        (lambda b: model.similarity(model.embed_text("a"), b), np.zeros(3), r"of \[\d+\] and \[3\] cannot be compared"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            ask(given)
+    with pytest.raises(ConfigError, match="max_tokens = 0: must be at least 1"):
+        model.caption(files / "0.jpg", max_tokens=0)
+
+
 def test_searches_by_name(model, files):
     path = files / "0.jpg"
     assert model.caption(path, beams=3, max_tokens=5) == model.caption(path, beams=3, max_tokens=5)
