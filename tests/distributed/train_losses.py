@@ -44,6 +44,9 @@ from dsmoe_vl.training.step import OptimizerStep
 from tests.batches import SHAPE, VOCABULARY, mixed_pack
 
 PACKS_PER_STEP = 4
+# AdamW divides a gradient by its own size, so rounding alone moves a weight by up to the learning rate. Clipping makes
+# some gradients as small as the usual 1e-8: then one weight moved by 3e-5 more or less, and the next norm by 2e-5.
+EPSILON = 1e-6
 LEARNING_RATE = 1e-3  # without warm-up, 3e-3 makes twenty times as much of a rounding error with every step
 RECIPE = Recipe(
     model=ModelConfig(
@@ -104,7 +107,10 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     deepspeed = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1},
+        },
         "zero_optimization": {"stage": args.zero},
         "gradient_clipping": 1.0,
         "expert_parallel": {"enabled": True, "autoep_size": args.ep},
