@@ -24,6 +24,7 @@ from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.training.signals import StopRequest
 
 _ROOT = Path(__file__).resolve().parent.parent
 _DEFAULT_RECIPE = _ROOT / "launch" / "recipes" / "quickstart.toml"
@@ -68,6 +69,7 @@ def plan_run(args: argparse.Namespace, world_size: int) -> RunPlan:
 
 def main() -> int:
     """Exit status: 0 trained or stopped on request, 2 a user's error."""
+    stop = StopRequest()  # before the slow imports: the launcher may be killed meanwhile
     args = parse()
     ranks = Ranks(0, 1, 0)
     try:
@@ -84,7 +86,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        train(plan, ranks, uses_default_data=args.recipe.resolve() == _DEFAULT_RECIPE)
+        train(plan, ranks, stop, uses_default_data=args.recipe.resolve() == _DEFAULT_RECIPE)
     except BaseException as error:
         from dsmoe_vl.parallel.launch import report_failure
 
@@ -94,7 +96,7 @@ def main() -> int:
     return 0
 
 
-def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
+def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, uses_default_data: bool) -> None:
     """Start the process group and run the trainer."""
     quiet_deepspeed(ranks.rank)
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
@@ -115,7 +117,7 @@ def train(plan: RunPlan, ranks: Ranks, uses_default_data: bool) -> None:
 
     from dsmoe_vl.training.trainer import Trainer
 
-    trainer = Trainer(plan, ranks)
+    trainer = Trainer(plan, ranks, stop)
     if ranks.rank == 0:
         (plan.run_dir / "plan.json").write_text(plan_to_json(plan))
     trainer.fit()

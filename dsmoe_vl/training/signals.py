@@ -14,7 +14,7 @@ class StopRequest:
 
     SIGTERM after SIGINT is what DeepSpeed's launcher sends on Ctrl-C, so a SIGTERM never counts as the second one.
     A signal to the `deepspeed` command itself ends that command alone. Its ranks would go on without anybody, and hold
-    the port of the next run.
+    the port of the next run. The launcher is the one that is there when this is made: soon after the process started.
     """
 
     def __init__(self) -> None:

@@ -36,10 +36,10 @@ from dsmoe_vl.training.window import Window
 class Trainer:
     """Everything of one run on one rank. Building it starts no process group: `launch/train.py` has done so."""
 
-    def __init__(self, plan: RunPlan, ranks: Ranks) -> None:
+    def __init__(self, plan: RunPlan, ranks: Ranks, stop: StopRequest) -> None:
         self.plan, self.ranks = plan, ranks
         recipe = plan.recipe
-        self.stop = StopRequest()
+        self.stop = stop
         self.device = use_device(plan.device, ranks.local_rank)
         self.host = HostGroup()
         self.tokenizer = Tokenizer(recipe.tokenizer.path)

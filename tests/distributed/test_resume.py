@@ -57,6 +57,16 @@ def test_ranks_end_with_the_command_that_started_them(tiny):
     assert 2 <= last < STEPS and (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: ranks without a launcher were not checked")
+def test_ranks_end_with_a_command_that_is_killed_while_they_start(tiny):
+    run = tiny.folder / "runs" / "stillborn"
+    process, deadline = start(deepspeed_command(tiny.arguments(run))), time.monotonic() + 120
+    while not run.exists() and time.monotonic() < deadline:  # the ranks have met; there is no model yet
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    assert "stopped at step 1 of" in finish(process).out
+
+
 def test_a_taken_port_is_named(tiny):
     command = deepspeed_command(tiny.arguments(tiny.folder / "runs" / "second"))
     port = command[command.index("--master_port") + 1]
