@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.tokenizer import train
+from data_tools.tokenizer.train import train
 from data_tools.writer import ShardWriter
 
 ARTICLES = 1024

@@ -33,9 +33,9 @@ import catalogue
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.config.resolve import resolve
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 
 _ROOT = Path(__file__).resolve().parent.parent

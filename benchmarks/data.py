@@ -34,12 +34,12 @@ from data_tools.check import Reencoding, image_facts
 from data_tools.convert import convert
 from data_tools.formats import Record
 from data_tools.parts import Settings
-from data_tools.tokenizer import train
+from data_tools.tokenizer.train import train
 from data_tools.writer import write_index
 from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
 from dsmoe_vl.data.decode import decode_image, fit_grid, resized, to_patches
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.shards import SCHEMA_VERSION, ShardIndex, iterate_samples
+from dsmoe_vl.data.shards.index import SCHEMA_VERSION, ShardIndex, iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 

@@ -21,12 +21,12 @@ import torch
 from train_step import parse, plan_of, random_batch, report
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig, Recipe
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
 
 
 def variants(recipe: Recipe) -> dict[str, Recipe]:
@@ -88,11 +88,11 @@ class Variant:
 
 def log_line_seconds(variant: Variant, rank: int) -> float:
     """Seconds of closing an interval and writing it to metrics.jsonl, TensorBoard and the terminal."""
-    from dsmoe_vl.training.monitor import Monitor
+    from dsmoe_vl.monitor.run_log import RunLog
 
     with tempfile.TemporaryDirectory() as folder:
         plan = replace(variant.plan, run_dir=Path(folder), tensorboard_dir=Path(folder) / "tensorboard")
-        monitor = Monitor(plan, rank, 0)
+        monitor = RunLog(plan, rank, 0)
         started = time.perf_counter()
         monitor.log(1, variant.window.close())
         seconds = time.perf_counter() - started

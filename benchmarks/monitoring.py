@@ -22,9 +22,9 @@ import torch
 from train_step import parse, plan_of, random_batch, report
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
 
 
 class Bench:
@@ -32,10 +32,10 @@ class Bench:
 
     def __init__(self, plan: RunPlan, ranks: Ranks) -> None:
         from dsmoe_vl.monitor.recorder import RouterRecorder
+        from dsmoe_vl.monitor.run_log import RunLog
         from dsmoe_vl.parallel.launch import HostGroup, start_process_group
         from dsmoe_vl.tasks.caption import CaptionTask
         from dsmoe_vl.training.engine import build_engine
-        from dsmoe_vl.training.monitor import Monitor
         from dsmoe_vl.training.step import OptimizerStep
         from dsmoe_vl.training.window import Window
 
@@ -44,7 +44,7 @@ class Bench:
         self.engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
         self.take_step = OptimizerStep(plan, ranks, self.engine, HostGroup(), self.device)
         self.batches = [random_batch(plan, seed) for seed in range(4)]
-        self.window, self.monitor = Window(plan), Monitor(plan, ranks.rank, 0)
+        self.window, self.monitor = Window(plan), RunLog(plan, ranks.rank, 0)
         self.recorder = RouterRecorder(plan, 0) if ranks.rank == 0 else None
         self.step = 0  # watched ones
         self.parts: dict[str, list[float]] = {"adding_up": [], "log_line": [], "router_record": []}

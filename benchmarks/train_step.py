@@ -25,14 +25,14 @@ import torch
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment, TaskId
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.resolve import resolve
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TEXT_TOKENS = 10  # of a caption

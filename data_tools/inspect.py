@@ -19,15 +19,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.command import run
-from data_tools.contact_sheet import Cell, contact_sheet
 from data_tools.parallel import default_workers, ordered_map
 from data_tools.schema import captions_of, is_own, problems
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards import INDEX_NAME, VIDEO_EXTENSIONS, Shard, ShardIndex, read_sample
-from dsmoe_vl.data.tar import scan_shard
+from dsmoe_vl.data.shards.index import INDEX_NAME, VIDEO_EXTENSIONS, Shard, ShardIndex, read_sample
+from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 
 FRAMES = 6  # decoded of a video, and shown
 SHEET_CELLS = 48

@@ -20,7 +20,7 @@ from typing import Any
 from data_tools.check import Checked, Reencoding, Rejected, check
 from data_tools.formats import Record
 from data_tools.writer import ShardWriter, check_split, sample_key, write_index
-from dsmoe_vl.data.shards import INDEX_NAME
+from dsmoe_vl.data.shards.index import INDEX_NAME
 from dsmoe_vl.errors import DataError
 
 REJECTED_NAME = "rejected.jsonl"

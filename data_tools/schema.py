@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsmoe_vl.data.segment import Sample, TaskId
-from dsmoe_vl.data.shards import SCHEMA_VERSION
+from dsmoe_vl.data.shards.index import SCHEMA_VERSION
 
 _TASKS = tuple(task.name.lower() for task in TaskId)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dsmoe_vl.data.shards import INDEX_NAME, SCHEMA_VERSION
+from dsmoe_vl.data.shards.index import INDEX_NAME, SCHEMA_VERSION
 from dsmoe_vl.errors import DataError
 
 if TYPE_CHECKING:

@@ -29,25 +29,25 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from PIL import Image
 
-from data_tools.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.checkpoint.store import read_manifest, write_json
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards import VIDEO_EXTENSIONS, iterate_samples
+from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS, iterate_samples
 from dsmoe_vl.errors import CheckpointError, ConfigError, DsmoeVlError
 from dsmoe_vl.evaluation.captions import Captioned, caption_samples, text_scores
 from dsmoe_vl.evaluation.dealing import Dealer, Dealt
 from dsmoe_vl.evaluation.examples import Counts, Gatherer
-from dsmoe_vl.evaluation.record import write_scalars
-from dsmoe_vl.evaluation.report import render
-from dsmoe_vl.evaluation.report_data import FolderExamples, Report
+from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.retrieval import evaluate_retrieval
-from dsmoe_vl.evaluation.routing import LoadCounter, total_load
+from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.summaries import Summarized, mean_scores, summarize_samples
+from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.parallel.device import device_name, use_device
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.report.content import FolderExamples, Report
+from dsmoe_vl.report.page import render
 from dsmoe_vl.tasks.caption import captions_of
 
 Scores = dict[str, float]

@@ -17,13 +17,13 @@ from pathlib import Path
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
-from dsmoe_vl.config.describe import describe
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.plan import RunPlan, changed_settings, plan_to_json
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.describe import describe
+from dsmoe_vl.planner.plan import RunPlan, changed_settings, plan_to_json
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.signals import StopRequest
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -128,8 +128,8 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, uses_default_data: boo
 
 def missing_files(plan: RunPlan) -> Iterator[str]:
     """What training will look for and this machine does not have. Raises ConfigError for a tokenizer that cannot be."""
+    from dsmoe_vl.data.shards.download import is_remote
     from dsmoe_vl.data.tokenizer import Tokenizer
-    from dsmoe_vl.data.transfer import is_remote
 
     data, tokenizer = plan.recipe.data, Path(plan.recipe.tokenizer.path)
     for part, sources in (("data.sources", data.sources), ("data.evaluation", data.evaluation)):
@@ -144,8 +144,8 @@ def missing_files(plan: RunPlan) -> Iterator[str]:
 
 def make_default_data(plan: RunPlan) -> None:
     """The quickstart's synthetic shards and tokenizer, whichever of them is missing."""
-    from data_tools.synthetic import generate
-    from data_tools.tokenizer import train as train_tokenizer
+    from data_tools.synthetic.generate import generate
+    from data_tools.tokenizer.train import train as train_tokenizer
 
     tokenizer = Path(plan.recipe.tokenizer.path)
     sources = [Path(source.path) for source in plan.recipe.data.sources]

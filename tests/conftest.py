@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import TinyProject, deepspeed_command, finish, start
+from tests.support.runs import TinyProject, deepspeed_command, finish, start
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.store import require_newest, write_manifest
-from dsmoe_vl.config.plan import recipe_from_json
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.moe.experts import null_experts
+from dsmoe_vl.planner.plan import recipe_from_json
 
 _WEIGHTS = "model.safetensors"
 

@@ -33,10 +33,10 @@ from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.error_log import ErrorLog, ReadReport
 from dsmoe_vl.data.pack import Packer, PackShape, collate
 from dsmoe_vl.data.pack_stream import Delivery, Encode, PackStream, SampleReader, to_pack
+from dsmoe_vl.data.position import check_order, merge_states, order_identity
 from dsmoe_vl.data.segment import Pack
-from dsmoe_vl.data.shards import ShardIndex
+from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.data.slots import PatchSlots
-from dsmoe_vl.data.state import check_order, merge_states, order_identity
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import ConfigError, DataError
 

@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
-from dsmoe_vl.data.prefetch import Prefetcher
 from dsmoe_vl.data.segment import Pack, Sample, Segment
-from dsmoe_vl.data.shards import ShardIndex, read_sample
+from dsmoe_vl.data.shards.index import ShardIndex, read_sample
+from dsmoe_vl.data.shards.prefetch import Prefetcher
 from dsmoe_vl.data.slots import PatchSlots
 from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
 from dsmoe_vl.errors import DataError, FetchError

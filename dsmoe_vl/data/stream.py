@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsmoe_vl.data.shards import ShardIndex
+from dsmoe_vl.data.shards.index import ShardIndex
 
 _GOLDEN_RATIO = 0.6180339887498949
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.evaluation.caption_metrics import caption_metrics
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.metrics.captions import caption_metrics
 
 _BATCH_SAMPLES = 32
 

@@ -19,11 +19,13 @@ from PIL import Image
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.decode import decode_image, decode_video, iterate_video
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
+from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import Captioned
 from dsmoe_vl.evaluation.dealing import Dealer
-from dsmoe_vl.evaluation.report_data import (
+from dsmoe_vl.evaluation.retrieval import Gallery
+from dsmoe_vl.evaluation.summaries import Summarized
+from dsmoe_vl.report.content import (
     Candidate,
     CaptionExample,
     FolderExamples,
@@ -31,8 +33,6 @@ from dsmoe_vl.evaluation.report_data import (
     Storyboard,
     Thumbnail,
 )
-from dsmoe_vl.evaluation.retrieval import Gallery
-from dsmoe_vl.evaluation.summaries import Summarized
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 from dsmoe_vl.tasks.video_summary import annotated_curves

@@ -7,7 +7,7 @@ import torch
 
 from dsmoe_vl.data.decode import fit_grid, iterate_video, to_patches
 from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
-from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
+from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.generate import prompt_batch
 from dsmoe_vl.inference.load import TrainedModel

@@ -10,9 +10,9 @@ import numpy as np
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
-from dsmoe_vl.evaluation.retrieval_metrics import COCO_MEDIA, coco_metrics, retrieval_metrics
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.metrics.retrieval import COCO_MEDIA, coco_metrics, retrieval_metrics
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 

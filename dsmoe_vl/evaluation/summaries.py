@@ -11,11 +11,11 @@ from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import names_every_object
 from dsmoe_vl.evaluation.frame_features import frame_features
-from dsmoe_vl.evaluation.shots import MAX_FRAMES, segment, unit_features
-from dsmoe_vl.evaluation.summary_metrics import kendall_tau_b, key_frame_f, spearman_rho
-from dsmoe_vl.evaluation.summary_protocols import frames_of_parts, protocol_scores, times_of_parts
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
+from dsmoe_vl.metrics.importance import kendall_tau_b, key_frame_f, spearman_rho
+from dsmoe_vl.metrics.shots import MAX_FRAMES, segment, unit_features
+from dsmoe_vl.metrics.summary_protocols import frames_of_parts, protocol_scores, times_of_parts
 from dsmoe_vl.tasks.video_summary import annotated_curves
 
 

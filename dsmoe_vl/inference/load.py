@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.store import require_newest
-from dsmoe_vl.config.plan import recipe_from_json
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.experts import RemainingExperts
+from dsmoe_vl.planner.plan import recipe_from_json
 
 _REASON_LETTERS = 300  # of PyTorch's message, which lists every tensor
 

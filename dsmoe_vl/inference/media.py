@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards import IMAGE_EXTENSIONS, INDEX_NAME, VIDEO_EXTENSIONS, ShardIndex, read_sample
-from dsmoe_vl.data.transfer import is_remote
+from dsmoe_vl.data.shards.download import is_remote
+from dsmoe_vl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, VIDEO_EXTENSIONS, ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
 
 BATCH = 16  # media that go through the model together

@@ -25,11 +25,11 @@ from deepspeed.moe.sharded_moe import (
 )
 from torch import Tensor
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, Expert, expert_slots
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Routing
 from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.planner.plan import RunPlan
 
 
 class CapacityGate(TopKGate):

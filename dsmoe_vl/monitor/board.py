@@ -7,10 +7,10 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.optim.gradients import PARTS
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.plan import RunPlan
 
 # metrics.jsonl names a value plainly; TensorBoard groups by prefix.
 _GROUPS = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.moe.stats import GATE_BINS, RoutingSums
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.plan import RunPlan
 
 
 class RouterRecorder:

@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def _first_layer(run: Path) -> int:
-    from dsmoe_vl.config.plan import recipe_from_json
+    from dsmoe_vl.planner.plan import recipe_from_json
 
     return recipe_from_json(run / "plan.json").moe.first_dense_layers
 

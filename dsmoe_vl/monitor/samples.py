@@ -21,7 +21,7 @@ from PIL import Image
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption

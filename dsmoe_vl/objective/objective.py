@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import TasksConfig
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.moe.balance import (
@@ -28,6 +27,7 @@ from dsmoe_vl.moe.balance import (
 from dsmoe_vl.moe.stats import RouterStats, grouped
 from dsmoe_vl.parallel.collectives import summed_over_ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.task import TaskOutput
 
 

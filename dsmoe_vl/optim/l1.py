@@ -13,9 +13,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import L1Config
-from dsmoe_vl.optim.adamw import GROUPS, group_of
+from dsmoe_vl.optim.optimizer import GROUPS, group_of
+from dsmoe_vl.planner.plan import RunPlan
 
 
 def add_proximal_step(optimizer: torch.optim.Optimizer, l1: L1Config) -> None:

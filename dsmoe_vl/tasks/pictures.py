@@ -7,7 +7,7 @@ import numpy as np
 from dsmoe_vl.config.recipe import DataConfig, VisionConfig
 from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
 from dsmoe_vl.data.segment import Modality, Picture, Sample
-from dsmoe_vl.data.shards import VIDEO_EXTENSIONS
+from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 

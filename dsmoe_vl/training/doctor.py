@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.weights import one_process_tensors
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.config.recipe import MoEConfig, Recipe
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
 from dsmoe_vl.data.segment import Pack
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
@@ -31,6 +29,8 @@ from dsmoe_vl.moe.router import Router
 from dsmoe_vl.objective.objective import Objective, load_fractions
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine, build_model, full_gradient
 from dsmoe_vl.training.step import OptimizerStep

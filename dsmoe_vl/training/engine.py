@@ -9,13 +9,13 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.layer import spread_experts
-from dsmoe_vl.optim.adamw import adamw_builder, parameter_groups
 from dsmoe_vl.optim.l1 import add_proximal_step
+from dsmoe_vl.optim.optimizer import adamw_builder, parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
 
 

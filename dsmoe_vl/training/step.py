@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import COUNTS, TaskId
 from dsmoe_vl.moe.router import Router
@@ -24,6 +23,7 @@ from dsmoe_vl.optim.gradients import PARTS, local_squares
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.clock import PhaseClock
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
 

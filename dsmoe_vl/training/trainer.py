@@ -10,24 +10,24 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dsmoe_vl.checkpoint import training_state
 from dsmoe_vl.checkpoint.store import newest_complete, require_fit
 from dsmoe_vl.checkpoint.weights import require_same_model
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.monitor.profiler import StepProfiler
 from dsmoe_vl.monitor.recorder import RouterRecorder
+from dsmoe_vl.monitor.run_log import RunLog
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import memory_gib, peak_flops, use_device
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
-from dsmoe_vl.training import state
 from dsmoe_vl.training.engine import build_engine
-from dsmoe_vl.training.evaluate import HeldOut
-from dsmoe_vl.training.monitor import Monitor
+from dsmoe_vl.training.held_out import HeldOut
 from dsmoe_vl.training.signals import StopRequest
 from dsmoe_vl.training.step import OptimizerStep, StepResult
 from dsmoe_vl.training.window import Window
@@ -67,7 +67,7 @@ class Trainer:
         self.step = 0
         self._resume()
         self._read = self.loader.report()  # in a new run nothing, in one that continues the epochs so far
-        self.monitor = Monitor(plan, ranks.rank, self.step)
+        self.log = RunLog(plan, ranks.rank, self.step)
         peak = peak_flops(self.device, plan.precision)
         self.window = Window(plan, None if peak is None else peak * ranks.world_size)
         self.profiler = StepProfiler(plan.run_dir, recipe.run.profile_steps if ranks.rank == 0 else (), ranks.rank)
@@ -79,7 +79,7 @@ class Trainer:
         """Train to `run.steps`, or to a signal; both end with a checkpoint."""
         run = self.plan.recipe.run
         if self.step:
-            self.monitor.say(f"resumed at step {self.step}")
+            self.log.say(f"resumed at step {self.step}")
         saved = self.step
         with self.stop:
             batches = iter(self.loader)
@@ -98,9 +98,9 @@ class Trainer:
                 self.window.add(result)
                 self.window.time(time.perf_counter() - started, waited)
                 self._tell_of_trace(self.profiler.after(self.step))
-                self.monitor.advance()
+                self.log.advance()
                 if logs:
-                    self._log()
+                    self._log_interval()
                 self._record(result)
                 if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
                     self.evaluate()
@@ -113,12 +113,12 @@ class Trainer:
                 self.save()
         self._tell_of_trace(self.profiler.close())
         if self.step < run.steps:
-            self.monitor.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
+            self.log.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
 
-    def _log(self) -> None:
+    def _log_interval(self) -> None:
         """The values of the interval that ends here. Collective."""
         values = self.window.close(self.take_step.clock.read())
-        self.monitor.log(self.step, {**values, **self._sparsity(), **self._samples_read(), **self._memory()})
+        self.log.log(self.step, {**values, **self._sparsity(), **self._samples_read(), **self._memory()})
 
     def _record(self, result: StepResult) -> None:
         """The routing of a step to the recorder, and its record to the monitor when one is due. Rank 0 alone."""
@@ -126,32 +126,32 @@ class Trainer:
             return
         self.recorder.add(result.routing, result.counts)
         if self.step % self.plan.recipe.run.router_every == 0:
-            self.monitor.log_router(self.recorder.record(self.step))
+            self.log.log_router(self.recorder.record(self.step))
 
     def _tell_of_trace(self, path: Path | None) -> None:
         if path is not None:
-            self.monitor.say(f"wrote {path}: open it in https://ui.perfetto.dev")
+            self.log.say(f"wrote {path}: open it in https://ui.perfetto.dev")
 
     def evaluate(self) -> None:
         """Held-out losses, on all ranks together."""
         if self.plan.recipe.data.evaluation:
-            self.monitor.log_evaluation(self.step, self.held_out.losses(self.engine, self.device))
+            self.log.log_evaluation(self.step, self.held_out.losses(self.engine, self.device))
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
         if self.recorder is not None:  # also what a continued run needs of it
-            self.monitor.log_router(self.recorder.record(self.step))
-        folder = state.save(
+            self.log.log_router(self.recorder.record(self.step))
+        folder = training_state.save(
             self.plan, self.ranks, self.host, self.engine, self.tokenizer,
             self.step, self.take_step.load_fraction, self.loader.state_dict(),
         )  # fmt: skip
-        self.monitor.say(f"saved {folder}")
-        self.monitor.log_samples(self.step)
+        self.log.say(f"saved {folder}")
+        self.log.log_samples(self.step)
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""
         self.loader.close()
-        self.monitor.close()
+        self.log.close()
         self.engine.destroy()
         self.host.barrier()
         dist.destroy_process_group()
@@ -161,9 +161,11 @@ class Trainer:
         if found is None:
             return
         folder, manifest = found
-        require_fit(folder, manifest, state.topology_of(self.plan), self.tokenizer.sha256)
+        require_fit(folder, manifest, training_state.topology_of(self.plan), self.tokenizer.sha256)
         require_same_model(folder, self.plan.recipe)
-        self.step, self.take_step.load_fraction, data = state.restore(folder, self.ranks, self.engine, self.device)
+        self.step, self.take_step.load_fraction, data = training_state.restore(
+            folder, self.ranks, self.engine, self.device
+        )
         self.loader.load_state_dict(data)
 
     def _sparsity(self) -> dict[str, float]:
@@ -183,5 +185,5 @@ class Trainer:
         for source in self.plan.recipe.data.sources:
             name = f"{source.name}/epoch"
             if self._read.get(name, 0) > before.get(name, 0):
-                self.monitor.say(f"source {source.name} begins epoch {self._read[name]}: its samples occur again")
+                self.log.say(f"source {source.name} begins epoch {self._read[name]}: its samples occur again")
         return self._read

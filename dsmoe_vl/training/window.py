@@ -11,10 +11,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.moe.balance import mutual_information
 from dsmoe_vl.moe.stats import RoutingSums
 from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.step import StepResult
 
 

@@ -9,10 +9,10 @@ import tarfile
 
 import pytest
 
-from data_tools.tokenizer import train as train_tokenizer
+from data_tools.tokenizer.train import train as train_tokenizer
 from dsmoe_vl.checkpoint.store import hold
 from tests.distributed.ranks import run_ranks, try_ranks
-from tests.runs import STEPS, TRAIN, metrics
+from tests.support.runs import STEPS, TRAIN, metrics
 
 
 def refusal(arguments, world_size=2):

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from tests.runs import REPOSITORY, finish, python, start
+from tests.support.runs import REPOSITORY, finish, python, start
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 

@@ -9,7 +9,9 @@ import sys
 import pytest
 from PIL import Image
 
-from data_tools import convert, inspect, synthetic, tokenizer
+from data_tools import convert, inspect
+from data_tools.synthetic import generate as synthetic
+from data_tools.tokenizer import train as tokenizer
 from dsmoe_vl.data.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY
 

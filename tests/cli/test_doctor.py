@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.runs import REPOSITORY, finish, python, start
+from tests.support.runs import REPOSITORY, finish, python, start
 
 DOCTOR = REPOSITORY / "launch" / "doctor.py"
 THREE_TASKS = ("tasks.retrieval.weight=1", "tasks.retrieval.embedding_width=16", "tasks.summary.weight=1")

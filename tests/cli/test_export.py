@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_tools.scenes import scene
-from tests.runs import REPOSITORY, STEPS, TRAIN, finish, metrics, python, start
+from data_tools.synthetic.scenes import scene
+from tests.support.runs import REPOSITORY, STEPS, TRAIN, finish, metrics, python, start
 
 EXPORT, GENERATE = (REPOSITORY / "launch" / name for name in ("export.py", "generate.py"))
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.films import film
-from data_tools.scenes import scene
+from data_tools.synthetic.films import film
+from data_tools.synthetic.scenes import scene
 from launch.generate import main
 from tests.distributed.ranks import Finished
-from tests.runs import REPOSITORY, finish, python, start
-from tests.trained import THREE_TASKS, random_run
+from tests.support.runs import REPOSITORY, finish, python, start
+from tests.support.trained import THREE_TASKS, random_run
 
 GENERATE, EVALUATE = (REPOSITORY / "launch" / name for name in ("generate.py", "evaluate.py"))
 

@@ -14,7 +14,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dsmoe_vl.monitor.router_series import RouterSeries
-from tests.runs import STEPS, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import STEPS, deepspeed_command, finish, metrics, python, start
 
 TOP_K = 2
 

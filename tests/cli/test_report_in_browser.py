@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from dsmoe_vl.evaluation.report import render
-from tests.reports import made_up
+from dsmoe_vl.report.page import render
+from tests.support.reports import made_up
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECONDS = 120

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoe_vl.checkpoint.store import read_manifest
-from tests.runs import REPOSITORY, STEPS, TRAIN, finish, metrics, python, start
+from tests.support.runs import REPOSITORY, STEPS, TRAIN, finish, metrics, python, start
 
 
 def split_lines(run):

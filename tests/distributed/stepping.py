@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dsmoe_vl.config.plan import RunPlan
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.step import OptimizerStep
-from tests.batches import mixed_pack
 from tests.distributed.train_losses import PACKS_PER_STEP
+from tests.support.batches import mixed_pack
 
 
 def take_steps(

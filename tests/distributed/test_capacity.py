@@ -11,8 +11,8 @@ from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_partition_parity import curve, largest_difference
-from tests.runs import TRAIN, finish, metrics, python, start
-from tests.runs import curve as losses
+from tests.support.runs import TRAIN, finish, metrics, python, start
+from tests.support.runs import curve as losses
 
 
 def settings(**changes):

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.films import encode_mp4, film
-from data_tools.scenes import scene
-from data_tools.tokenizer import train as train_tokenizer
+from data_tools.synthetic.films import encode_mp4, film
+from data_tools.synthetic.scenes import scene
+from data_tools.tokenizer.train import train as train_tokenizer
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from tests.distributed.ranks import REPOSITORY, cpu_environment
 from tests.distributed.stream_reader import (
@@ -35,7 +35,7 @@ from tests.distributed.stream_reader import (
     packs_of,
     read,
 )
-from tests.tars import Member, picture, write_index, write_tar
+from tests.support.tars import Member, picture, write_index, write_tar
 
 LIMIT_SECONDS = 60  # of one life
 SHARDS = {"photos": [33, 0, 21, 16], "texts": [30, 15], "clips": [2, 1]}  # samples

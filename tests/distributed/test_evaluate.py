@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from tests.distributed.ranks import REPOSITORY, free_port, try_ranks
-from tests.reports import Page
-from tests.runs import TRAIN, finish, python, start
-from tests.tars import write_index, write_tar
+from tests.support.reports import Page
+from tests.support.runs import TRAIN, finish, python, start
+from tests.support.tars import write_index, write_tar
 
 EVALUATE = REPOSITORY / "launch" / "evaluate.py"
 SAMPLES = 7  # odd: two ranks have unequal shares

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.distributed.ranks import free_port
-from tests.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
 
 BIN = Path(python()[0]).parent
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.runs import STEPS, TRAIN, curve, deepspeed_command, finish, metrics, start
+from tests.support.runs import STEPS, TRAIN, curve, deepspeed_command, finish, metrics, start
 
 
 def interrupt(command, run, number, after_step, send=os.killpg):

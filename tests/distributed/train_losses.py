@@ -32,16 +32,16 @@ from dsmoe_vl.config.recipe import (
     TokenizerConfig,
     VisionConfig,
 )
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.step import OptimizerStep
-from tests.batches import SHAPE, VOCABULARY, mixed_pack
+from tests.support.batches import SHAPE, VOCABULARY, mixed_pack
 
 PACKS_PER_STEP = 4
 # AdamW divides a gradient by its own size, so rounding alone moves a weight by up to the learning rate. Clipping makes

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.launch import start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
 from tests.distributed.stepping import take_steps

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dsmoe_vl.config.recipe import MoEConfig
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.layers import SwiGLU
 from dsmoe_vl.model.vlm import VisionLanguageModel
@@ -17,6 +16,7 @@ from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, expert_slots
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward
 from dsmoe_vl.moe.router import Router
+from dsmoe_vl.planner.resolve import resolve
 from tests.distributed.train_losses import RECIPE
 
 WIDTH, EXPERTS, TOKENS, TASKS, MODALITIES = 12, 6, 40, 3, 3

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import pytest
 
-from dsmoe_vl.evaluation.caption_metrics import caption_metrics, cider_d, rouge_l, tokenized
-from dsmoe_vl.evaluation.java_metrics import java_metrics
-from dsmoe_vl.evaluation.ptb_tokenizer import tokenize
+from dsmoe_vl.metrics.captions import caption_metrics, cider_d, rouge_l, tokenized
+from dsmoe_vl.metrics.meteor_spice import java_metrics
+from dsmoe_vl.metrics.ptb_tokenizer import tokenize
 from tests.unit.test_caption_metrics import WORDS
 
 pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap (the extra `metrics`): parity was not checked")

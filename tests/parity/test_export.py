@@ -10,8 +10,6 @@ from dsmoe_vl.checkpoint.export import LayerExport, export_run
 from dsmoe_vl.checkpoint.store import Manifest, Topology, checkpoint_name, complete
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.plan import plan_to_json
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.inference.generate import generate, prompt_batch
@@ -19,6 +17,8 @@ from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.experts import Experts, RemainingExperts
+from dsmoe_vl.planner.plan import plan_to_json
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.caption import CaptionTask
 from dsmoe_vl.tasks.pictures import PictureReader
 from tests.unit.test_caption_task import sample

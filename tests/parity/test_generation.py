@@ -17,8 +17,8 @@ from dsmoe_vl.inference.search import LENGTH_POWER, Search, beam, greedy, nucleu
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.tasks.language import followed_by
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
-from tests import samples
-from tests.trained import THREE_TASKS, random_run
+from tests.support import samples
+from tests.support.trained import THREE_TASKS, random_run
 
 TOKENS = 12
 NO_END = -1

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsmoe_vl.config.describe import describe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.objective.objective import load_fractions, uniform_load
+from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.flops import estimate_flops
 from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
 from tests.unit.test_resolve import moe, plan, quickstart

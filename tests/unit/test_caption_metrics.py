@@ -11,8 +11,9 @@ import pytest
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.evaluation import java_metrics as java
-from dsmoe_vl.evaluation.caption_metrics import (
+from dsmoe_vl.evaluation.captions import Captioned, text_scores
+from dsmoe_vl.metrics import meteor_spice as java
+from dsmoe_vl.metrics.captions import (
     _common_length,
     bleu,
     bleu_of_counts,
@@ -21,8 +22,7 @@ from dsmoe_vl.evaluation.caption_metrics import (
     rouge_l,
     tokenized,
 )
-from dsmoe_vl.evaluation.captions import Captioned, text_scores
-from dsmoe_vl.evaluation.ptb_tokenizer import tokenize
+from dsmoe_vl.metrics.ptb_tokenizer import tokenize
 from launch.evaluate import caption_scores
 
 NO_BREAK = "\u00a0"

@@ -11,7 +11,7 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.caption import CaptionTask
 from dsmoe_vl.tasks.pictures import PictureReader
-from tests.samples import sample
+from tests.support.samples import sample
 
 
 @pytest.fixture(scope="module")

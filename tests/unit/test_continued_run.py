@@ -15,7 +15,7 @@ from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.segment import Sample, Segment, TaskId
 from dsmoe_vl.errors import DataError
-from tests.tars import write_shards
+from tests.support.tars import write_shards
 
 STEP = 2  # packs a step, over all ranks
 DATA = DataConfig(pack_length=64, pack_patches=4, lanes=4, lookahead=4, shuffle_block=8, workers=0)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_tools import convert as tool
 from data_tools.convert import FORMATS
-from data_tools.films import encode_mp4
 from data_tools.parts import Settings
-from dsmoe_vl.data.shards import iterate_samples
+from data_tools.synthetic.films import encode_mp4
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.errors import DataError
 
 FORMAT = {module.NAME: module for module in FORMATS}

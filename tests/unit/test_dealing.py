@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dsmoe_vl.evaluation import retrieval
 from dsmoe_vl.evaluation.dealing import Dealer, Dealt
-from dsmoe_vl.evaluation.record import write_scalars
+from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.parallel.ranks import Ranks
-from tests.samples import sample
+from tests.support.samples import sample
 
 
 class Threads:

@@ -12,7 +12,7 @@ from PIL import Image
 from dsmoe_vl.data import decode
 from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
 from dsmoe_vl.errors import DataError
-from tests.tars import encoded_as, picture
+from tests.support.tars import encoded_as, picture
 
 
 def video(

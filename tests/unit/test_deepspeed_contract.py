@@ -18,7 +18,7 @@ NAMES = [
     ("moe/capacity.py", "deepspeed.moe.sharded_moe", "gumbel_rsample"),
     ("moe/capacity.py", "deepspeed.moe.sharded_moe", "multiplicative_jitter"),
     ("moe/capacity.py", "deepspeed.comm.pg_utils", "is_parallel"),
-    ("optim/adamw.py", "deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
+    ("optim/optimizer.py", "deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
     ("optim/l1.py", "deepspeed.utils", "safe_get_local_fp32_param"),
     ("parallel/launch.py", "deepspeed.ops.op_builder.cpu.comm", "ShareMemCommBuilder"),
     ("checkpoint/weights.py", "deepspeed.runtime.zero", "GatheredParameters"),

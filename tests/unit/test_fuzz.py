@@ -25,16 +25,16 @@ import av
 import numpy as np
 import pytest
 
-from data_tools.films import film
-from data_tools.tokenizer import train as train_tokenizer
+from data_tools.synthetic.films import film
+from data_tools.tokenizer.train import train as train_tokenizer
 from dsmoe_vl.data import decode
 from dsmoe_vl.data.decode import decode_video
-from dsmoe_vl.data.shards import ShardIndex, read_sample
+from dsmoe_vl.data.shards.index import ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
-from tests import fuzz_files
-from tests.fuzz_files import ENCODINGS, NUMBERS, PARTS, PLACES, VALUES, Child, Examiner, read_shard_anew
-from tests.fuzz_tars import BLOCK, by_key, sound, swap, tar_of
-from tests.tars import Member, write_index, write_tar
+from tests.support import fuzz_files
+from tests.support.fuzz_files import ENCODINGS, NUMBERS, PARTS, PLACES, VALUES, Child, Examiner, read_shard_anew
+from tests.support.fuzz_tars import BLOCK, by_key, sound, swap, tar_of
+from tests.support.tars import Member, write_index, write_tar
 
 
 @pytest.fixture(scope="module")

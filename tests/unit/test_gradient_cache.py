@@ -11,8 +11,8 @@ from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.tasks.task import MultiTaskModel
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
-from tests.batches import mixed_pack
 from tests.distributed.train_losses import RECIPE
+from tests.support.batches import mixed_pack
 
 MICRO_STEPS = {
     "as many pairs": [[mixed_pack(0), mixed_pack(1)], [mixed_pack(2), mixed_pack(3)]],

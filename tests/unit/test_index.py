@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from data_tools.films import film
-from data_tools.scenes import scene
+from data_tools.synthetic.films import film
+from data_tools.synthetic.scenes import scene
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.errors import ConfigError, DataError
 from dsmoe_vl.inference import index as index_module
@@ -16,7 +16,7 @@ from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.index import MediaIndex, Row, model_hash, update_index
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.inference.media import open_media
-from tests.trained import THREE_TASKS, random_run
+from tests.support.trained import THREE_TASKS, random_run
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsmoe_vl.config.describe import describe
 from dsmoe_vl.config.recipe import L1Config
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.optim.l1 import add_proximal_step
+from dsmoe_vl.planner.describe import describe
 from tests.distributed.ranks import cpu_environment
 from tests.unit.test_resolve import moe, plan, quickstart
 

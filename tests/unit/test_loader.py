@@ -19,7 +19,7 @@ from dsmoe_vl.data.decode import decode_image, fit_grid, to_patches
 from dsmoe_vl.data.loader import Loader, evaluation_packs
 from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
 from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
-from tests.tars import encoded_as, picture, write_index, write_shards, write_tar
+from tests.support.tars import encoded_as, picture, write_index, write_shards, write_tar
 
 DATA = DataConfig(pack_length=64, pack_patches=4, lanes=8, lookahead=4, shuffle_block=8, workers=0)
 Identity = tuple[int, int, int, int]  # source, epoch, shard, sample

@@ -12,8 +12,8 @@ from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.media import BATCH, first_picture, in_batches, media_files, open_media, to_sample
-from tests.datasets import clip, photo
-from tests.samples import sample
+from tests.support.datasets import clip, photo
+from tests.support.samples import sample
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

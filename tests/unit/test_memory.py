@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.films import encode_mp4
-from data_tools.tokenizer import train as train_tokenizer
+from data_tools.synthetic.films import encode_mp4
+from data_tools.tokenizer.train import train as train_tokenizer
 from dsmoe_vl.config.recipe import (
     CaptionConfig,
     DataConfig,
@@ -26,7 +26,7 @@ from dsmoe_vl.config.recipe import (
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
-from tests.tars import encoded_as, picture, write_index, write_tar
+from tests.support.tars import encoded_as, picture, write_index, write_tar
 
 WARM, SAMPLES = 10_000, 50_000
 LEAST_LEAK = 100  # bytes a sample that would be noticed; most of a process is the libraries that it has loaded

@@ -12,14 +12,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoe_vl.config.recipe import DataConfig, Recipe, RunConfig, SourceConfig, TokenizerConfig
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.monitor import run_log as monitoring
 from dsmoe_vl.monitor.board import tag
+from dsmoe_vl.monitor.run_log import RunLog
 from dsmoe_vl.optim.gradients import PARTS, part_of
 from dsmoe_vl.parallel.device import memory_gib, peak_flops
-from dsmoe_vl.training import monitor as monitoring
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.clock import PhaseClock
-from dsmoe_vl.training.monitor import Monitor
 
 VALUES = {
     "loss": 2.0, "loss_caption": 2.0, "lr": 1e-3, "grad_norm": 1.0, "grad_norm_vision": 0.6,
@@ -50,7 +50,7 @@ def test_a_bar_on_a_terminal_and_lines_in_a_file(out, tmp_path, monkeypatch):
     stdout, stderr = out(), Terminal()
     monkeypatch.setattr("sys.stdout", stdout)
     monkeypatch.setattr("sys.stderr", stderr)
-    monitor = Monitor(plan(tmp_path), 0, 0)
+    monitor = RunLog(plan(tmp_path), 0, 0)
     monitor.advance()
     monitor.log(1, VALUES)
     monitor.close()
@@ -59,7 +59,7 @@ def test_a_bar_on_a_terminal_and_lines_in_a_file(out, tmp_path, monkeypatch):
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
-    monitor = Monitor(plan(tmp_path), 1, 0)
+    monitor = RunLog(plan(tmp_path), 1, 0)
     monitor.advance()
     monitor.log(1, VALUES)
     monitor.log_samples(100)
@@ -69,7 +69,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
 
 def test_a_warning_is_said_and_kept(tmp_path, capsys):
     made = plan(tmp_path)
-    monitor = Monitor(made, 0, 0)
+    monitor = RunLog(made, 0, 0)
     monitor.log(7, {**VALUES, "loss_caption": math.nan})
     monitor.close()
     assert "warning at step 7: loss_caption not finite" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_samples_are_drawn_now_and_then_and_at_the_end_and_end_no_training(tmp_p
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(monitoring, "write_samples", write)
-    monitor = Monitor(plan(tmp_path, samples_every=30), 0, 0)
+    monitor = RunLog(plan(tmp_path, samples_every=30), 0, 0)
     for step in range(20, 101, 20):
         monitor.log_samples(step)
     monitor.close()

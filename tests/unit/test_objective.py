@@ -3,9 +3,9 @@
 import torch
 
 from dsmoe_vl.config.recipe import MoEConfig, Recipe, SourceConfig
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.objective.objective import Objective
+from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.task import TaskOutput
 from tests.distributed.train_losses import RECIPE
 

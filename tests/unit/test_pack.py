@@ -7,7 +7,7 @@ from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, en
 from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Picture, Segment, TaskId
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
-from tests.tars import picture
+from tests.support.tars import picture
 
 SHAPE = PackShape(length=32, patches=48, patch_size=4, merge=2)
 WIDE = PackShape(length=40, patches=96, patch_size=4, merge=2)

@@ -19,10 +19,10 @@ from data_tools.check import Reencoding
 from data_tools.convert import convert
 from data_tools.formats import Record, Stored
 from data_tools.parts import Parts, Settings, make_part
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.errors import DataError
 from tests.conftest import REPOSITORY
-from tests.datasets import photo
+from tests.support.datasets import photo
 
 
 @pytest.fixture

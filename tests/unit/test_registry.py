@@ -11,7 +11,7 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
-from tests.samples import sample
+from tests.support.samples import sample
 
 ALL = TasksConfig(retrieval=RetrievalConfig(1.0), summary=SummaryConfig(1.0))
 

@@ -23,15 +23,15 @@ import pytest
 import torch
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
-from dsmoe_vl.data import remote
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader, evaluation_packs
-from dsmoe_vl.data.prefetch import Prefetcher
-from dsmoe_vl.data.shards import Shard, ShardIndex, iterate_samples, read_sample
+from dsmoe_vl.data.shards import remote
+from dsmoe_vl.data.shards.index import Shard, ShardIndex, iterate_samples, read_sample
+from dsmoe_vl.data.shards.prefetch import Prefetcher
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
-from tests.tars import write_index, write_shards, write_tar
+from tests.support.tars import write_index, write_shards, write_tar
+from tests.support.web import CUT, SILENT, STUCK, WRONG, Web, serving
 from tests.unit.test_loader import DATA, encode
-from tests.web import CUT, SILENT, STUCK, WRONG, Web, serving
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[2]
@@ -331,7 +331,7 @@ def fetcher(url: str, cache: str, shards: list[Shard]) -> subprocess.Popen[bytes
     """A process that fetches `shards` one after the other."""
     rows = [(shard.name, shard.bytes, shard.sha256) for shard in shards]
     script = (
-        "from dsmoe_vl.config.recipe import DataConfig; from dsmoe_vl.data.remote import RemoteFolder\n"
+        "from dsmoe_vl.config.recipe import DataConfig; from dsmoe_vl.data.shards.remote import RemoteFolder\n"
         f"folder = RemoteFolder({url!r}, DataConfig(cache={cache!r}))\n"
         f"for row in {rows!r}: print(folder.fetch(*row).stat().st_size)\n"
     )

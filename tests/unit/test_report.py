@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsmoe_vl.evaluation.charts import importance_chart, load_map
-from dsmoe_vl.evaluation.report import render
-from dsmoe_vl.evaluation.report_data import ExpertLoad, FolderExamples, Report
-from dsmoe_vl.evaluation.report_metrics import metric_tables
-from dsmoe_vl.evaluation.report_text import flat, magnitude, said, short_name
-from tests.reports import FOLDERS, Page, made_up, without
+from dsmoe_vl.report.charts import importance_chart, load_map
+from dsmoe_vl.report.content import ExpertLoad, FolderExamples, Report
+from dsmoe_vl.report.page import render
+from dsmoe_vl.report.scores import metric_tables
+from dsmoe_vl.report.text import flat, magnitude, said, short_name
+from tests.support.reports import FOLDERS, Page, made_up, without
 
 SECTIONS = ["metrics", "captions", "retrieval", "summaries", "routing", "plan"]
 

@@ -13,15 +13,15 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import Captioned, caption_samples
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import TOP, Chosen, Counts, Gatherer, retrieval_examples, thumbnail
-from dsmoe_vl.evaluation.report_data import ExpertLoad
+from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.retrieval import Gallery, evaluate_retrieval
-from dsmoe_vl.evaluation.routing import LoadCounter, total_load
 from dsmoe_vl.evaluation.summaries import summarize_samples
 from dsmoe_vl.inference.generate import caption_task, prompt_batch
 from dsmoe_vl.inference.load import load_run
+from dsmoe_vl.report.content import ExpertLoad
 from dsmoe_vl.tasks.retrieval import pair_id
-from tests.samples import sample
-from tests.trained import THREE_TASKS, random_run
+from tests.support.samples import sample
+from tests.support.trained import THREE_TASKS, random_run
 
 
 @pytest.fixture(scope="module")

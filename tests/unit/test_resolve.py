@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
-from dsmoe_vl.config.describe import describe
 from dsmoe_vl.config.load import load_recipe, recipe_from_table
-from dsmoe_vl.config.plan import RunPlan, changed_settings, plan_to_json, recipe_from_json
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.config.resolve import resolve
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.planner.describe import describe
+from dsmoe_vl.planner.plan import RunPlan, changed_settings, plan_to_json, recipe_from_json
+from dsmoe_vl.planner.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 RECIPES, CONFIGS = ROOT / "launch" / "recipes", ROOT / "ds_configs"

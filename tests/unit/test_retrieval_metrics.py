@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
-from dsmoe_vl.evaluation import retrieval_metrics as module
-from dsmoe_vl.evaluation.retrieval_metrics import coco_metrics, retrieval_metrics
+from dsmoe_vl.metrics import retrieval as module
+from dsmoe_vl.metrics.retrieval import coco_metrics, retrieval_metrics
 
 
 def oracle(media, text, media_of_text):

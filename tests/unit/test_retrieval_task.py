@@ -16,7 +16,7 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.retrieval import RetrievalTask, pair_id
-from tests.samples import sample
+from tests.support.samples import sample
 
 SHAPE = PackShape(length=128, patches=256, patch_size=8, merge=2)
 

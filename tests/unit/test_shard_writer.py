@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from data_tools.writer import ShardWriter, sample_key
-from dsmoe_vl.data.shards import ShardIndex, iterate_samples
+from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.errors import DataError
 
 

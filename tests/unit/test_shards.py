@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from dsmoe_vl.data.shards import ShardIndex, iterate_samples, read_sample
-from dsmoe_vl.data.tar import scan_shard
+from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples, read_sample
+from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.errors import DataError
-from tests.tars import write_index, write_shards, write_tar
+from tests.support.tars import write_index, write_shards, write_tar
 
 
 def three_samples(prefix: str = "") -> list[tuple[str, bytes]]:

@@ -11,13 +11,13 @@ import pytest
 from data_tools.convert import convert
 from data_tools.formats import coco, folder
 from data_tools.parts import Settings
-from data_tools.tokenizer import train
+from data_tools.tokenizer.train import train
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from tests.conftest import REPOSITORY
-from tests.datasets import read
+from tests.support.datasets import read
 
 PACKS = 16
 

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from dsmoe_vl.evaluation import shots
-from dsmoe_vl.evaluation.shots import key_shots, knapsack, segment, unit_features
+from dsmoe_vl.metrics import shots
+from dsmoe_vl.metrics.shots import key_shots, knapsack, segment, unit_features
 
 
 def scatter(features):

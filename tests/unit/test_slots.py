@@ -18,7 +18,7 @@ from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Sample, Segment, TaskId
 from dsmoe_vl.data.slots import PatchSlots
 from dsmoe_vl.errors import DataError
-from tests.tars import encoded_as, picture, write_tar
+from tests.support.tars import encoded_as, picture, write_tar
 from tests.unit.test_loader import DATA, encode_picture
 
 pytestmark = pytest.mark.timeout(60)

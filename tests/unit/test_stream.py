@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadReport
-from dsmoe_vl.data.shards import Shard, ShardIndex
+from dsmoe_vl.data.shards.index import Shard, ShardIndex
 from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
 from dsmoe_vl.errors import DataError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dsmoe_vl.evaluation.summary_metrics import kendall_tau_b, key_frame_f, spearman_rho
+from dsmoe_vl.metrics.importance import kendall_tau_b, key_frame_f, spearman_rho
 
 METRICS = [key_frame_f, kendall_tau_b, spearman_rho]
 

@@ -9,8 +9,9 @@ from scipy import stats
 
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation import summaries
-from dsmoe_vl.evaluation.shots import key_shots
-from dsmoe_vl.evaluation.summary_protocols import (
+from dsmoe_vl.inference.summarize import VideoSummary
+from dsmoe_vl.metrics.shots import key_shots
+from dsmoe_vl.metrics.summary_protocols import (
     frames_of_parts,
     overlap_f,
     summe_f,
@@ -19,9 +20,8 @@ from dsmoe_vl.evaluation.summary_protocols import (
     user_correlations,
     videoxum_f,
 )
-from dsmoe_vl.inference.summarize import VideoSummary
 from dsmoe_vl.tasks.video_summary import importance_at
-from tests.samples import sample
+from tests.support.samples import sample
 
 ONES = np.ones(20, dtype=np.int64)
 # Twenty parts in four shots; 15 % are three of them.

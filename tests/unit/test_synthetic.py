@@ -9,11 +9,11 @@ import av
 import numpy as np
 import pytest
 
-from data_tools.films import VECTORS, WEIGHTS, film
-from data_tools.scenes import COLOURS, RELATIONS, SHAPES, SIZES, combinations, scene, shape_mask
-from data_tools.synthetic import generate
+from data_tools.synthetic.films import VECTORS, WEIGHTS, film
+from data_tools.synthetic.generate import generate
+from data_tools.synthetic.scenes import COLOURS, RELATIONS, SHAPES, SIZES, combinations, scene, shape_mask
 from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.shards import ShardIndex, iterate_samples
+from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.errors import DataError
 
 SMALL = {"images": 60, "videos": 12, "eval_images": 30, "eval_videos": 10}

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from data_tools.synthetic import generate
-from data_tools.tokenizer import reservoir, sample_texts, train
+from data_tools.synthetic.generate import generate
+from data_tools.tokenizer.train import reservoir, sample_texts, train
 from data_tools.writer import ShardWriter
 from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards import iterate_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import DataError
 

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dsmoe_vl.data.transfer import PermanentFailure, TransientFailure, blocks, file_url, is_remote, without_query
+from dsmoe_vl.data.shards.download import PermanentFailure, TransientFailure, blocks, file_url, is_remote, without_query
 
 pytestmark = pytest.mark.timeout(60)
 

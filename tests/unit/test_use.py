@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import dsmoe_vl
-from data_tools.films import film
-from data_tools.scenes import scene
+from data_tools.synthetic.films import film
+from data_tools.synthetic.scenes import scene
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
 from dsmoe_vl.inference.load import load_run
@@ -19,7 +19,7 @@ from dsmoe_vl.inference.media import read_file
 from dsmoe_vl.inference.search import Search
 from dsmoe_vl.inference.summarize import VideoSummary
 from dsmoe_vl.inference.summary_files import folder_names, write_summary
-from tests.trained import THREE_TASKS, random_run
+from tests.support.trained import THREE_TASKS, random_run
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask, importance_at, ranked_pairs
-from tests.samples import sample
+from tests.support.samples import sample
 
 FRAMES = 4
 SHAPE = PackShape(length=192, patches=256, patch_size=8, merge=2)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.datasets import read
+from tests.support.datasets import read
 from tests.unit.formats.video_files import write
 
 

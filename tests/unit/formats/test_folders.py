@@ -13,8 +13,8 @@ import pytest
 from data_tools.formats import Stored, folder, img2dataset
 from data_tools.formats.filters import Filters
 from dsmoe_vl.errors import DataError
-from tests.datasets import photo, problems, read, written
-from tests.tars import encoded_as, picture, write_tar
+from tests.support.datasets import photo, problems, read, written
+from tests.support.tars import encoded_as, picture, write_tar
 
 
 class TestImg2dataset:

@@ -8,7 +8,7 @@ import pytest
 
 from data_tools.formats import flickr, karpathy, llava
 from dsmoe_vl.errors import DataError
-from tests.datasets import problems, read, written
+from tests.support.datasets import problems, read, written
 
 
 class TestKarpathy:

@@ -13,7 +13,7 @@ from scipy.io import savemat
 from data_tools.formats import qvhighlights, summe, tvsum, videoxum
 from data_tools.formats.timeline import Problem, checked_scores, segments, time_range
 from dsmoe_vl.errors import DataError
-from tests.datasets import read
+from tests.support.datasets import read
 from tests.unit.formats.video_files import problems, write
 
 NAN = math.nan

@@ -8,7 +8,7 @@ import pytest
 
 from data_tools.formats import activitynet, msrvtt, msvd, qvhighlights, summe, tvsum, vatex, videoxum, webvid
 from dsmoe_vl.errors import DataError
-from tests.datasets import read
+from tests.support.datasets import read
 from tests.unit.formats.video_files import by_id, problems, write
 
 NAN = math.nan

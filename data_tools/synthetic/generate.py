@@ -1,0 +1,123 @@
+"""A small synthetic dataset for a first run and for tests: scenes and videos whose captions are exactly true.
+
+The evaluation splits show only combinations of shape, colour and size (motion, in videos) that never occur in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools.command import run
+from data_tools.parallel import default_workers
+from data_tools.synthetic.films import film
+from data_tools.synthetic.scenes import scene
+from data_tools.writer import ShardWriter
+from dsmoe_vl.errors import DataError
+
+SAMPLES_PER_SHARD = 500
+_CHUNK = 64  # samples that a process draws at a time
+
+Draw = Callable[[np.random.Generator, bool, int, int], tuple[bytes, dict[str, Any]]]
+
+
+def generate(
+    output: Path,
+    images: int = 8000,
+    videos: int = 1200,
+    eval_images: int = 600,
+    eval_videos: int = 100,
+    size: int = 64,
+    max_objects: int = 2,
+    seed: int = 1,
+) -> None:
+    """Write the shard folders images_train, images_eval, videos_train and videos_eval into `output`.
+
+    The same arguments give the same bytes, and sample i does not depend on how many there are. A count of 0 leaves its
+    folder out. The folders appear together, when all are complete.
+
+    Args:
+        size: pixels, the longer side of an image and both sides of a video; a multiple of 16, at least 48.
+        max_objects: shapes in a scene, 1 or 2.
+
+    Raises:
+        DataError: bad arguments, or a folder that holds shards already.
+    """
+    if size < 48 or size % 16:
+        raise DataError(f"--size {size}: give a multiple of 16 that is at least 48, for shapes that can be told apart")
+    if max_objects not in (1, 2):
+        raise DataError(f"--max-objects {max_objects}: a scene has 1 or 2 shapes")
+    if seed < 0:
+        raise DataError(f"--seed {seed}: cannot be negative")
+    of_images, of_videos = ["caption", "retrieval"], ["caption", "retrieval", "summary"]
+    kinds: list[tuple[str, str, Draw, str, bool, int]] = [
+        ("images_train", "--images", scene, "jpg", False, images),
+        ("images_eval", "--eval-images", scene, "jpg", True, eval_images),
+        ("videos_train", "--videos", film, "mp4", False, videos),
+        ("videos_eval", "--eval-videos", film, "mp4", True, eval_videos),
+    ]
+    for name, option, *_, count in kinds:
+        if count < 0:
+            raise DataError(f"{option} {count}: a number of samples cannot be negative")
+        if (output / name).exists():
+            raise DataError(f"{output / name} exists already: delete it first, or choose another --output")
+    unfinished = output / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # Spawned, since a trainer that makes its default data has threads, which a fork would not carry over.
+    pool = ProcessPoolExecutor(default_workers(), multiprocessing.get_context("spawn"))
+    for stream, (name, _, draw, media_type, held_out, count) in enumerate(kinds):
+        if count == 0:
+            continue
+        one = partial(_sample, draw, seed, stream, held_out, size, max_objects)
+        # A few samples are sooner drawn than a process is started.
+        samples = pool.map(one, range(count), chunksize=_CHUNK) if count > _CHUNK else map(one, range(count))
+        with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
+            for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
+                key = f"{name}-{i:07d}"
+                meta |= {"id": key, "source": "synthetic", "tasks": of_videos if media_type == "mp4" else of_images}
+                writer.write(key, media, media_type, meta["captions"][0], meta)
+    pool.shutdown()
+    for folder in unfinished.iterdir():
+        folder.rename(output / folder.name)
+    unfinished.rmdir()
+
+
+def _sample(
+    draw: Draw, seed: int, stream: int, held_out: bool, size: int, max_objects: int, i: int
+) -> tuple[bytes, dict[str, Any]]:
+    return draw(np.random.default_rng([seed, stream, i]), held_out, size, max_objects)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets one folder of shards a split")
+    parser.add_argument("--images", type=int, default=8000, metavar="N", help="training images (%(default)s)")
+    parser.add_argument("--videos", type=int, default=1200, metavar="N", help="training videos (%(default)s)")
+    parser.add_argument("--eval-images", type=int, default=600, metavar="N", help="held-out images (%(default)s)")
+    parser.add_argument("--eval-videos", type=int, default=100, metavar="N", help="held-out videos (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="longer side (%(default)s)")
+    parser.add_argument(
+        "--max-objects", type=int, default=2, metavar="K", help="shapes in a scene, 1 or 2 (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    given = parser.parse_args(arguments)
+
+    def command() -> int:
+        generate(**vars(given))
+        print(f"wrote {given.images} + {given.eval_images} images and {given.videos} + {given.eval_videos} videos "
+              f"(training + held-out) to {given.output}")  # fmt: skip
+        return 0
+
+    return run(command)

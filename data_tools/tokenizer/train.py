@@ -1,0 +1,156 @@
+"""Train a SentencePiece tokenizer on the captions of shards.
+
+The model is lossless (no normalisation, bytes for what it has never seen), and its special tokens are control symbols:
+a caption that contains "<image>" is ordinary text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sentencepiece import SentencePieceTrainer
+from tqdm import tqdm
+
+from data_tools.command import run
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from dsmoe_vl.errors import DataError
+
+CHUNK = 100_000  # characters; at most four bytes each, so that no chunk reaches MAX_BYTES
+MAX_BYTES = 2**20  # longer lines are dropped by SentencePiece without an error
+# SentencePiece drops a whole line for one of these: NUL, and the character that it uses inside for unknown ones.
+FORBIDDEN = {0x0000: None, 0x2585: None}
+
+
+def train(
+    data: list[str] | list[Path], output: Path, vocab_size: int = 8000, max_samples: int = 1_000_000, seed: int = 1
+) -> Tokenizer:
+    """Train on the texts of the shard folders `data` and write the model file `output`.
+
+    Args:
+        vocab_size: pieces, control symbols and the 256 bytes included. Where the texts cannot fill it, the largest
+            possible vocabulary is trained and a line says so.
+        max_samples: texts; from more, a uniform sample of this size is drawn with `seed`.
+
+    Raises:
+        DataError: no text, shards that cannot be read, a vocabulary too small, or an `output` that exists.
+    """
+    if output.exists():
+        raise DataError(f"{output} exists, and runs may depend on it: delete it first, or choose another --output")
+    if max_samples < 1:
+        raise DataError(f"--max-samples {max_samples}: must be positive")
+    samples = (sample for folder in data for sample in iterate_samples(folder, media=False))
+    texts = (
+        text for sample in tqdm(samples, desc="reading", unit="sample", disable=None) for text in sample_texts(sample)
+    )
+    chosen, total = reservoir(texts, max_samples, random.Random(seed))
+    if not chosen:
+        raise DataError(f"no captions in {', '.join(map(str, data))}: a tokenizer needs text")
+    if len(chosen) < total:
+        print(f"training on {len(chosen)} of {total} texts, drawn with seed {seed} (--max-samples)")
+    model = _fit(chosen, vocab_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".partial")
+    temporary.write_bytes(model)
+    os.replace(temporary, output)
+    return Tokenizer(output)
+
+
+def sample_texts(sample: Sample) -> Iterator[str]:
+    """All captions of KEY.json, or else KEY.txt; and the summary, where there is one."""
+    captions = sample.meta.get("captions") or [sample.text]
+    for text in (*captions, sample.meta.get("summary")):
+        if isinstance(text, str) and text.strip():
+            yield text
+
+
+def reservoir(texts: Iterable[str], size: int, rng: random.Random) -> tuple[list[str], int]:
+    """A uniform sample of at most `size` texts and the number of all (Vitter's algorithm R, one pass)."""
+    chosen: list[str] = []
+    total = 0
+    for total, text in enumerate(texts, 1):
+        if len(chosen) < size:
+            chosen.append(text)
+        elif (place := rng.randrange(total)) < size:
+            chosen[place] = text
+    return chosen, total
+
+
+def _lines(texts: list[str]) -> Iterator[str]:
+    """What SentencePiece takes without dropping a line."""
+    for text in texts:
+        clean = text.encode("utf-8", "replace").decode().translate(FORBIDDEN)
+        for start in range(0, len(clean), CHUNK):
+            yield clean[start : start + CHUNK]
+
+
+def _fit(texts: list[str], vocab_size: int) -> bytes:
+    """The trained model file, with fewer pieces than `vocab_size` where the texts cannot fill it."""
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",  # keeps frequent words whole in small corpora too, where unigram runs out of pieces
+            vocab_size=vocab_size,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            control_symbols=list(CONTROL_SYMBOLS),
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=MAX_BYTES,
+            minloglevel=2,  # errors only
+        )
+    except RuntimeError as error:
+        too_high = re.search(r"too high \(\d+\).*<= (\d+)", str(error))
+        if too_high and int(too_high[1]) < vocab_size:
+            print(f"the texts fill {too_high[1]} pieces, not {vocab_size} (--vocab-size)")
+            return _fit(texts, int(too_high[1]))
+        too_low = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
+        if too_low:
+            raise DataError(
+                f"--vocab-size {vocab_size}: the characters of these texts, the 256 bytes and the special tokens alone "
+                f"need {too_low[1]} pieces"
+            ) from error
+        raise DataError(f"no tokenizer of {vocab_size} pieces (--vocab-size) fits these texts: {error}") from error
+    return model.getvalue()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    options = commands.add_parser(
+        "train",
+        help="train a model on the captions of shards",
+        description="Example:\n\n    python -m data_tools.tokenizer train --data shards/train --output tokenizer.model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument(
+        "--data", required=True, nargs="+", metavar="SHARDS", help="folders of shards, or URLs of such"
+    )
+    options.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model file, tokenizer.model")
+    options.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="pieces (%(default)s)")
+    options.add_argument("--max-samples", type=int, default=1_000_000, metavar="N", help="texts (%(default)s)")
+    options.add_argument("--seed", type=int, default=1, help="of the choice of texts (%(default)s)")
+    given = parser.parse_args(arguments)
+
+    def command() -> int:
+        tokenizer = train(given.data, given.output, given.vocab_size, given.max_samples, given.seed)
+        print(f"wrote {given.output}: {tokenizer.size} pieces, sha256 {tokenizer.sha256}")
+        return 0
+
+    return run(command)

@@ -1,0 +1,194 @@
+"""A run plan as readable text, with the arithmetic: what --dry-run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsmoe_vl.config.deepspeed_json import setting
+from dsmoe_vl.config.recipe import L1Config
+from dsmoe_vl.planner.flops import labels_of_full_pack
+from dsmoe_vl.planner.parameters import sparse_layers
+from dsmoe_vl.planner.plan import RunPlan
+
+_SHOWN_GROUPS = 4
+_SHOWN_RANKS = 4
+
+
+def describe(plan: RunPlan) -> str:
+    """Several lines: model, batch, schedule, cost, memory, groups, notes."""
+    sections = (
+        ("run", _run(plan)),
+        ("parameters", _parameters(plan)),
+        ("step", _step(plan)),
+        ("cost", _cost(plan)),
+        ("memory of a rank", _memory(plan)),
+        ("groups", _groups(plan)),
+    )
+    lines: list[str] = []
+    for title, rows in sections:
+        lines += [title, *(f"  {name:<22}{value}" for name, value in rows), ""]
+    lines.append("notes" if plan.notes else "no notes: everything is as asked for")
+    lines += [f"  - {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _run(plan: RunPlan) -> list[tuple[str, str]]:
+    recomputed = ", decoder layers recomputed in the backward" if plan.activation_checkpointing else ""
+    data = plan.recipe.data
+    return [
+        ("directory", str(plan.run_dir)),
+        ("tensorboard", str(plan.tensorboard_dir) if plan.tensorboard_enabled else "off"),
+        ("ranks", f"{plan.world_size} x {plan.device}, {plan.precision}, ZeRO-{plan.zero_stage}{recomputed}"),
+        ("sources", _sources(plan)),
+        ("readers", f"{data.lanes} lanes, {data.lanes // plan.world_size} a rank, {data.workers} workers a rank"),
+    ]
+
+
+def _sources(plan: RunPlan) -> str:
+    sources, heat = plan.recipe.data.sources, plan.recipe.data.temperature
+    total = sum(source.weight ** (1 / heat) for source in sources)
+    return ", ".join(f"{source.name} {source.weight ** (1 / heat) / total:.0%}" for source in sources)
+
+
+def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
+    counts, model, moe = plan.parameters, plan.recipe.model, plan.recipe.moe
+    sparse = sparse_layers(plan.recipe)
+    per_layer = (
+        f"({' + '.join(map(str, moe.experts_per_layer))})"
+        if moe.experts_per_layer
+        else f"{sparse} layers x {moe.experts}"
+    )
+    experts = f"{per_layer} experts x 3 x {model.width} x {moe.ffn_width}"
+    return [
+        ("total", _count(counts.total)),
+        ("active a token", f"{_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
+        ("routed experts", f"{_count(counts.experts)} = {experts}"),
+        ("shared experts", _count(counts.shared_experts)),
+        *([("residual experts", _count(counts.residual_experts))] if moe.residual else []),
+        ("routers", _count(counts.routers)),
+        ("dense feed-forwards", f"{_count(counts.dense_ffn)} in {moe.first_dense_layers} of {model.layers} layers"),
+        ("attention", _count(counts.attention)),
+        ("embedding", f"{_count(counts.embedding)}, tied with the output"),
+        ("vision encoder", _count(counts.vision)),
+        ("connector", _count(counts.connector)),
+        ("norms", _count(counts.norms)),
+        ("task heads", _count(counts.heads)),
+    ]
+
+
+def _step(plan: RunPlan) -> list[tuple[str, str]]:
+    data, run = plan.recipe.data, plan.recipe.run
+    packs = f"{plan.micro_batch} a rank x {plan.accumulation} accumulated x {plan.world_size} ranks"
+    cells = data.pack_patches // plan.recipe.model.vision.merge**2
+    patches = f"{plan.packs_per_step * data.pack_patches:,}"
+    return [
+        ("packs", f"{plan.packs_per_step} = {packs}"),
+        ("tokens", f"{plan.tokens_per_step:,} = {plan.packs_per_step} packs x {data.pack_length}"),
+        (
+            "patches",
+            f"at most {patches}, {data.pack_patches} a pack = {cells} tokens",
+        ),
+        ("steps", f"{run.steps:,} = {_count(run.steps * plan.tokens_per_step)} tokens"),
+        ("learning rate", f"{plan.deepspeed['optimizer']['params']['lr']:g} at its peak"),
+        ("schedule", _schedule(plan)),
+        ("gradient clipping", f"{setting(plan.deepspeed, 'gradient_clipping', 1.0)}"),
+        *_l1(plan.recipe.objective.l1),
+        *_backend(plan),
+    ]
+
+
+def _backend(plan: RunPlan) -> list[tuple[str, str]]:
+    moe, tokens = plan.recipe.moe, plan.micro_batch * plan.recipe.data.pack_length
+    if moe.backend == "dropless":
+        return [("experts compute", "every assignment (dropless)")]
+    if not moe.drop_tokens:
+        return [("experts compute", "every assignment; buffers as large as the busiest expert needs (capacity)")]
+    share = f"{moe.capacity_factor:g} x {moe.top_k} x {tokens} / experts"
+    more = [text for text in (moe.noisy_gate, "random token selection" * moe.random_token_selection) if text]
+    rows = f"at most {share} assignments of a rank's micro-step, at least {moe.min_capacity} (capacity)"
+    return [("experts compute", ", ".join([rows, *more]))]
+
+
+def _l1(l1: L1Config) -> list[tuple[str, str]]:
+    if l1.weight == 0:
+        return []
+    omega = f"{l1.experts:g} |experts| + {l1.matrices:g} |other matrices| + {l1.vectors:g} |norms, biases|"
+    return [("L1 term", f"{l1.weight:g} x ({omega}), by a proximal step after each update")]
+
+
+def _schedule(plan: RunPlan) -> str:
+    scheduler = plan.deepspeed.get("scheduler")
+    if scheduler is None:
+        return "constant"
+    return f"{scheduler['type']}: " + ", ".join(f"{key} {value}" for key, value in scheduler["params"].items())
+
+
+def _cost(plan: RunPlan) -> list[tuple[str, str]]:
+    flops, data = plan.flops, plan.recipe.data
+    share = f"{data.pack_length} tokens, {data.pack_patches} patches, {labels_of_full_pack(plan.recipe)} labels a pack"
+    return [
+        ("forward, a token", f"{_flops(flops.per_token)}, attending to {flops.token_context:g} on average"),
+        (
+            "forward, a patch",
+            f"{_flops(flops.per_patch)}, attending to {flops.patch_context:g}",
+        ),
+        ("forward, a label", f"{_flops(flops.per_label)}, the output projection, paid by text with a target only"),
+        ("training, a step", f"{_flops(plan.flops_per_step)} = 3 x forward of {share}"),
+        ("training, a rank", f"{_flops(plan.flops_per_step / plan.world_size)} a step"),
+    ]
+
+
+def _memory(plan: RunPlan) -> list[tuple[str, str]]:
+    memory = plan.memory
+    rows = [
+        ("weights", _bytes(memory.weights)),
+        ("gradients", _bytes(memory.gradients)),
+        ("optimizer", _bytes(memory.optimizer)),
+        ("on the device", f"{_bytes(memory.device)}, activations and communication buckets not counted"),
+    ]
+    return rows + ([("on the host", _bytes(memory.host))] if memory.host else [])
+
+
+def _groups(plan: RunPlan) -> list[tuple[str, str]]:
+    return [
+        ("data parallel", _shown([range(plan.dp_size)])),
+        ("expert parallel", f"{_shown(plan.ep_groups)}, {_per_layer(plan, plan.ep_size)} experts a rank and layer"),
+        ("expert data", f"{_shown(plan.expert_data_groups)}, the same experts"),
+    ]
+
+
+def _per_layer(plan: RunPlan, divided_by: int = 1) -> str:
+    """The experts of a layer; of a pyramid those of every layer."""
+    return "/".join(
+        str(count // divided_by) for count in plan.recipe.moe.experts_per_layer or (plan.recipe.moe.experts,)
+    )
+
+
+def _shown(groups: Sequence[range]) -> str:
+    shown = " ".join(_ranks(group) for group in groups[:_SHOWN_GROUPS])
+    more = " ..." if len(groups) > _SHOWN_GROUPS else ""
+    return f"{len(groups)} x {len(groups[0])} ranks: {shown}{more}"
+
+
+def _ranks(group: range) -> str:
+    if len(group) <= _SHOWN_RANKS:
+        return f"[{' '.join(str(rank) for rank in group)}]"
+    return f"[{group[0]} {group[1]} ... {group[-1]}]"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _flops(number: float) -> str:
+    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number / 1e6:.2f} MFLOP"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -1,0 +1,71 @@
+"""Held-out losses during training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.loader import evaluation_packs
+from dsmoe_vl.data.pack import collate
+from dsmoe_vl.objective.objective import term_weights
+from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.tasks.registry import Encoder
+
+
+class HeldOut:
+    """The first packs of every held-out source, `run.evaluate_packs` in all; encoded once, then kept in memory."""
+
+    def __init__(self, plan: RunPlan, ranks: Ranks, encode: Encoder, terms: tuple[str, ...], host: HostGroup) -> None:
+        recipe = plan.recipe
+        self.terms, self.weights = terms, term_weights(recipe.tasks)
+        self.batches: dict[str, list[Batch]] = {}
+        sources = recipe.data.evaluation
+        for source in sources:
+            packs = evaluation_packs(
+                recipe.data,
+                source,
+                encode,
+                patch_size=recipe.model.vision.patch_size,
+                merge=recipe.model.vision.merge,
+                rank=ranks.rank,
+                ranks=ranks.world_size,
+                maximum=host.max,
+            )
+            share = max(1, recipe.run.evaluate_packs // (len(sources) * ranks.world_size))
+            batches = [collate([pack]) for pack in islice(packs, share)]
+            pairs = host.gather([batch.counts["retrieval"] for batch in batches])  # as many batches on every rank
+            self.batches[source.name] = [
+                replace(batch, pairs_of_ranks=tuple(of_ranks)) for batch, *of_ranks in zip(batches, *pairs, strict=True)
+            ]
+
+    @torch.no_grad()
+    def losses(self, engine: Any, device: torch.device) -> dict[str, float]:
+        """Mean loss per target of every term, over all sources (`eval_loss_TERM`) and per source, and the weighted sum
+        of the former (`eval_loss`). Collective."""
+        engine.eval()
+        sums = {name: torch.zeros(2, len(self.terms), device=device, dtype=torch.float64) for name in self.batches}
+        for name, batches in self.batches.items():
+            for batch in batches:
+                output, _ = engine(batch.to(device))
+                for column, term in enumerate(self.terms):
+                    sums[name][0, column] += output.loss_sums[term]
+                    sums[name][1, column] += batch.counts[term]
+        engine.train()
+        stacked = torch.stack(list(sums.values()))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(stacked)
+        totals = {"": stacked.sum(0), **{f"_{name}": stacked[row] for row, name in enumerate(sums)}}
+        means = {
+            f"eval_loss_{term}{suffix}": float(total[0, column] / total[1, column])
+            for suffix, total in totals.items()
+            for column, term in enumerate(self.terms)
+            if total[1, column] > 0
+        }
+        return {"eval_loss": sum(self.weights[t] * means.get(f"eval_loss_{t}", 0.0) for t in self.terms), **means}
