@@ -1,11 +1,15 @@
-"""What a report of an evaluation shows, found where the evaluation happens: small, and the same on any number of ranks.
+"""What a report of an evaluation shows: small, gathered while the evaluation runs, the same on any number of ranks.
+
+A task brings its own part, a `TaskPart`; the page knows no task by name.
 
 Shapes: N sparse layers, J tasks, M modalities, E experts of the widest layer, f frames that the model has seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -77,13 +81,43 @@ class Storyboard:
 
 
 @dataclass(frozen=True)
-class FolderExamples:
-    """Examples of one folder of shards. `wrong`: more captions, all of them wrong."""
+class CaptionExamples:
+    """Captions of one folder of shards, chosen at random. `wrong`: more of them, all wrong."""
 
-    captions: list[CaptionExample] = field(default_factory=list)
+    random: list[CaptionExample] = field(default_factory=list)
     wrong: list[CaptionExample] = field(default_factory=list)
-    retrieval: list[RetrievalExample] = field(default_factory=list)
-    storyboards: list[Storyboard] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ScoreLabel:
+    """What a score is called on the page, and how it is written.
+
+    A "count" is a whole number, a "percent" a fraction that is shown times 100, "plain" has three decimals.
+    """
+
+    text: str
+    unit: Literal["count", "percent", "plain"] = "plain"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A task's section of the page. `anchor`: its id. `template`: a Jinja2 template that is given `folders`, a list of
+    (short name, examples) of the folders that have any, and the macros of `templates/macros.html`."""
+
+    anchor: str
+    title: str
+    template: Path
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """Everything that the page says of one task. `title`: of its scores; `labels`: by a score's name in eval.json;
+    `examples`: by folder, in whatever form the section's template reads."""
+
+    title: str
+    labels: Mapping[str, ScoreLabel]
+    section: Section | None = None
+    examples: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,12 +132,12 @@ class ExpertLoad:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. `scores` by folder, task and metric, as in eval.json; `examples` by folder; `plan` is the
-    run's plan.json; `step` the optimizer step of the weights."""
+    """Everything on the page. `scores` by folder, task and metric, as in eval.json; `tasks` by task, in the order of
+    their sections; `plan` is the run's plan.json; `step` the optimizer step of the weights."""
 
     run: str
     step: int
     scores: dict[str, dict[str, dict[str, float]]]
-    examples: dict[str, FolderExamples]
+    tasks: dict[str, TaskPart]
     load: ExpertLoad | None
     plan: dict[str, Any]
