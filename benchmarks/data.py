@@ -330,10 +330,11 @@ def time_resume(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def _letters(sample: Any) -> list[Any]:
-    from dsmoe_vl.data.segment import Segment, TaskId
+    from dsmoe_vl.config.task_table import task_number
+    from dsmoe_vl.data.segment import Segment
 
     tokens = np.frombuffer(sample.text.encode(), np.uint8).astype(np.int32)
-    return [Segment(TaskId.CAPTION, tokens, tokens.copy(), np.zeros_like(tokens))]
+    return [Segment(task_number("caption"), tokens, tokens.copy(), np.zeros_like(tokens))]
 
 
 def main() -> int:

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment, TaskId
+from dsmoe_vl.config.task_table import task_number
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.inference.generate import CachedDecoder, prompt_batch, unspeakable
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.search import Decoder, greedy
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.language import followed_by
+from dsmoe_vl.tasks.registry import build_backbone
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NO_END = -1  # no token has this number
@@ -95,7 +96,7 @@ WAYS: dict[str, Callable[..., Decoder]] = {
 def random_model(recipe_file: Path, tokenizer: Path | None) -> TrainedModel:
     """A model of a recipe with its first values, and the recipe's tokenizer unless another is given."""
     recipe = load_recipe(recipe_file)
-    model = VisionLanguageModel(recipe).eval()
+    model = build_backbone(recipe).eval()
     initialise(model, seed=1)
     with torch.no_grad():
         model.embedding.weight.mul_(20)  # else all logits are near zero, and texts follow rounding errors
@@ -115,7 +116,7 @@ def random_prompts(trained: TrainedModel, count: int, seed: int = 0) -> list[Seg
         tokens = np.full(cells + 1, trained.tokenizer.control("<image>"), np.int32)
         tokens[-1] = trained.tokenizer.control("<caption>")
         modality = np.where(np.arange(cells + 1) < cells, Modality.IMAGE, Modality.TEXT).astype(np.int32)
-        prompts.append(Segment(TaskId.CAPTION, tokens, np.full_like(tokens, IGNORE), modality, [picture]))
+        prompts.append(Segment(task_number("caption"), tokens, np.full_like(tokens, IGNORE), modality, [picture]))
     return prompts
 
 

@@ -102,11 +102,12 @@ def log_line_seconds(variant: Variant, rank: int) -> float:
 
 def statistics_seconds(plan: RunPlan, tokens: int, device: torch.device) -> float:
     """Seconds of one layer's router statistics, forward and backward, as many tokens as a micro-step."""
-    from dsmoe_vl.data.segment import Modality, TaskId
+    from dsmoe_vl.config.task_table import TASKS
+    from dsmoe_vl.data.segment import Modality
     from dsmoe_vl.moe.router import Router
 
     moe = plan.recipe.moe
-    router = Router(plan.recipe.model.width, moe.experts, moe.top_k, len(TaskId), len(Modality)).to(device)
+    router = Router(plan.recipe.model.width, moe.experts, moe.top_k, len(TASKS), len(Modality)).to(device)
     torch.nn.init.normal_(router.weight, std=0.02)
     ids = torch.zeros(tokens, dtype=torch.int64, device=device)
     routing = router(torch.randn(tokens, plan.recipe.model.width, device=device), ids, ids)
@@ -117,7 +118,7 @@ def statistics_seconds(plan: RunPlan, tokens: int, device: torch.device) -> floa
             logits=routing.logits.detach().requires_grad_(),
         )
         started = time.perf_counter()
-        stats = RouterStats.of(leaves, ids, ids, ids == 0, len(TaskId), len(Modality))
+        stats = RouterStats.of(leaves, ids, ids, ids == 0, len(TASKS), len(Modality))
         (stats.probability_sum.square().sum() + stats.z_sum).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

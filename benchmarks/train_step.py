@@ -26,9 +26,10 @@ import torch
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -56,7 +57,7 @@ def random_batch(plan: RunPlan, seed: int) -> Batch:
             labels = np.where(np.arange(length) < cells - 1, IGNORE, tokens).astype(np.int32)
             modality = np.where(np.arange(length) < cells, Modality.IMAGE, Modality.TEXT).astype(np.int32)
             picture = Picture(patches, (side, side), -1.0, np.arange(cells, dtype=np.int32))
-            segments.append(Segment(TaskId.CAPTION, tokens, labels, modality, [picture]))
+            segments.append(Segment(task_number("caption"), tokens, labels, modality, [picture]))
         packs.append(assemble(segments, shape))
     return collate(packs)
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from data_tools.formats import Record
 from data_tools.schema import curves_problem
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
@@ -91,9 +92,7 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
 
 def tasks_of(record: Record, captions: list[str]) -> list[str]:
     """What a record with these clean captions can be used for."""
-    tasks = ["caption", "retrieval"] if captions else []
-    scored = record.meta.get("saliency") is not None or record.meta.get("importance") is not None
-    return [*tasks, "summary"] if record.kind == "video" and (scored or record.meta.get("summary")) else tasks
+    return [spec.name for spec in TASKS if spec.qualifies(record.kind, captions, record.meta)]
 
 
 def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[str, Any]]:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from dsmoe_vl.data.segment import Sample, TaskId
+from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards.index import SCHEMA_VERSION
 
-_TASKS = tuple(task.name.lower() for task in TaskId)
+_TASKS = tuple(spec.name for spec in TASKS)
 
 
 def is_own(sample: Sample) -> bool:

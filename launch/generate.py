@@ -4,7 +4,7 @@
     python launch/generate.py retrieve  --run runs/NAME --media FOLDER --index FILE --text "a red square" --grid out.png
     python launch/generate.py summarize --run runs/NAME --video FILE... --output DIR
 
-Exit status 0; 1 where some of the files could not be used, which are named; 2 where nothing could be answered.
+Exit status: 0; 1 if some files could not be used (they are named); 2 if nothing could be answered.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def parse() -> argparse.Namespace:
     captions = commands.add_parser("caption", parents=[common], help="describe images and videos")
     captions.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
     captions.add_argument("--video", type=Path, nargs="+", default=[], metavar="FILE")
-    captions.add_argument(
-        "--media", nargs="+", default=[], metavar="FOLDER", help="of pictures and videos, or of shards"
-    )
+    captions.add_argument("--media", nargs="+", default=[], metavar="FOLDER", help="of pictures, videos or shards")
     captions.add_argument("--beam", type=int, default=1, metavar="N", help="beam search with N beams")
     captions.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of probability P")
     captions.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (%(default)s)")
@@ -73,15 +71,14 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer. Returns the exit status; raises DsmoeVlError where nothing can be answered."""
-    if args.command == "caption":
-        search = Search(args.beam, args.top_p, args.temperature, args.seed)
-        trained = load_run(args.run, args.device)
+    """The exit status. Raises DsmoeVlError if nothing can be answered."""
+    search = Search(args.beam, args.top_p, args.temperature, args.seed) if args.command == "caption" else None
+    trained = load_run(args.run, args.device)
+    if search is not None:
         media: list[Media] = [*media_files(args.image, "image"), *media_files(args.video, "video")]
         for folder in args.media:
             media += open_media(folder, trained.recipe.data)
         return caption_media(trained, media, args.max_tokens, search, args.json)
-    trained = load_run(args.run, args.device)
     if args.command == "retrieve":
         question = Question(args.text, args.image, args.video)
         return retrieve(trained, open_media(args.media, trained.recipe.data), question, args.top, args.index, args.grid)
@@ -89,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Exit status 2, with a line that says why, where the run, the question or the folder cannot be used."""
+    """Exit status 2, with a line that says why, if the run, the question or the folder cannot be used."""
     args = parse()
     try:
         return run(args)

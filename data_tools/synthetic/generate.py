@@ -22,6 +22,7 @@ from data_tools.parallel import default_workers
 from data_tools.synthetic.films import film
 from data_tools.synthetic.scenes import scene
 from data_tools.writer import ShardWriter
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import DataError
 
 SAMPLES_PER_SHARD = 500
@@ -58,7 +59,6 @@ def generate(
         raise DataError(f"--max-objects {max_objects}: a scene has 1 or 2 shapes")
     if seed < 0:
         raise DataError(f"--seed {seed}: cannot be negative")
-    of_images, of_videos = ["caption", "retrieval"], ["caption", "retrieval", "summary"]
     kinds: list[tuple[str, str, Draw, str, bool, int]] = [
         ("images_train", "--images", scene, "jpg", False, images),
         ("images_eval", "--eval-images", scene, "jpg", True, eval_images),
@@ -83,7 +83,9 @@ def generate(
         with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
             for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
                 key = f"{name}-{i:07d}"
-                meta |= {"id": key, "source": "synthetic", "tasks": of_videos if media_type == "mp4" else of_images}
+                kind = "video" if media_type == "mp4" else "image"
+                tasks = [spec.name for spec in TASKS if spec.qualifies(kind, meta["captions"], meta)]
+                meta |= {"id": key, "source": "synthetic", "tasks": tasks}
                 writer.write(key, media, media_type, meta["captions"][0], meta)
     pool.shutdown()
     for folder in unfinished.iterdir():

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.capacity import CapacityMoE, one_process_name
 from dsmoe_vl.moe.layer import ExpertParallelMoE
+from dsmoe_vl.tasks.registry import build_backbone
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 
@@ -46,7 +46,7 @@ def save_weights(model: nn.Module, zero_stage: int, path: Path) -> None:
 def require_same_model(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError unless a checkpoint has the tensors of the recipe's model, before DeepSpeed loads parts."""
     with torch.device("meta"):
-        model = VisionLanguageModel(recipe)
+        model = build_backbone(recipe)
     expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict

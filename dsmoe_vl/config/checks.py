@@ -1,84 +1,14 @@
-"""The constraints between a recipe's fields, and between the recipe and the number of ranks."""
+"""The rules between a recipe's fields, and between the recipe and the number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
 
+from dsmoe_vl.config.bounds import out_of_bounds
 from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
-
-_AT_LEAST_ONE = (
-    "model.width",
-    "model.layers",
-    "model.heads",
-    "model.kv_heads",
-    "model.ffn_width",
-    "model.rope_base",
-    "model.vision.patch_size",
-    "model.vision.merge",
-    "model.vision.width",
-    "model.vision.layers",
-    "model.vision.heads",
-    "model.vision.ffn_width",
-    "moe.experts",
-    "moe.top_k",
-    "moe.ffn_width",
-    "moe.global_entropy_experts",
-    "tasks.retrieval.embedding_width",
-    "data.pack_length",
-    "data.pack_patches",
-    "data.image_max_patches",
-    "data.frame_max_patches",
-    "data.video_frames",
-    "data.frame_pool",
-    "data.lanes",
-    "data.lookahead",
-    "data.shuffle_block",
-    "tokenizer.vocab_size",
-    "run.steps",
-    "run.log_every",
-    "run.evaluate_packs",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-)
-_NOT_NEGATIVE = (
-    "moe.shared_ffn_width",
-    "moe.first_dense_layers",
-    "moe.balance_weight",
-    "moe.z_weight",
-    "moe.local_entropy_weight",
-    "moe.global_entropy_weight",
-    "moe.mutual_information_weight",
-    "moe.bias_rate",
-    "moe.min_capacity",
-    "tasks.caption.weight",
-    "tasks.caption.word_dropout",
-    "tasks.retrieval.weight",
-    "tasks.summary.weight",
-    "tasks.summary.importance_weight",
-    "tasks.summary.ranking_weight",
-    "tasks.summary.ranking_margin",
-    "objective.l1.weight",
-    "objective.l1.experts",
-    "objective.l1.matrices",
-    "objective.l1.vectors",
-    "data.workers",
-    "data.max_bad_fraction",
-    "data.cache_gib",
-    "run.seed",
-    "run.evaluate_every",
-    "run.router_every",
-    "run.samples_every",
-)
-
-_CHOICES = {
-    "moe.backend": ("dropless", "capacity"),
-    "moe.routing": ("token", "plain", "task", "isolated"),
-    "moe.balance_over": ("all", "task", "modality"),
-    "data.video_sampling": ("uniform", "fps", "keyframes"),
-    "tasks.retrieval.loss": ("info_nce", "sigmoid"),
-}
 
 # Settings of moe.backend = "capacity"; of these, the ones that say what is dropped.
 _DROPPING = ("moe.capacity_factor", "moe.eval_capacity_factor", "moe.min_capacity", "moe.random_token_selection")
@@ -89,8 +19,9 @@ Rule = tuple[bool, str, str]  # holds, key, what to do where it does not
 
 def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
     """Raises ConfigError for the first constraint that does not hold, naming the value, the key, `file` and the fix."""
+    for key, value, rule in out_of_bounds(recipe):
+        raise ConfigError(f"{key} = {value!r} in {file}: {rule}")
     for rules in (
-        _ranges(recipe),
         _model(recipe),
         _moe(recipe),
         _capacity(recipe),
@@ -100,32 +31,13 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
         for holds, key, fix in rules:
             if not holds:
                 raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
-    learned = learned_tasks(recipe)
+    learned = tuple(spec.name for spec in learned_tasks(recipe))
     for key in ("data.sources", "data.evaluation"):
         _check_sources(recipe.data, key, learned, file)
 
 
 def _value(recipe: Recipe, key: str) -> object:
     return reduce(getattr, key.split("."), recipe)
-
-
-def _ranges(recipe: Recipe) -> Iterator[Rule]:
-    for key in _AT_LEAST_ONE:
-        yield _value(recipe, key) >= 1, key, "must be at least 1"  # type: ignore[operator]
-    for key in _NOT_NEGATIVE:
-        yield _value(recipe, key) >= 0, key, "must not be negative"  # type: ignore[operator]
-    for key in ("data.max_bad_fraction", "tasks.caption.word_dropout"):
-        yield _value(recipe, key) <= 1, key, "is a fraction, at most 1"  # type: ignore[operator]
-    for key in (
-        "data.temperature",
-        "data.fetch_patience_seconds",
-        "data.video_fps",
-        "moe.capacity_factor",
-        "moe.eval_capacity_factor",
-    ):
-        yield _value(recipe, key) > 0, key, "must be above 0"  # type: ignore[operator]
-    for key, choices in _CHOICES.items():
-        yield _value(recipe, key) in choices, key, f"must be one of {', '.join(choices)}"
 
 
 def _model(recipe: Recipe) -> Iterator[Rule]:
@@ -257,9 +169,8 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
         "must be the first and the last step of a trace, such as [20, 25], or [] for none",
     )
     yield recipe.run.directory != "", "run.directory", 'must name a folder, such as "runs"'
-    tasks = recipe.tasks
-    weights = (tasks.caption.weight, tasks.retrieval.weight, tasks.summary.weight)
-    yield any(weights), "tasks.caption.weight", "and those of the other tasks are 0: there is nothing to learn"
+    first = f"tasks.{TASKS[0].name}.weight"
+    yield bool(learned_tasks(recipe)), first, "and those of the other tasks are 0: there is nothing to learn"
     yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model file"
 
 

@@ -13,12 +13,20 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from dsmoe_vl.config.task_table import TASKS, Targets
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Pack, Segment
+from dsmoe_vl.data.segment import COUNTS, IGNORE, TOKENS_OF, Modality, Pack, Segment
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 
 _LAST = 2.2  # times the longest sample: what is left then is filled by two
+# How many targets a segment has, by the kind of target that a term of its task counts.
+_TARGETS: dict[Targets, Callable[[Segment], int]] = {
+    "labels": lambda segment: int(np.count_nonzero(segment.labels != IGNORE)),
+    "pairs": lambda segment: int(segment.pair >= 0 and bool(segment.pictures)),  # counted at its side with pictures
+    "frames": lambda segment: sum(picture.frame_token >= 0 for picture in segment.pictures),
+    "comparisons": lambda segment: len(segment.ranked),
+}
 _FULL = 0.985  # a pack with this share of its tokens or patches used is not worth waiting for a better fit
 
 
@@ -139,8 +147,9 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         positions[start:end] = np.arange(segment.length)
         task_ids[start:end] = segment.task
         modality_ids[start:end] = segment.modality
-        if labelled := int(np.count_nonzero(segment.labels != IGNORE)):
-            counts[segment.task.name.lower()] += labelled
+        for term in TASKS[segment.task].terms:
+            counts[term.name] += _TARGETS[term.targets](segment)
+        counts["labels"] += _TARGETS["labels"](segment)
         ranked.append(segment.ranked + len(frame_tokens))
         for picture in segment.pictures:
             count = len(picture.patches)
@@ -159,10 +168,9 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
     media = [(n, s.pair) for n, s in paired if s.pictures]
     text = [(n, s.pair) for n, s in paired if not s.pictures]
     assert [pair for _, pair in media] == [pair for _, pair in text], "a retrieval pair has lost one side"
-    counts |= {"tokens": end, "retrieval": len(media), "importance": len(frame_tokens)}
-    counts["ranking"] = sum(len(pairs) for pairs in ranked)
-    for modality in Modality:
-        counts[f"tokens_{modality.name.lower()}"] = int(np.count_nonzero(modality_ids[:end] == modality))
+    counts["tokens"] = end
+    for modality, name in TOKENS_OF.items():
+        counts[name] = int(np.count_nonzero(modality_ids[:end] == modality))
     return Pack(
         tokens=tokens,
         labels=labels,
@@ -251,7 +259,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
         ranked=listed("ranked", frames[:-1].tolist()),
         counts=counts,
         keys=[key for pack in packs for key in pack.keys],
-        pairs_of_ranks=(counts["retrieval"],),
+        pairs_of_ranks=(sum(len(pack.pair_ids) for pack in packs),),
     )
 
 

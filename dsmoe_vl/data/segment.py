@@ -15,26 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from dsmoe_vl.config.task_table import all_terms
+
 IGNORE = -100  # label of a position without a language-model target
-# What a batch counts: real tokens, in all and by modality, and the targets of every loss term.
-TERMS = ("caption", "retrieval", "summary", "importance", "ranking")
-COUNTS = ("tokens", "tokens_text", "tokens_image", "tokens_video", *TERMS)
-
-
-class TaskId(IntEnum):
-    """Rows of the router's task bias."""
-
-    CAPTION = 0
-    RETRIEVAL = 1
-    SUMMARY = 2
 
 
 class Modality(IntEnum):
-    """Rows of the router's modality bias; of a token."""
+    """Of a token; its row of the router's modality bias."""
 
     TEXT = 0
     IMAGE = 1
     VIDEO = 2
+
+
+# What a batch counts: real tokens, in all and by modality, language-model targets, and the targets of every loss term.
+TOKENS_OF = {modality: f"tokens_{modality.name.lower()}" for modality in Modality}
+COUNTS = ("tokens", *TOKENS_OF.values(), "labels", *(term.name for term in all_terms()))
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,8 @@ class Picture:
 class Segment:
     """A run of tokens that attend only to each other: `tokens`, `labels`, `modality` int32 [n].
 
+    `task`: its number, see `config/task_table.py`.
+
     `labels[i]` is the target that is predicted *at* position i (already shifted), or IGNORE.
     `pair`: the id of a retrieval pair of which this is one side, with pictures or without; its last token is the
     embedding token. -1 for none.
@@ -77,7 +75,7 @@ class Segment:
     `ranked` int32 [r, 2]: pairs of frames to be compared, the more important one first.
     """
 
-    task: TaskId
+    task: int
     tokens: np.ndarray
     labels: np.ndarray
     modality: np.ndarray

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
 
-CONTROL_SYMBOLS = ("<image>", "<video>", "<frame>", "<embed>", "<caption>", "<retrieval>", "<summary>")
+CONTROL_SYMBOLS = ("<image>", "<video>", "<frame>", "<embed>", *(spec.symbol for spec in TASKS))
 
 _RESERVED_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
 _TRAIN_HINT = "train one with `python -m data_tools.tokenizer train --data SHARDS --output tokenizer.model`"

@@ -1,21 +1,35 @@
-"""Captions of held-out samples. Do they name what is there, and do they read as human ones do?
-
-The first is known of samples whose KEY.json lists `attributes`: objects with a colour and a shape.
-"""
+"""Captions of held-out samples: generated, printed beside their references, scored, and shown in the report."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+from PIL import Image
+
+from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
+from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
+from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.metrics.captions import caption_metrics
+from dsmoe_vl.report.content import TEMPLATES, CaptionExample, CaptionExamples, ScoreLabel, Section
+from dsmoe_vl.tasks.caption import captions_of
 
 _BATCH_SAMPLES = 32
+_VIDEO_FRAMES = 4  # of a captioned video, shown
+_LABELS = {
+    **TEXT_LABELS,
+    "samples": ScoreLabel("samples captioned", "count"),
+    "with_truth": ScoreLabel("captions whose truth is known", "count"),
+    "correct": ScoreLabel("of these, name every object's colour and shape", "count"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,20 +41,75 @@ class Captioned:
     correct: bool | None
 
 
-def names_every_object(text: str, attributes: list[dict[str, str]]) -> bool:
-    """Whether the text says "COLOUR SHAPE" of every object; two objects alike must be said twice."""
-    words = " ".join(re.findall(r"[a-z]+", text.lower()))
-    wanted = [f"{thing['colour']} {thing['shape']}" for thing in attributes]
-    return all(len(re.findall(rf"\b{phrase}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
+class CaptionEvaluation:
+    """Counts the captions that name every object, where samples carry the truth, and compares with the references.
+    `samples/captions.png` of the run shows those that were printed."""
+
+    labels = _LABELS
+    section = Section("captions", "Generated captions beside their references", TEMPLATES / "captions.html")
+
+    def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None:
+        self.trained, self.options, self.dealer = trained, options, dealer
+        self.shown: list[Captioned] = []
+
+    def evaluate(self, folder: Folder) -> tuple[Scores, CaptionExamples | None]:
+        """See `TaskEvaluation`."""
+        samples, examples = folder.own(), CaptionChoice(folder.examples)
+        found = examples.watch(caption_samples(self.trained, samples, self.options.max_tokens))
+        results = merged(found, samples, self.dealer, whole=self.options.show)
+        return self.scores(results), examples.merged(self.dealer)
+
+    def finish(self) -> None:
+        """Draw what was printed."""
+        if self.shown:
+            sheet = self.options.run / "samples" / "captions.png"
+            sheet.parent.mkdir(exist_ok=True)
+            contact_sheet([Cell(_pictures(result.sample), result.generated) for result in self.shown]).save(sheet)
+            print(f"wrote {sheet}")
+
+    def scores(self, results: list[Captioned]) -> Scores:
+        """Print the first results, and count the right ones."""
+        for result in results[: self.options.show]:
+            self.shown.append(result)
+            print_text(result.sample, result.generated, captions_of(result.sample)[0])
+        judged = [result.correct for result in results if result.correct is not None]
+        scores: Scores = {"samples": len(results)}
+        if judged:
+            accuracy = sum(judged) / len(judged)
+            scores |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": accuracy}
+            right = f"{sum(judged)} of {len(judged)} captions name every object's colour and shape"
+            print(f"{right} ({accuracy:.1%})")
+        return scores | text_scores((result.generated, captions_of(result.sample)) for result in results)
 
 
-def text_scores(texts: Iterable[tuple[str, list[str]]]) -> dict[str, float]:
-    """`caption_metrics` of generated texts, each with its references. {} where no text has one.
+class CaptionChoice:
+    """Captions for the report: some, and some more of those that are wrong."""
 
-    Blank references, and texts that are left without any, are passed over.
-    """
-    known = [(text, own) for text, references in texts if (own := [one for one in references if one.strip()])]
-    return caption_metrics([text for text, _ in known], [own for _, own in known]) if known else {}
+    def __init__(self, counts: Counts, seed: int = 0) -> None:
+        self._counts = counts
+        self._random: Chosen[CaptionExample] = Chosen(counts.captions, seed)
+        self._wrong: Chosen[CaptionExample] = Chosen(counts.captions + counts.wrong, seed)
+
+    def watch(self, results: Iterable[Captioned]) -> Iterator[Captioned]:
+        """The same results; looks at them as they pass."""
+        for result in results:
+            for chosen in (self._random, self._wrong) if result.correct is False else (self._random,):
+                chosen.offer(result.sample.key, partial(caption_example, result))
+            yield result
+
+    def merged(self, dealer: Dealer) -> CaptionExamples | None:
+        """The choice of all ranks, None if there is nothing to show. Collective."""
+        random = self._random.merged(dealer)
+        shown = {example.key for example in random}
+        more = [example for example in self._wrong.merged(dealer) if example.key not in shown]
+        return CaptionExamples(random, more[: self._counts.wrong]) if random else None
+
+
+def caption_example(result: Captioned) -> CaptionExample:
+    """Raises DataError where the picture cannot be read."""
+    sample = result.sample
+    references = [text for text in captions_of(sample) if text.strip()]
+    return CaptionExample(sample.key, thumbnails(sample, _VIDEO_FRAMES), result.generated, references, result.correct)
 
 
 def caption_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Captioned]:
@@ -67,3 +136,11 @@ def _caption_batch(trained: TrainedModel, samples: list[Sample], max_tokens: int
         attributes = sample.meta.get("attributes")
         correct = names_every_object(text, attributes) if attributes else None
         yield Captioned(sample, text, correct)
+
+
+def _pictures(sample: Sample) -> list[Image.Image]:
+    """The image, or some frames of the video."""
+    assert sample.media is not None, "it has been captioned"
+    if sample.media_type in VIDEO_EXTENSIONS:
+        return [Image.fromarray(frame) for _, frame in decode_video(sample.media, _VIDEO_FRAMES)]
+    return [Image.fromarray(decode_image(sample.media))]

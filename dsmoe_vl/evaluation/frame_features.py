@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.decode import fit_grid, iterate_video, to_patches
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment
 from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.generate import prompt_batch
@@ -42,7 +43,7 @@ def frame_features(trained: TrainedModel, sample: Sample, frames: int) -> np.nda
 @torch.inference_mode()
 def _encode(trained: TrainedModel, pictures: list[Picture]) -> np.ndarray:
     one = np.zeros(1, np.int32)  # the decoder's tokens, which are not looked at
-    batch = prompt_batch(trained, [Segment(TaskId.SUMMARY, one, one + IGNORE, one + Modality.VIDEO, pictures)])
+    batch = prompt_batch(trained, [Segment(task_number("summary"), one, one + IGNORE, one + Modality.VIDEO, pictures)])
     layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
     features = trained.model.vision(batch.patches, batch.patch_positions, layout).float().cpu()
     return torch.stack([part.mean(dim=0) for part in features.split([len(p.patches) for p in pictures])]).numpy()

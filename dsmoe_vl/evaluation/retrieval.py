@@ -10,27 +10,28 @@ import numpy as np
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.retrieval_examples import Gallery, retrieval_examples
+from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.metrics.retrieval import COCO_MEDIA, coco_metrics, retrieval_metrics
+from dsmoe_vl.metrics.retrieval import COCO_MEDIA, RECALLS, coco_metrics, retrieval_metrics
+from dsmoe_vl.report.content import TEMPLATES, RetrievalExample, ScoreLabel, Section
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 
 _BATCH_TEXTS = 32
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """What is searched. media [n, W] and text [m, W] are unit vectors, media_of_text [m] rows of media.
-
-    `pairs` [n]: the `pair_id` of each medium; `texts` [m].
-    """
-
-    media: np.ndarray
-    text: np.ndarray
-    media_of_text: np.ndarray
-    pairs: list[int]
-    texts: list[str]
+def _labels() -> dict[str, ScoreLabel]:
+    labels = {"samples": ScoreLabel("pictures or videos searched", "count")}
+    for test, prefix in (("", ""), ("coco_5k_", "COCO 5k test, "), ("coco_1k_", "COCO 1k test, ")):
+        for direction, name in (("media_to_text", "picture to text"), ("text_to_media", "text to picture")):
+            for k in RECALLS:
+                place = "right one found first" if k == 1 else f"right one among the first {k}"
+                labels[f"{test}{direction}_r{k}"] = ScoreLabel(f"{prefix}{name}: {place} (R@{k}), %", "percent")
+            median = ScoreLabel(f"{prefix}{name}: median place of the right one", "count")
+            labels[f"{test}{direction}_median_rank"] = median
+    return labels
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,30 @@ class _Shown:
     pair: int
     embedding: np.ndarray
     captions: list[str]
+
+
+class RetrievalEvaluation:
+    """Texts look for their pictures or videos, and the other way round."""
+
+    labels = _labels()
+    section = Section("retrieval", "What queries find, by cosine similarity", TEMPLATES / "retrieval.html")
+
+    def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None:
+        self.trained, self.options, self.dealer = trained, options, dealer
+
+    def evaluate(self, folder: Folder) -> tuple[Scores, list[RetrievalExample]]:
+        """See `TaskEvaluation`."""
+        examples: list[RetrievalExample] = []
+
+        def keep(gallery: Gallery) -> None:
+            if self.dealer.rank == 0:
+                examples.extend(retrieval_examples(gallery, folder.all(), folder.examples.queries))
+
+        scores = evaluate_retrieval(self.trained, folder.own(), self.options.gallery, self.dealer, keep=keep)
+        return scores, examples
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
 
 def evaluate_retrieval(

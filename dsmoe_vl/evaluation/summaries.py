@@ -1,22 +1,42 @@
-"""Do predicted importance curves and summaries agree with those of the samples?"""
+"""Video summaries of held-out samples: do importance curves and texts agree with those of the samples?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.evaluation.captions import names_every_object
+from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.examples import Chosen
 from dsmoe_vl.evaluation.frame_features import frame_features
+from dsmoe_vl.evaluation.storyboards import storyboard
+from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.metrics.importance import kendall_tau_b, key_frame_f, spearman_rho
 from dsmoe_vl.metrics.shots import MAX_FRAMES, segment, unit_features
 from dsmoe_vl.metrics.summary_protocols import frames_of_parts, protocol_scores, times_of_parts
+from dsmoe_vl.report.content import TEMPLATES, ScoreLabel, Section, Storyboard
 from dsmoe_vl.tasks.video_summary import annotated_curves
+
+_LABELS = {
+    **TEXT_LABELS,
+    "samples": ScoreLabel("videos summarized", "count"),
+    "key_frame_f": ScoreLabel("key frames in common with the annotation (F, 0 to 1)"),
+    "kendall_tau": ScoreLabel("rank correlation with the annotation (Kendall's τ, -1 to 1)"),
+    "spearman_rho": ScoreLabel("rank correlation with the annotation (Spearman's ρ, -1 to 1)"),
+    "importance_error": ScoreLabel("mean absolute error of importance (0 to 1)"),
+    "user_kendall_tau": ScoreLabel("mean rank correlation with each annotator (Kendall's τ, -1 to 1)"),
+    "user_spearman_rho": ScoreLabel("mean rank correlation with each annotator (Spearman's ρ, -1 to 1)"),
+    "tvsum_f": ScoreLabel("key shots as TVSum counts them (F, 0 to 1)"),
+    "summe_f": ScoreLabel("key shots as SumMe counts them (F, 0 to 1)"),
+    "videoxum_f": ScoreLabel("frames as VideoXum counts them (F, 0 to 1)"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,39 @@ class Summarized:
     sample: Sample
     summary: VideoSummary
     scores: dict[str, float]
+
+
+class SummaryEvaluation:
+    """Importance curves against the annotated ones, and summaries against the references."""
+
+    labels = _LABELS
+    section = Section("summaries", "Videos: importance over time and key frames", TEMPLATES / "summaries.html")
+
+    def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None:
+        self.trained, self.options, self.dealer = trained, options, dealer
+
+    def evaluate(self, folder: Folder) -> tuple[Scores, list[Storyboard]]:
+        """See `TaskEvaluation`."""
+        samples, boards = folder.own(), Chosen[Storyboard](folder.examples.videos, seed=0)
+        found = self._watched(summarize_samples(self.trained, samples, self.options.max_tokens), boards)
+        videos = merged(found, samples, self.dealer)
+        for video in videos[: self.options.show]:
+            peak = video.summary.seconds[video.summary.importance.argmax()]
+            print_text(video.sample, f"{video.summary.text} (peak at {peak:.2f} s)", _reference(video.sample))
+        texts = text_scores((video.summary.text, [_reference(video.sample)]) for video in videos)
+        return mean_scores(videos) | texts, boards.merged(self.dealer)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def _watched(self, results: Iterable[Summarized], boards: Chosen[Storyboard]) -> Iterator[Summarized]:
+        """The same results, offered to the report as they pass."""
+        for result in results:
+            boards.offer(result.sample.key, partial(self._storyboard, result))
+            yield result
+
+    def _storyboard(self, result: Summarized) -> Storyboard:
+        return storyboard(result.sample, result.summary, result.scores, self.trained.recipe.data)
 
 
 def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Summarized]:
@@ -82,3 +135,7 @@ def mean_scores(results: list[Summarized]) -> dict[str, float]:
     names = dict.fromkeys(name for result in results for name in result.scores)
     values = {name: [result.scores[name] for result in results if name in result.scores] for name in names}
     return {"samples": len(results), **{name: float(np.mean(value)) for name, value in values.items()}}
+
+
+def _reference(sample: Sample) -> str:
+    return str(sample.meta.get("summary", ""))

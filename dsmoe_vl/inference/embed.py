@@ -7,11 +7,10 @@ import torch
 
 from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.inference.generate import prompt_batch
-from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all
-from dsmoe_vl.model.heads import RetrievalEmbeddings
-from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.retrieval import RetrievalTask
+from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings
 
 
 def embed_media(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
@@ -33,9 +32,7 @@ def embed_texts(trained: TrainedModel, texts: list[str]) -> np.ndarray:
 
 def retrieval_task(trained: TrainedModel) -> RetrievalTask:
     """What makes segments. Raises ConfigError for a model that has not learned retrieval."""
-    require_task(trained, "retrieval")
-    pictures = PictureReader(trained.recipe.data, trained.recipe.model.vision)
-    return RetrievalTask(pictures, trained.tokenizer, trained.recipe.tasks.retrieval)
+    return trained.task(RetrievalTask)
 
 
 @torch.inference_mode()
@@ -43,5 +40,5 @@ def _embed(trained: TrainedModel, segments: list[Segment]) -> RetrievalEmbedding
     """Both projections of each segment's last token; the caller knows which one is meant."""
     hidden, _ = trained.model(prompt_batch(trained, segments))
     ends = torch.tensor([segment.length for segment in segments], device=hidden.device).cumsum(0) - 1
-    embedded = trained.model.retrieval(hidden[ends], hidden[ends])
+    embedded = trained.model.get_submodule("retrieval")(hidden[ends], hidden[ends])
     return RetrievalEmbeddings(*(value.cpu() for value in embedded))

@@ -20,12 +20,11 @@ from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.inference.search import GREEDY, Decoder, Search, beam, greedy, sample
 from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask
-from dsmoe_vl.tasks.pictures import PictureReader
 
 
 def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY) -> list[str]:
@@ -36,8 +35,7 @@ def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, 
 
 def caption_task(trained: TrainedModel) -> CaptionTask:
     """What makes prompts. Raises ConfigError for a model that has not learned captions."""
-    require_task(trained, "caption")
-    return CaptionTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer)
+    return trained.task(CaptionTask)
 
 
 def texts(trained: TrainedModel, prompts: list[Segment], max_tokens: int, search: Search = GREEDY) -> list[str]:

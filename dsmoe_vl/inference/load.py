@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,11 @@ from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.experts import RemainingExperts
 from dsmoe_vl.planner.plan import recipe_from_json
+from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.registry import build_backbone
+from dsmoe_vl.tasks.task import Task
+
+T = TypeVar("T", bound=Task)
 
 _REASON_LETTERS = 300  # of PyTorch's message, which lists every tensor
 
@@ -30,6 +36,12 @@ class TrainedModel:
     recipe: Recipe
     checkpoint: Path
     device: torch.device
+
+    def task(self, kind: type[T]) -> T:
+        """A task that the model has learned, by its class; it encodes samples as they are. Raises ConfigError."""
+        require_task(self, kind.name)
+        pictures = PictureReader(self.recipe.data, self.recipe.model.vision)
+        return kind(pictures, self.tokenizer, getattr(self.recipe.tasks, kind.name), training=False)
 
 
 def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
@@ -53,7 +65,7 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     # picture would be told in other words in other company, and no key could be cached. In use nothing is dropped.
     computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
     with torch.device("meta"):
-        model = VisionLanguageModel(computed)
+        model = build_backbone(computed)
     weights_file = checkpoint / "model.safetensors"
     try:
         weights = load_file(weights_file, device=str(place))
@@ -69,8 +81,8 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
 
 
 def require_task(trained: TrainedModel, task: str) -> None:
-    """Raise ConfigError for a model that has not learned "caption", "retrieval" or "summary"."""
-    learned = learned_tasks(trained.recipe)
+    """Raise ConfigError for a model that has not learned the task of that name."""
+    learned = [spec.name for spec in learned_tasks(trained.recipe)]
     if task not in learned:
         raise ConfigError(
             f"{trained.checkpoint} has learned {', '.join(learned)}, not {task}: name a run whose recipe has "

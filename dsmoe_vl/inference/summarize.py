@@ -10,10 +10,9 @@ import torch
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.inference.generate import CachedDecoder, continuations
-from dsmoe_vl.inference.load import TrainedModel, require_task
+from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.inference.search import GREEDY, Search
-from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
 
 KEY_SHARE = 0.15  # of the frames: the budget of SumMe and TVSum (Zhang et al. 2016, section 4.1)
@@ -56,12 +55,9 @@ def summarize(
     trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY
 ) -> list[VideoSummary]:
     """One summary a video. Raises ConfigError for a model that has not learned it, DataError for bad media."""
-    require_task(trained, "summary")
-    pictures = PictureReader(trained.recipe.data, trained.recipe.model.vision)
-    task = VideoSummaryTask(pictures, trained.tokenizer, trained.recipe.tasks.summary)
-    prompts = encode_all(task.prompt, samples)
+    prompts = encode_all(trained.task(VideoSummaryTask).prompt, samples)
     decoder = CachedDecoder(trained, prompts, max_tokens)
-    scores = trained.model.importance(decoder.hidden[decoder.batch.frame_tokens]).sigmoid().cpu()
+    scores = trained.model.get_submodule("importance")(decoder.hidden[decoder.batch.frame_tokens]).sigmoid().cpu()
     written = continuations(trained, decoder, prompts, max_tokens, search)
     of_videos = scores.split([len(prompt.pictures) for prompt in prompts])
     return [

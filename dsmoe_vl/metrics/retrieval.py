@@ -10,6 +10,7 @@ import numpy as np
 
 COCO_MEDIA = 5000  # of the test split (Karpathy and Fei-Fei 2015)
 COCO_FOLDS = 5
+RECALLS = (1, 5, 10)  # k of R@k
 _CAPTIONS = 5  # an image in that protocol, though some have six or seven
 
 _CHUNK_MEDIA = 256
@@ -37,6 +38,12 @@ def retrieval_metrics(media: np.ndarray, text: np.ndarray, media_of_text: np.nda
         )
     media_rank, text_rank = _ranks(media.astype(np.float64), text.astype(np.float64), media_of_text, own_texts)
     return _summary("media_to_text", media_rank) | _summary("text_to_media", text_rank)
+
+
+def rank_of(scores: np.ndarray, right: np.ndarray) -> int:
+    """The rank, from 1, of the best right candidate of one query, by the tie rule of `retrieval_metrics`: a wrong
+    candidate that it does not clearly beat ranks first. scores float [c]; right bool [c], at least one of them true."""
+    return 1 + int(np.count_nonzero(~right & ~(scores < scores[right].max() - _TIE)))
 
 
 def coco_metrics(
@@ -88,5 +95,5 @@ def _ranks(
 
 
 def _summary(direction: str, ranks: np.ndarray) -> dict[str, float]:
-    recalls = {f"{direction}_r{k}": float(np.mean(ranks <= k)) for k in (1, 5, 10)}
+    recalls = {f"{direction}_r{k}": float(np.mean(ranks <= k)) for k in RECALLS}
     return recalls | {f"{direction}_median_rank": float(np.floor(np.median(ranks)))}

@@ -26,10 +26,11 @@ def initialise(model: VisionLanguageModel, seed: int) -> None:
     gates = [m for m in model.modules() if isinstance(m, Router)]
     # Where the task alone decides, equal biases would send every task to the same experts.
     routers = {id(m.task_bias if m.mode == "task" else m.weight) for m in gates} | {id(m.weight) for m in gates}
+    own_start = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "OWN_START", ())}
     norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
     for name, parameter in model.named_parameters():
-        if name in ("retrieval.log_scale", "retrieval.bias"):
-            continue  # start where the loss wants them
+        if id(parameter) in own_start:
+            continue
         if id(parameter) in norms:
             nn.init.ones_(parameter)
         elif name.endswith("bias") and id(parameter) not in routers:

@@ -5,7 +5,9 @@ Shapes: T tokens of all packs, N patches, Q cells, D width, V vocabulary, X targ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.model.attention import Attention, SegmentLayout
 from dsmoe_vl.model.cache import KeyValueCache, LayerCache
-from dsmoe_vl.model.heads import INFO_NCE_START, SIGMOID_START, ImportanceHead, RetrievalHead
 from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_1d
 from dsmoe_vl.model.vision import Connector, VisionEncoder
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
@@ -71,7 +73,7 @@ class DecoderLayer(nn.Module):
 
 def _sparse_feed_forward(recipe: Recipe, expert_count: int) -> nn.Module:
     width, moe = recipe.model.width, recipe.moe
-    router = Router(width, expert_count, moe.top_k, len(TaskId), len(Modality), moe.routing)
+    router = Router(width, expert_count, moe.top_k, len(TASKS), len(Modality), moe.routing)
     experts = Experts(expert_count, width, moe.ffn_width)
     shared = SwiGLU(width, moe.shared_ffn_width) if moe.shared_ffn_width else None
     if moe.backend == "capacity":
@@ -103,9 +105,14 @@ class LanguageHead(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision encoder, connector, decoder."""
+    """Vision encoder, connector, decoder, and the tasks' heads, which `tasks/registry.py` brings."""
 
-    def __init__(self, recipe: Recipe, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        activation_checkpointing: bool = False,
+        heads: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         model = recipe.model
         self.rope_base, self.head_width = model.rope_base, model.width // model.heads
@@ -116,12 +123,8 @@ class VisionLanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
         self.norm = RMSNorm(model.width)
         self.head = LanguageHead(self.embedding)
-        tasks = recipe.tasks
-        if tasks.retrieval.weight:
-            start = SIGMOID_START if tasks.retrieval.loss == "sigmoid" else INFO_NCE_START
-            self.retrieval = RetrievalHead(model.width, tasks.retrieval.embedding_width, *start)
-        if tasks.summary.weight:
-            self.importance = ImportanceHead(model.width)
+        for name, head in heads.items():
+            self.add_module(name, head)
 
     def forward(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, RouterStats | None]:
         """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers. A cache, one
@@ -136,7 +139,7 @@ class VisionLanguageModel(nn.Module):
             real=batch.real,
             layout=SegmentLayout.build(batch.cu_segments, batch.max_segment),
         )
-        return self._decode(self.embedding(batch.tokens) + self._see(batch), context, cache)
+        return self._decode(self.embedding(batch.tokens) + self._embed_pictures(batch), context, cache)
 
     def extend(self, tokens: Tensor, task_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """One text token more for each of the cache's S sequences: int64 [S] each -> hidden states [S, D]."""
@@ -151,7 +154,7 @@ class VisionLanguageModel(nn.Module):
         cache.advance()
         return hidden
 
-    def _see(self, batch: Batch) -> Tensor:
+    def _embed_pictures(self, batch: Batch) -> Tensor:
         """What the pictures add to the token embeddings: [T, D], zero where there is no vision token."""
         layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
         features = self.vision(batch.patches, batch.patch_positions, layout)

@@ -24,7 +24,6 @@ _GROUPS = {
     "rss_gib": "memory", "allocated_gib": "memory", "allocated_peak_gib": "memory", "reserved_peak_gib": "memory",
     "real_tokens": "data", "bad_samples": "data",
 }  # fmt: skip
-_TERMS = {"caption": ("caption",), "retrieval": ("retrieval",), "summary": ("summary", "importance", "ranking")}
 
 
 def tag(name: str) -> str:
@@ -45,7 +44,7 @@ def layer_tag(layer: int, name: str) -> str:
 
 def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
     """The charts of the tab Custom Scalars: is it learning, is it fast, are the experts alive, how is the data."""
-    terms = [f"loss_{term}" for task in learned_tasks(plan.recipe) for term in _TERMS[task]]
+    terms = [f"loss_{term.name}" for task in learned_tasks(plan.recipe) for term in task.terms]
 
     def lines(*names: str) -> list[Any]:
         return ["Multiline", [tag(name) for name in names]]
@@ -122,7 +121,7 @@ def write_settings(writer: SummaryWriter, plan: RunPlan) -> None:
                 "bias_rate",
             )
         },
-        **{f"tasks.{task}.weight": getattr(recipe.tasks, task).weight for task in learned_tasks(recipe)},
+        **{f"tasks.{task.name}.weight": getattr(recipe.tasks, task.name).weight for task in learned_tasks(recipe)},
     }
     compared = ("loss", "eval_loss", "tokens_per_second", "max_violation")
     known = {name: value for name, value in settings.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dsmoe_vl.data.segment import Modality
+from dsmoe_vl.data.segment import TOKENS_OF, Modality
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.moe.stats import GATE_BINS, RoutingSums
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
@@ -45,7 +45,7 @@ class RouterRecorder:
             else [values.double() for values in routing]
         )
         for modality in Modality:
-            self._tokens[modality] += counts[f"tokens_{modality.name.lower()}"]
+            self._tokens[modality] += counts[TOKENS_OF[modality]]
         self._steps += 1
 
     def record(self, step: int) -> RouterSeries | None:

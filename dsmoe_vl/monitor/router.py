@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.monitor.heatmap import Panel, load_scale, rising_scale, sheet
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
@@ -65,7 +66,7 @@ def draw_run(series: RouterSeries, first_layer: int) -> Image.Image:
 def _load_panels(last: RouterSeries, first_layer: int) -> list[Panel]:
     views = {"all tokens": last.relative_load()[0]}
     by_task, by_modality = last.relative_load((3,))[0], last.relative_load((2,))[0]
-    views |= {f"task {task.name.lower()}": by_task[:, task] for task in TaskId}
+    views |= {f"task {spec.name}": by_task[:, number] for number, spec in enumerate(TASKS)}
     views |= {f"modality {modality.name.lower()}": by_modality[:, modality] for modality in Modality}
     layers, ends = _layer_names(last, first_layer), ("0", str(int(last.experts.max()) - 1))
     return [

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DataError
 
 FILE = "router.npz"
@@ -41,7 +42,7 @@ class RouterSeries:
     @staticmethod
     def empty(experts: tuple[int, ...], bins: int) -> RouterSeries:
         """Without records."""
-        layers, tasks, modalities = len(experts), len(TaskId), len(Modality)
+        layers, tasks, modalities = len(experts), len(TASKS), len(Modality)
         return RouterSeries(
             experts=np.array(experts, np.int64),
             step=np.zeros(0, np.int64),

@@ -27,6 +27,7 @@ from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
+from dsmoe_vl.metrics.retrieval import rank_of
 from dsmoe_vl.monitor.sample_sheet import Curves, Row, draw
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.video_summary import importance_at
@@ -88,7 +89,7 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
 def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
     """The first SHOWN held-out samples that can be read, with answers as far as the time goes."""
     end = time.monotonic() + seconds
-    tasks = learned_tasks(recipe)
+    tasks = {spec.name for spec in learned_tasks(recipe)}
     gallery = [sample for sample in islice(held_out(recipe), _GALLERY) if _pictures(sample)]
     answers = [Answer(sample) for sample in gallery[:SHOWN]]
     steps: list[Callable[[TrainedModel, Answer], Answer]] = []
@@ -148,14 +149,13 @@ def _with_hits(trained: TrainedModel, answers: list[Answer], gallery: list[Sampl
     if not asked:
         return answers
     texts = embed_texts(trained, [_reference(answer.sample) for answer in asked])
-    order = (-(texts @ np.stack(vectors).T)).argsort(axis=1, kind="stable")
     hits: dict[tuple[str, str], dict[str, Any]] = {
         _name(answer.sample): {
-            "rank": 1 + int(np.flatnonzero(nearest == places[_name(answer.sample)])[0]),
+            "rank": rank_of(scores, np.arange(len(kept)) == places[_name(answer.sample)]),
             "gallery": len(kept),
-            "found": tuple(kept[index] for index in nearest[:_HITS]),
+            "found": tuple(kept[index] for index in (-scores).argsort(kind="stable")[:_HITS]),
         }
-        for answer, nearest in zip(asked, order, strict=True)
+        for answer, scores in zip(asked, texts @ np.stack(vectors).T, strict=True)
     }
     return [replace(answer, **hits.get(_name(answer.sample), {})) for answer in answers]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe_vl.config.recipe import TasksConfig
-from dsmoe_vl.data.segment import Modality
+from dsmoe_vl.config.recipe import term_weights
+from dsmoe_vl.data.segment import TOKENS_OF
 from dsmoe_vl.moe.balance import (
     global_entropy_loss,
     load_balance_loss,
@@ -43,7 +43,7 @@ class Objective:
     """Turns the sums of one micro-step into one scalar."""
 
     def __init__(self, plan: RunPlan) -> None:
-        self.moe, self.weights = plan.recipe.moe, term_weights(plan.recipe.tasks)
+        self.moe, self.weights = plan.recipe.moe, term_weights(plan.recipe)
         self.ranks, self.accumulation = plan.dp_size, plan.accumulation
         self.experts = torch.tensor(experts_of_layers(plan.recipe)).view(-1, 1, 1)
 
@@ -87,7 +87,7 @@ class Objective:
         if moe.z_weight:
             yield "z_loss", moe.z_weight, router_z_loss(stats.z_sum, tokens)
         if moe.local_entropy_weight:
-            by_modality = [float(counts[f"tokens_{modality.name.lower()}"]) for modality in Modality]
+            by_modality = [float(counts[name]) for name in TOKENS_OF.values()]
             divisor = torch.tensor(by_modality, device=stats.entropy_sum.device)
             yield "local_entropy_loss", moe.local_entropy_weight, local_entropy_loss(stats.entropy_sum, divisor)
 
@@ -105,17 +105,6 @@ class Objective:
         if moe.mutual_information_weight:
             value = -mutual_information(grouped(sums, "task")).sum() / self.accumulation
             yield "mutual_information_loss", moe.mutual_information_weight, value
-
-
-def term_weights(tasks: TasksConfig) -> dict[str, float]:
-    """w_i of every term of the tasks' losses."""
-    return {
-        "caption": tasks.caption.weight,
-        "retrieval": tasks.retrieval.weight,
-        "summary": tasks.summary.weight,
-        "importance": tasks.summary.importance_weight,
-        "ranking": tasks.summary.ranking_weight,
-    }
 
 
 def uniform_load(experts: Sequence[int], groups: int, device: torch.device | str) -> Tensor:

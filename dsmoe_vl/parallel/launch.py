@@ -11,7 +11,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import deepspeed
 import torch
@@ -90,11 +90,9 @@ def is_first_to_fail(ranks: Ranks) -> bool:
         return False
 
 
-def report_failure(error: BaseException, ranks: Ranks) -> None:
-    """Print what ends this rank, unless another one has failed before it.
-
-    Other ranks may wait in a collective for this one: the caller ends the process at once after this.
-    """
+def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
+    """Report what ends this rank, unless another one has failed before it, and end the process at once: other ranks may
+    wait in a collective for this one. Exit status 2 for a user's error, else 1."""
     sys.stdout.flush()
     is_first = is_first_to_fail(ranks)
     if is_first and isinstance(error, DsmoeVlError):
@@ -106,6 +104,7 @@ def report_failure(error: BaseException, ranks: Ranks) -> None:
         time.sleep(1)  # those that fail at the same time ask this rank whether they are first
     elif not is_first:
         time.sleep(3)  # a launcher returns the status of the rank that ends first
+    os._exit(2 if isinstance(error, DsmoeVlError) else 1)
 
 
 def _build_cpu_communication() -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsmoe_vl.config.recipe import MoEConfig, Recipe, VisionConfig
+from dsmoe_vl.config.recipe import MoEConfig, Recipe, VisionConfig, learned_tasks
+from dsmoe_vl.config.task_table import TASKS
 
 PLACE_AND_TIME_FEATURES = 64  # sinusoids, the inputs of the connector's embeddings of a cell's place and time
-_TASKS = 3  # rows of the router's task bias
-_MODALITIES = 3  # rows of its modality bias
+_MODALITIES = 3  # rows of the router's modality bias; it has a row a task too
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ParameterCounts:
     shared_experts: int
     residual_experts: int  # of PR-MoE: one more expert and its weighing a layer
     norms: int  # of the decoder
-    heads: int  # of retrieval and video summarization
+    heads: int  # of the tasks
     active_experts: int  # of `experts`, those that one token passes through: K of E
 
     @property
@@ -74,21 +74,14 @@ def count_parameters(recipe: Recipe) -> ParameterCounts:
         embedding=recipe.tokenizer.vocab_size * width,
         attention=model.layers * _attention(width, model.heads, model.kv_heads),
         dense_ffn=moe.first_dense_layers * _swiglu(width, model.ffn_width),
-        routers=all_experts * (width + _TASKS + _MODALITIES),
+        routers=all_experts * (width + len(TASKS) + _MODALITIES),
         experts=_experts(moe, width, all_experts),
         shared_experts=sparse * _swiglu(width, moe.shared_ffn_width),
         residual_experts=sparse * (_experts(moe, width, 1) + 2 * width + 2) if moe.residual else 0,
         norms=(2 * model.layers + 1) * width,
-        heads=_heads(recipe),
+        heads=sum(spec.head_parameters(getattr(recipe.tasks, spec.name), width) for spec in learned_tasks(recipe)),
         active_experts=_experts(moe, width, sparse * moe.top_k),
     )
-
-
-def _heads(recipe: Recipe) -> int:
-    """Two projections, a scale and a bias for retrieval; one linear score of frames."""
-    tasks, width = recipe.tasks, recipe.model.width
-    retrieval = 2 * width * tasks.retrieval.embedding_width + 2 if tasks.retrieval.weight else 0
-    return retrieval + (width + 1 if tasks.summary.weight else 0)
 
 
 def _swiglu(width: int, hidden: int) -> int:

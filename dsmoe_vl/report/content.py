@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 @dataclass(frozen=True)
 class Thumbnail:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from dsmoe_vl.config.task_table import CaptionConfig, task_number
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import IGNORE, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Sample, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.language import followed_by, language_loss
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.task import TaskOutput
+
+_NUMBER = task_number("caption")
 
 
 class CaptionTask:
@@ -30,12 +33,18 @@ class CaptionTask:
     """
 
     name: str = "caption"
-    terms: tuple[str, ...] = ("caption",)
 
-    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, word_dropout: float = 0.0) -> None:
+    def __init__(
+        self, pictures: PictureReader, tokenizer: Tokenizer, settings: CaptionConfig, training: bool = True
+    ) -> None:
         self.pictures = pictures
         self.tokenizer = tokenizer
-        self.word_dropout = word_dropout
+        self.word_dropout = settings.word_dropout if training else 0.0
+
+    @staticmethod
+    def heads(settings: CaptionConfig, width: int) -> dict[str, nn.Module]:
+        """None: the language head is the decoder's."""
+        return {}
 
     def encode(self, sample: Sample) -> list[Segment]:
         """One segment. Raises DataError without media or without a caption."""
@@ -51,11 +60,11 @@ class CaptionTask:
         """The segment up to the task token, from which a caption is generated."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<caption>")
-        return Segment(TaskId.CAPTION, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Sum of the cross entropies of all caption targets."""
-        return TaskOutput({"caption": language_loss(model, hidden, batch, TaskId.CAPTION)})
+        return TaskOutput({"caption": language_loss(model, hidden, batch, _NUMBER)})
 
 
 def captions_of(sample: Sample) -> list[str]:

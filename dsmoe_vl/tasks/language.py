@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import IGNORE, Modality, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.model.vlm import VisionLanguageModel
 
 
@@ -25,7 +25,7 @@ def followed_by(prompt: Segment, text: Sequence[int], end: int) -> Segment:
     )
 
 
-def language_loss(model: VisionLanguageModel, hidden: Tensor, batch: Batch, task: TaskId) -> Tensor:
-    """Sum of the cross entropies of the task's targets, a scalar in fp32 and nats. hidden [T, D]."""
+def language_loss(model: VisionLanguageModel, hidden: Tensor, batch: Batch, task: int) -> Tensor:
+    """Sum of the cross entropies of the targets of task number `task`, a scalar in fp32 and nats. hidden [T, D]."""
     rows = ((batch.labels != IGNORE) & (batch.task_ids == task)).nonzero().squeeze(1)
     return model.head(hidden.index_select(0, rows), batch.labels.index_select(0, rows))

@@ -1,29 +1,34 @@
-"""The tasks of a recipe, and which of them a sample serves."""
+"""The tasks of a recipe, the model with their heads, and which of the tasks a sample serves."""
 
 from __future__ import annotations
 
-from dsmoe_vl.config.recipe import Recipe, SourceConfig
+from torch import nn
+
+from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.config.task_table import named
 from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.pictures import PictureReader
-from dsmoe_vl.tasks.retrieval import RetrievalTask
 from dsmoe_vl.tasks.task import Task
-from dsmoe_vl.tasks.video_summary import VideoSummaryTask
 
 
 def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> tuple[Task, ...]:
-    """Every task with a weight above 0, in a fixed order. Not for `training`: samples are encoded as they are."""
-    pictures, tasks = PictureReader(recipe.data, recipe.model.vision), recipe.tasks
-    built: list[Task] = []
-    if tasks.caption.weight:
-        built.append(CaptionTask(pictures, tokenizer, tasks.caption.word_dropout if training else 0.0))
-    if tasks.retrieval.weight:
-        built.append(RetrievalTask(pictures, tokenizer, tasks.retrieval))
-    if tasks.summary.weight:
-        built.append(VideoSummaryTask(pictures, tokenizer, tasks.summary))
-    return tuple(built)
+    """Every task with a weight above 0, in the table's order. Not for `training`: samples are encoded as they are."""
+    pictures = PictureReader(recipe.data, recipe.model.vision)
+    return tuple(
+        named(spec.task)(pictures, tokenizer, getattr(recipe.tasks, spec.name), training)
+        for spec in learned_tasks(recipe)
+    )
+
+
+def build_backbone(recipe: Recipe, activation_checkpointing: bool = False) -> VisionLanguageModel:
+    """The recipe's model with the heads of its tasks. Its parameters have no values yet that mean anything."""
+    heads: dict[str, nn.Module] = {}
+    for spec in learned_tasks(recipe):
+        heads |= named(spec.task).heads(getattr(recipe.tasks, spec.name), recipe.model.width)
+    return VisionLanguageModel(recipe, activation_checkpointing, heads)
 
 
 class Encoder:

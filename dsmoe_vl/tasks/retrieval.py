@@ -11,31 +11,39 @@ import zlib
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsmoe_vl.config.recipe import RetrievalConfig
+from dsmoe_vl.config.task_table import RetrievalConfig, task_number
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
-from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.parallel.collectives import gather_rows, own_rank
 from dsmoe_vl.tasks.caption import chosen_caption
 from dsmoe_vl.tasks.contrastive import info_nce_sum, negative_pairs, sigmoid_sum
 from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings, RetrievalHead
 from dsmoe_vl.tasks.task import TaskOutput
+
+_NUMBER = task_number("retrieval")
 
 
 class RetrievalTask:
     """See the module's drawing."""
 
     name: str = "retrieval"
-    terms: tuple[str, ...] = ("retrieval",)
 
-    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, config: RetrievalConfig) -> None:
+    def __init__(
+        self, pictures: PictureReader, tokenizer: Tokenizer, settings: RetrievalConfig, training: bool = True
+    ) -> None:
         self.pictures = pictures
         self.tokenizer = tokenizer
-        self.config = config
+        self.settings = settings
+
+    @staticmethod
+    def heads(settings: RetrievalConfig, width: int) -> dict[str, nn.Module]:
+        """The projections of both sides and the temperature."""
+        return {"retrieval": RetrievalHead(width, settings)}
 
     def encode(self, sample: Sample) -> list[Segment]:
         """Two segments. Raises DataError without media or without a caption."""
@@ -47,12 +55,12 @@ class RetrievalTask:
         """The picture's side. Raises DataError."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<embed>")
-        return Segment(TaskId.RETRIEVAL, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
 
     def text(self, text: str) -> Segment:
         """The text's side."""
         tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.control("<embed>")], dtype=np.int32)
-        return Segment(TaskId.RETRIEVAL, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
+        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Sum of the contrastive losses of this rank's pairs against all pairs of the micro-step.
@@ -60,15 +68,15 @@ class RetrievalTask:
         In training with the gradient cache the loss is left to it.
         """
         embeddings = embed_pairs(model, hidden, batch)
-        if self.config.gradient_cache and model.training:
+        if self.settings.gradient_cache and model.training:
             return TaskOutput({}, embeddings)
-        return TaskOutput({"retrieval": contrastive_sum(self.config.loss, embeddings, batch)}, embeddings)
+        return TaskOutput({"retrieval": contrastive_sum(self.settings.loss, embeddings, batch)}, embeddings)
 
 
 def embed_pairs(model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> RetrievalEmbeddings:
     """Both sides of this rank's pairs: hidden [T, D] -> [n, W] each."""
     media, text = (hidden.index_select(0, at) for at in (batch.media_embedding, batch.text_embedding))
-    return model.retrieval(media, text)
+    return model.get_submodule("retrieval")(media, text)
 
 
 def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor:

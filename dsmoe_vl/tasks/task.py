@@ -5,15 +5,17 @@ Shapes: T tokens of a batch, D width.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import Sample, Segment
-from dsmoe_vl.model.heads import RetrievalEmbeddings
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings
 
 
 class TaskOutput(NamedTuple):
@@ -29,10 +31,16 @@ class TaskOutput(NamedTuple):
 
 
 class Task(Protocol):
-    """What the trainer knows of a task."""
+    """What the trainer knows of a task. Its name, settings and loss terms: `config/task_table.py`."""
 
-    name: str  # its table in the recipe's [tasks]
-    terms: tuple[str, ...]  # the loss terms it returns
+    name: str
+
+    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, settings: Any, training: bool = True) -> None:
+        """`settings`: its table in the recipe. Not for `training`: samples are encoded as they are."""
+
+    @staticmethod
+    def heads(settings: Any, width: int) -> dict[str, nn.Module]:
+        """Modules of its own that read hidden states of that width, by their names in the model."""
 
     def encode(self, sample: Sample) -> list[Segment]:
         """Segments of one sample. Raises DataError for a sample that cannot be used."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsmoe_vl.config.recipe import SummaryConfig
+from dsmoe_vl.config.task_table import SummaryConfig, task_number
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
@@ -23,18 +23,36 @@ from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.task import TaskOutput
 
 _LEAST_SECONDS = 1e-3  # of an annotated video
+_NUMBER = task_number("summary")
+
+
+class ImportanceHead(nn.Module):
+    """How much each frame matters to a summary, read at its frame token: hidden [F, D] -> logits, fp32 [F]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.score(hidden).float().squeeze(-1)
 
 
 class VideoSummaryTask:
     """See the module's drawing."""
 
     name: str = "summary"
-    terms: tuple[str, ...] = ("summary", "importance", "ranking")
 
-    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, config: SummaryConfig) -> None:
+    def __init__(
+        self, pictures: PictureReader, tokenizer: Tokenizer, settings: SummaryConfig, training: bool = True
+    ) -> None:
         self.pictures = pictures
         self.tokenizer = tokenizer
-        self.margin = config.ranking_margin
+        self.margin = settings.ranking_margin
+
+    @staticmethod
+    def heads(settings: SummaryConfig, width: int) -> dict[str, nn.Module]:
+        """The score of a frame."""
+        return {"importance": ImportanceHead(width)}
 
     def encode(self, sample: Sample) -> list[Segment]:
         """One segment. Raises DataError for what is no video, or has no summary or no importance."""
@@ -58,15 +76,15 @@ class VideoSummaryTask:
             Picture(picture.patches, picture.grid, picture.time_seconds, picture.cell_token, vision_tokens + i)
             for i, picture in enumerate(pictures)
         ]
-        return Segment(TaskId.SUMMARY, tokens, np.full_like(tokens, IGNORE), modalities, numbered)
+        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, numbered)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Sums over summary targets (cross entropy), frames (squared error) and compared pairs (logistic)."""
-        scores = model.importance(hidden.index_select(0, batch.frame_tokens))
+        scores = model.get_submodule("importance")(hidden.index_select(0, batch.frame_tokens))
         more, less = batch.ranked.unbind(1)
         return TaskOutput(
             {
-                "summary": language_loss(model, hidden, batch, TaskId.SUMMARY),
+                "summary": language_loss(model, hidden, batch, _NUMBER),
                 "importance": (scores.sigmoid() - batch.importance).square().sum(),
                 # RankNet (Burges et al. 2005, eq. 3) with a target probability of 1.
                 "ranking": F.softplus(scores.index_select(0, less) - scores.index_select(0, more)).sum(),

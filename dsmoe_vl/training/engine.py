@@ -10,12 +10,12 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.layer import spread_experts
 from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.optim.optimizer import adamw_builder, parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
 
 
@@ -28,7 +28,7 @@ def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> Any:
 
 def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTaskModel:
     """The module that the engine wraps, this rank's experts only."""
-    backbone = VisionLanguageModel(plan.recipe, plan.activation_checkpointing)
+    backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
     initialise(backbone, plan.recipe.run.seed)
     model = MultiTaskModel(backbone, tasks)
     spread_experts(model, plan, ranks.rank % plan.ep_size)

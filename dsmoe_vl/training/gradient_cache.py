@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.model.heads import RetrievalEmbeddings
 from dsmoe_vl.tasks.retrieval import contrastive_sum
+from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings
 from dsmoe_vl.tasks.task import TaskOutput
 
 

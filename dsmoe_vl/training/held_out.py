@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsmoe_vl.config.recipe import learned_tasks, term_weights
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import evaluation_packs
 from dsmoe_vl.data.pack import collate
-from dsmoe_vl.objective.objective import term_weights
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -22,9 +22,10 @@ from dsmoe_vl.tasks.registry import Encoder
 class HeldOut:
     """The first packs of every held-out source, `run.evaluate_packs` in all; encoded once, then kept in memory."""
 
-    def __init__(self, plan: RunPlan, ranks: Ranks, encode: Encoder, terms: tuple[str, ...], host: HostGroup) -> None:
+    def __init__(self, plan: RunPlan, ranks: Ranks, encode: Encoder, host: HostGroup) -> None:
         recipe = plan.recipe
-        self.terms, self.weights = terms, term_weights(recipe.tasks)
+        self.terms = tuple(term.name for task in learned_tasks(recipe) for term in task.terms)
+        self.weights = term_weights(recipe)
         self.batches: dict[str, list[Batch]] = {}
         sources = recipe.data.evaluation
         for source in sources:
@@ -40,7 +41,7 @@ class HeldOut:
             )
             share = max(1, recipe.run.evaluate_packs // (len(sources) * ranks.world_size))
             batches = [collate([pack]) for pack in islice(packs, share)]
-            pairs = host.gather([batch.counts["retrieval"] for batch in batches])  # as many batches on every rank
+            pairs = host.gather([len(batch.pair_ids) for batch in batches])  # as many batches on every rank
             self.batches[source.name] = [
                 replace(batch, pairs_of_ranks=tuple(of_ranks)) for batch, *of_ranks in zip(batches, *pairs, strict=True)
             ]

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsmoe_vl.config.recipe import learned_tasks
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import COUNTS, TaskId
+from dsmoe_vl.data.segment import COUNTS, Modality
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
@@ -26,6 +28,9 @@ from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.clock import PhaseClock
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
+
+# Groups of tokens among which load is balanced, by moe.balance_over.
+_GROUPS = {"all": 1, "task": len(TASKS), "modality": len(Modality)}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ class OptimizerStep:
         self.plan, self.ranks, self.engine, self.host, self.device = plan, ranks, engine, host, device
         self.objective = Objective(plan)
         self.moe = plan.recipe.moe
-        self.contrasts = plan.recipe.tasks.retrieval.weight > 0
-        experts, groups = experts_of_layers(plan.recipe), {"all": 1, "task": len(TaskId)}.get(self.moe.balance_over, 3)
+        learned = learned_tasks(plan.recipe)
+        self.contrasts = any(term.targets == "pairs" for task in learned for term in task.terms)
+        experts, groups = experts_of_layers(plan.recipe), _GROUPS[self.moe.balance_over]
         self.even_load = uniform_load(experts, groups, device) if experts else None
         self.experts = torch.tensor(experts, device=device)
         self.load_fraction = self.even_load
@@ -68,7 +74,7 @@ class OptimizerStep:
         world, rank = self.ranks.world_size, self.ranks.rank
         pairs = [0] * (world * len(batches)) if self.contrasts else []  # micro-step by micro-step, then rank by rank
         if self.contrasts:
-            pairs[rank::world] = [batch.counts["retrieval"] for batch in batches]
+            pairs[rank::world] = [len(batch.pair_ids) for batch in batches]
         stops, *summed = self.host.sum([int(stop), *totals, *pairs])
         if self.contrasts:
             of_ranks = summed[len(names) :]

@@ -45,7 +45,6 @@ class Trainer:
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
         self.tokenizer.require_fit(recipe.tokenizer.vocab_size)
         self.tasks = build_tasks(recipe, self.tokenizer)
-        terms = tuple(term for task in self.tasks for term in task.terms)
         encode = Encoder(self.tasks, recipe.data.sources)
         self.loader = Loader(
             recipe.data,
@@ -61,7 +60,7 @@ class Trainer:
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
         as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False), recipe.data.evaluation)
-        self.held_out = HeldOut(plan, ranks, as_they_are, terms, self.host)
+        self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0

@@ -60,8 +60,7 @@ class Window:
         values["lr"] = self.learning_rate
         values["grad_norm"] = self.grad_norm
         values |= {f"grad_norm_{part}": float(norm) for part, norm in self.part_norms.items()}
-        tokens, patches = self.counts["tokens"], self.counts["patches"]
-        labels = self.counts["caption"] + self.counts["summary"]
+        tokens, patches, labels = (self.counts[name] for name in ("tokens", "patches", "labels"))
         values["tokens_per_second"] = tokens / self.seconds
         values["tflops"] = self.plan.flops.training(tokens, patches, labels) / self.seconds / 1e12  # of all ranks
         if self.peak_flops is not None:

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsmoe_vl.config.recipe import DataConfig, ModelConfig, Recipe, RetrievalConfig, SummaryConfig, TasksConfig
+from dsmoe_vl.config.recipe import DataConfig, ModelConfig, Recipe, TasksConfig
 from dsmoe_vl.config.recipe import VisionConfig as Vision
+from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig, task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 
@@ -84,7 +85,7 @@ class Marked:
         tokens = np.full(5 + len(sample.text) % 23, 7, np.int32)
         tokens[:5] = MARK, self.names.index(name), sample.epoch, int(shard), int(number)
         text = np.full_like(tokens, Modality.TEXT)
-        mark = Segment(TaskId.CAPTION, tokens, np.full_like(tokens, IGNORE), text)
+        mark = Segment(task_number("caption"), tokens, np.full_like(tokens, IGNORE), text)
         return [mark, *(self.encoder(sample) if sample.media is not None else ())]
 
 

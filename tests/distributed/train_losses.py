@@ -25,20 +25,18 @@ from dsmoe_vl.config.recipe import (
     ModelConfig,
     MoEConfig,
     Recipe,
-    RetrievalConfig,
     SourceConfig,
-    SummaryConfig,
     TasksConfig,
     TokenizerConfig,
     VisionConfig,
 )
+from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.data.pack import collate
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.resolve import resolve
-from dsmoe_vl.tasks.registry import build_tasks
+from dsmoe_vl.tasks.registry import build_backbone, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.step import OptimizerStep
 from tests.support.batches import SHAPE, VOCABULARY, mixed_pack
@@ -154,7 +152,7 @@ def reloaded_difference(engine: Any, recipe: Recipe, zero_stage: int, file: Path
     """The largest difference between the engine's hidden states and those of a one-process model with its weights."""
     save_weights(engine.module, zero_stage, file)
     dist.barrier()
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     weights = load_file(file)
     model.load_state_dict({**weights, "head.weight": weights["embedding.weight"]})
     batch = collate([mixed_pack(999)])

@@ -10,13 +10,13 @@ import torch
 from dsmoe_vl.config.recipe import MoEConfig
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.layers import SwiGLU
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.capacity import CapacityMoE
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, expert_slots, within_capacity
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.planner.resolve import resolve
+from dsmoe_vl.tasks.registry import build_backbone
 from tests.distributed.train_losses import RECIPE
 
 WIDTH, EXPERTS, TOKENS, TASKS, MODALITIES = 12, 6, 40, 3, 3
@@ -182,7 +182,7 @@ def test_other_numbers_of_tokens_are_refused():
 def test_first_values_are_those_of_the_dropless_backend():
     states = []
     for backend in ("dropless", "capacity"):
-        model = VisionLanguageModel(replace(RECIPE, moe=replace(RECIPE.moe, backend=backend)))
+        model = build_backbone(replace(RECIPE, moe=replace(RECIPE.moe, backend=backend)))
         initialise(model, seed=3)
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()

@@ -15,12 +15,11 @@ from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.inference.generate import generate, prompt_batch
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.experts import Experts, RemainingExperts
 from dsmoe_vl.planner.plan import plan_to_json
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.caption import CaptionTask
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.registry import build_backbone
 from tests.unit.test_caption_task import sample
 
 EXPERTS = 4
@@ -31,7 +30,7 @@ def run(tiny, tmp_path, request):
     """A run of four layers, the first dense: one whole, one with null experts of every kind, one of nothing else."""
     recipe = load_recipe(tiny.recipe, ["model.layers=4"])
     plan = resolve(recipe, load_deepspeed(tiny.deepspeed()), 1, device="cpu", bf16_unit=True)
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     initialise(model, seed=5)
     with torch.no_grad():
         model.embedding.weight.mul_(20)  # the first values give near-equal logits; these make the choices clear
@@ -53,7 +52,7 @@ def run(tiny, tmp_path, request):
 
 def outputs(trained):
     """Hidden states, routing statistics and captions of an image and a video."""
-    task = CaptionTask(PictureReader(trained.recipe.data, trained.recipe.model.vision), trained.tokenizer)
+    task = trained.task(CaptionTask)
     prompts = [task.prompt(sample(kind, number=n)) for kind, n in [("image", 0), ("video", 1)]]
     with torch.inference_mode():
         hidden, stats = trained.model(prompt_batch(trained, prompts))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.generate import UncachedDecoder
-from dsmoe_vl.data.segment import TaskId
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.inference.generate import CachedDecoder, caption_task, generate, prompt_batch, unspeakable
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.inference.search import LENGTH_POWER, Search, beam, greedy, nucleus, sample
@@ -134,7 +134,7 @@ def test_tokens_are_routed_as_in_training(plain):
     for row, expected in enumerate(zip(*(part.split([s.length for s in whole]) for part in chosen[0]), strict=True)):
         for i, values in enumerate(expected):
             assert torch.cat((of_prompts[i][row], steps[i][row])).equal(values)
-    assert set(steps[1].flatten().tolist()) == {TaskId.CAPTION, TaskId.SUMMARY}
+    assert set(steps[1].flatten().tolist()) == {task_number("caption"), task_number("summary")}
 
 
 def test_a_text_ends_and_holds_no_control_symbol(plain, monkeypatch):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.pack import PackShape, assemble
-from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment
 
 SHAPE = PackShape(length=96, patches=96, patch_size=4, merge=2)
 VOCABULARY = 64
@@ -32,7 +33,7 @@ def _pictures(rng: np.random.Generator, frames: int) -> tuple[list[Picture], int
     ], cells * len(times)
 
 
-def _segment(rng: np.random.Generator, task: TaskId, frames: int, text: bool, frame_tokens: bool = False) -> Segment:
+def _segment(rng: np.random.Generator, task: int, frames: int, text: bool, frame_tokens: bool = False) -> Segment:
     """Vision tokens, one task token (or embedding token), and with `text` a text with labels."""
     pictures, vision = _pictures(rng, frames)
     if frame_tokens:
@@ -51,21 +52,21 @@ def _segment(rng: np.random.Generator, task: TaskId, frames: int, text: bool, fr
 
 def caption(rng: np.random.Generator, frames: int = 0) -> list[Segment]:
     """One caption of an image, or of a video with that many frames."""
-    return [_segment(rng, TaskId.CAPTION, frames, text=True)]
+    return [_segment(rng, task_number("caption"), frames, text=True)]
 
 
 def pair(rng: np.random.Generator, frames: int = 0) -> list[Segment]:
     """One retrieval pair; ids repeat now and then."""
     words = _text(rng)
-    media = _segment(rng, TaskId.RETRIEVAL, frames, text=False)
-    text = Segment(TaskId.RETRIEVAL, words, np.full_like(words, IGNORE), np.full_like(words, Modality.TEXT))
+    media = _segment(rng, task_number("retrieval"), frames, text=False)
+    text = Segment(task_number("retrieval"), words, np.full_like(words, IGNORE), np.full_like(words, Modality.TEXT))
     media.pair = text.pair = int(rng.integers(6))
     return [media, text]
 
 
 def summary(rng: np.random.Generator, frames: int = 3) -> list[Segment]:
     """One video summary with importance and compared frames."""
-    segment = _segment(rng, TaskId.SUMMARY, frames, text=True, frame_tokens=True)
+    segment = _segment(rng, task_number("summary"), frames, text=True, frame_tokens=True)
     segment.importance = rng.random(frames, dtype=np.float32)
     difference = segment.importance[:, None] - segment.importance[None, :]
     segment.ranked = np.argwhere(difference > 0.1).astype(np.int32)
@@ -76,7 +77,7 @@ def text_only(rng: np.random.Generator) -> list[Segment]:
     """Words without any picture, retrieval pair or summary."""
     words = _text(rng, least=8)
     labels = np.concatenate((words[1:], [2])).astype(np.int32)
-    return [Segment(TaskId.CAPTION, words, labels, np.full_like(words, Modality.TEXT))]
+    return [Segment(task_number("caption"), words, labels, np.full_like(words, Modality.TEXT))]
 
 
 def mixed_pack(seed: int, without: tuple[str, ...] = ()) -> Pack:

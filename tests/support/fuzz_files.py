@@ -15,16 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_vl.config.recipe import (
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    RetrievalConfig,
-    SourceConfig,
-    SummaryConfig,
-    TasksConfig,
-    VisionConfig,
-)
+from dsmoe_vl.config.recipe import DataConfig, ModelConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
+from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.data.shards import index

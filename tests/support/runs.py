@@ -106,26 +106,32 @@ class TinyProject:
 
     @classmethod
     def create(cls, folder: Path) -> TinyProject:
-        project = cls(folder)
+        project = write_project(folder)
         generate(project.data, images=40, videos=8, eval_images=8, eval_videos=4, size=48)
         train_tokenizer(
             [project.data / "images_train", project.data / "videos_train"],
             project.data / "tokenizer.model",
             vocab_size=320,
         )
-        project.recipe.write_text(_RECIPE.format(data=project.data, steps=STEPS))
-        for stage in (2, 3):
-            config = {
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_clipping": 1.0,
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95]}},
-                "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 4}},
-                "zero_optimization": {"stage": stage},
-                "expert_parallel": {"enabled": True, "autoep_size": 2},
-                "tensorboard": {"enabled": True},
-            }
-            project.deepspeed(stage).write_text(json.dumps(config))
         return project
+
+
+def write_project(folder: Path) -> TinyProject:
+    """The recipe and the DeepSpeed JSONs alone; shards and tokenizer are expected in `folder`/data."""
+    project = TinyProject(folder)
+    project.recipe.write_text(_RECIPE.format(data=project.data, steps=STEPS))
+    for stage in (2, 3):
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95]}},
+            "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 4}},
+            "zero_optimization": {"stage": stage},
+            "expert_parallel": {"enabled": True, "autoep_size": 2},
+            "tensorboard": {"enabled": True},
+        }
+        project.deepspeed(stage).write_text(json.dumps(config))
+    return project
 
 
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:

@@ -12,9 +12,9 @@ from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.planner.plan import plan_to_json
 from dsmoe_vl.planner.resolve import resolve
+from dsmoe_vl.tasks.registry import build_backbone
 from tests.support.runs import TinyProject
 
 THREE_TASKS = ("tasks.retrieval.weight=1", "tasks.retrieval.embedding_width=16", "tasks.summary.weight=1")
@@ -24,7 +24,7 @@ def random_run(tiny: TinyProject, folder: Path, *overrides: str, seed: int = 3) 
     """Write a run of the tiny recipe with `overrides` into `folder`."""
     recipe = load_recipe(tiny.recipe, list(overrides))
     plan = resolve(recipe, load_deepspeed(tiny.deepspeed()), 1, device="cpu", bf16_unit=True)
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     initialise(model, seed)
     with torch.no_grad():
         # The first values give near-equal logits, and texts that repeat one token; these make the choices clear.

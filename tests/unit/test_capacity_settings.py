@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.objective.objective import load_fractions, uniform_load
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.flops import estimate_flops
 from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
+from dsmoe_vl.tasks.registry import build_backbone
 from tests.unit.test_resolve import moe, plan, quickstart
 
 CAPACITY = "moe.backend=capacity"  # the quickstart has 4 layers, the first dense, 8 experts, top_k 2
@@ -96,7 +96,7 @@ def test_pyramid_and_residual_are_counted():
     recipe = quickstart(CAPACITY, "moe.experts_per_layer=[2,4,8]", "moe.residual=true")
     assert experts_of_layers(recipe) == (2, 4, 8)
     with torch.device("meta"):
-        model = VisionLanguageModel(recipe)
+        model = build_backbone(recipe)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     counts = count_parameters(recipe)
 

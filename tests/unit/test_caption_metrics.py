@@ -1,17 +1,20 @@
 """Words and caption metrics by hand. `tests/parity/test_caption_metrics.py` holds the same cases to coco-caption."""
 
-import argparse
 import importlib.util
 import itertools
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.evaluation.captions import Captioned, text_scores
+from dsmoe_vl.evaluation.captions import Captioned, CaptionEvaluation
+from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.task_evaluation import Options
+from dsmoe_vl.evaluation.texts import text_scores
 from dsmoe_vl.metrics import meteor_spice as java
 from dsmoe_vl.metrics.captions import (
     _common_length,
@@ -23,7 +26,6 @@ from dsmoe_vl.metrics.captions import (
     tokenized,
 )
 from dsmoe_vl.metrics.ptb_tokenizer import tokenize
-from launch.evaluate import caption_scores
 
 NO_BREAK = "\u00a0"
 # Texts and their words, no-break spaces written as "_".
@@ -164,7 +166,7 @@ def captioned(text, **meta):
 
 def test_scores_of_captioned_samples(capsys):
     results = [captioned("a cat", captions=["A cat.", " "]), captioned("a dog", captions=["The dog"])]
-    found = caption_scores(results, argparse.Namespace(show=1), [])
+    found = CaptionEvaluation(None, Options(Path(), show=1), Dealer()).scores(results)
     assert list(found) == ["samples", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d"]
     assert found["samples"] == 2 and found["bleu1"] == pytest.approx(3 / 4)
     assert "reference  A cat." in capsys.readouterr().out

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.config.task_table import CaptionConfig
 from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
@@ -17,7 +18,9 @@ from tests.support.samples import sample
 @pytest.fixture(scope="module")
 def task(tiny):
     recipe = load_recipe(tiny.recipe)
-    return CaptionTask(PictureReader(recipe.data, recipe.model.vision), Tokenizer(tiny.data / "tokenizer.model"))
+    return CaptionTask(
+        PictureReader(recipe.data, recipe.model.vision), Tokenizer(tiny.data / "tokenizer.model"), CaptionConfig()
+    )
 
 
 @pytest.mark.parametrize(("kind", "modality"), [("image", Modality.IMAGE), ("video", Modality.VIDEO)])
@@ -79,7 +82,7 @@ def test_what_cannot_be_used_says_why(task, changes, message):
 
 
 def test_word_dropout_hides_inputs_and_never_targets(task):
-    dropping = CaptionTask(task.pictures, task.tokenizer, word_dropout=0.5)
+    dropping = CaptionTask(task.pictures, task.tokenizer, CaptionConfig(word_dropout=0.5))
     given = sample("image")
     (whole,), (dropped,), (again,) = task.encode(given), dropping.encode(given), dropping.encode(given)
     assert dropped.labels.tolist() == whole.labels.tolist()

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import Sample, Segment, TaskId
+from dsmoe_vl.data.segment import Sample, Segment
 from dsmoe_vl.errors import DataError
 from tests.support.tars import write_shards
 
@@ -30,7 +31,7 @@ def refusing(*bad: tuple[str, int]) -> Encode:
         if (name, int(number)) in bad:
             raise DataError("refused: by the test")
         tokens = np.full(6 + int(number) % 9, 5, np.int32)
-        return [Segment(TaskId.CAPTION, tokens, tokens, np.zeros_like(tokens))]
+        return [Segment(task_number("caption"), tokens, tokens, np.zeros_like(tokens))]
 
     return encode
 

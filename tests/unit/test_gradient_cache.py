@@ -7,8 +7,7 @@ import torch
 
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.model.vlm import VisionLanguageModel
-from dsmoe_vl.tasks.registry import build_tasks
+from dsmoe_vl.tasks.registry import build_backbone, build_tasks
 from dsmoe_vl.tasks.task import MultiTaskModel
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
 from tests.distributed.train_losses import RECIPE
@@ -27,7 +26,7 @@ def build(loss, cached):
     """The whole tiny model with all tasks; it is its own engine, without DeepSpeed."""
     retrieval = replace(RECIPE.tasks.retrieval, loss=loss, gradient_cache=cached)
     recipe = replace(RECIPE, tasks=replace(RECIPE.tasks, retrieval=retrieval))
-    backbone = VisionLanguageModel(recipe)
+    backbone = build_backbone(recipe)
     initialise(backbone, seed=1)
     return MultiTaskModel(backbone, build_tasks(recipe, None))  # losses need no tokenizer
 

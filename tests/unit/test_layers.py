@@ -28,6 +28,7 @@ ORDER = (
     ("inference",),
     ("evaluation", "monitor"),
     ("training",),
+    ("doctor",),
     ("__init__",),  # what the package offers, imported when it is asked for
 )
 LEVELS = {folder: level for level, row in enumerate(ORDER) for folder in row}

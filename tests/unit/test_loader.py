@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.decode import decode_image, fit_grid, to_patches
 from dsmoe_vl.data.loader import Loader, evaluation_packs
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment
 from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
 from tests.support.tars import encoded_as, picture, write_index, write_shards, write_tar
 
@@ -32,7 +33,7 @@ def encode(sample: Sample) -> list[Segment]:
     tokens = np.zeros(length, np.int32)
     tokens[:4] = ord(name[0]) - ord("a"), sample.epoch, int(shard), int(number)
     tokens[4] = torch.get_num_threads()
-    return [Segment(TaskId.CAPTION, tokens, tokens.copy(), np.zeros(length, np.int32))]
+    return [Segment(task_number("caption"), tokens, tokens.copy(), np.zeros(length, np.int32))]
 
 
 def encode_picture(sample: Sample) -> list[Segment]:
@@ -44,7 +45,7 @@ def encode_picture(sample: Sample) -> list[Segment]:
     tokens = np.full(len(cells), 5, np.int32)
     image_modality = np.full(len(cells), Modality.IMAGE, np.int32)
     pictures = [Picture(to_patches(image, grid, 8, 2), grid, -1.0, cells)]
-    return [Segment(TaskId.CAPTION, tokens, tokens, image_modality, pictures)]
+    return [Segment(task_number("caption"), tokens, tokens, image_modality, pictures)]
 
 
 def encode_with_a_bug(sample: Sample) -> list[Segment]:

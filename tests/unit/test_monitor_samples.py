@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dsmoe_vl.config.recipe import DataConfig, Recipe, RetrievalConfig, SourceConfig, SummaryConfig, TasksConfig
+from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig
+from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.summarize import VideoSummary
 from dsmoe_vl.monitor import samples

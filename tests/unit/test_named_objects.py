@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsmoe_vl.evaluation.captions import names_every_object
+from dsmoe_vl.evaluation.texts import names_every_object
 
 RED_CIRCLE, BLUE_RING = {"colour": "red", "shape": "circle"}, {"colour": "blue", "shape": "ring"}
 

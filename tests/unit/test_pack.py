@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.decode import to_patches
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded, grid_positions
-from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Picture, Segment, TaskId
+from dsmoe_vl.data.segment import COUNTS, IGNORE, Modality, Picture, Segment
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 from tests.support.tars import picture
@@ -13,7 +14,7 @@ SHAPE = PackShape(length=32, patches=48, patch_size=4, merge=2)
 WIDE = PackShape(length=40, patches=96, patch_size=4, merge=2)
 
 
-def segment(length: int, first_token: int = 10, task: TaskId = TaskId.CAPTION, pictures: int = 0) -> Segment:
+def segment(length: int, first_token: int = 10, task: int = task_number("caption"), pictures: int = 0) -> Segment:
     """Tokens count up; each picture has 2 x 3 cells, of which the last two share a token; half of it is labelled."""
     tokens = np.arange(first_token, first_token + length, dtype=np.int32)
     labels = np.where(np.arange(length) < length // 2, IGNORE, tokens + 1).astype(np.int32)
@@ -32,7 +33,10 @@ def segment(length: int, first_token: int = 10, task: TaskId = TaskId.CAPTION, p
 
 def pair(identity: int, media_length: int, text_length: int) -> list[Segment]:
     """Both sides of a retrieval pair, the picture as in `segment`."""
-    sides = [segment(media_length, task=TaskId.RETRIEVAL, pictures=1), segment(text_length, task=TaskId.RETRIEVAL)]
+    sides = [
+        segment(media_length, task=task_number("retrieval"), pictures=1),
+        segment(text_length, task=task_number("retrieval")),
+    ]
     for side in sides:
         side.labels[:] = IGNORE
         side.pair = identity
@@ -42,7 +46,7 @@ def pair(identity: int, media_length: int, text_length: int) -> list[Segment]:
 def summary(importance: list[float], ranked: list[list[int]]) -> Segment:
     """Every frame has 3 cells on 2 tokens, the first two cells on one; then the frame tokens, and two words."""
     frames = len(importance)
-    made = segment(3 * frames + 2, task=TaskId.SUMMARY)
+    made = segment(3 * frames + 2, task=task_number("summary"))
     made.pictures = [
         Picture(np.zeros((12, 48), np.uint8), (2, 6), 0.5 * i, np.array([0, 0, 1], np.int32) + 2 * i, 2 * frames + i)
         for i in range(frames)
@@ -62,7 +66,7 @@ def sample(number: int, length: int, patches: int = 0) -> Encoded:
 
 
 def test_assemble_lays_segments_one_after_another() -> None:
-    pack = assemble([segment(7, 10, pictures=1), segment(9, 100, TaskId.SUMMARY)], SHAPE, ["a", "b"])
+    pack = assemble([segment(7, 10, pictures=1), segment(9, 100, task_number("summary"))], SHAPE, ["a", "b"])
     assert pack.tokens.tolist() == [*range(10, 17), *range(100, 109), *[0] * 16]
     assert pack.positions.tolist() == [*range(7), *range(9), *[0] * 16]
     assert pack.real.tolist() == [True] * 16 + [False] * 16
@@ -70,7 +74,7 @@ def test_assemble_lays_segments_one_after_another() -> None:
     assert pack.task_ids[:16].tolist() == [0] * 7 + [2] * 9
     assert pack.modality_ids.tolist() == [Modality.IMAGE] * 16 + [Modality.TEXT] * 16
     assert (pack.segment_lengths, pack.picture_lengths, pack.keys) == ([7, 9], [24], ["a", "b"])
-    assert pack.counts == counted(tokens=16, tokens_image=16, caption=4, summary=5)
+    assert pack.counts == counted(tokens=16, tokens_image=16, labels=9, caption=4, summary=5)
 
 
 def test_assemble_places_cells() -> None:
@@ -122,7 +126,7 @@ def test_collate_offsets_every_index() -> None:
     assert batch.patch_positions.shape == (72, 2)
     assert batch.cell_position.tolist() == [0, 1, 2, 3, 4, 4, 16, 17, 18, 19, 20, 20, 32, 33, 34, 35, 36, 36]
     assert batch.keys == ["a", "b", "c"]
-    assert batch.counts == counted(tokens=42, tokens_image=42, caption=21)
+    assert batch.counts == counted(tokens=42, tokens_image=42, labels=21, caption=21)
     assert batch.real.sum() == 42
 
 
@@ -137,7 +141,7 @@ def test_assemble_counts_tokens_by_modality() -> None:
     mixed = segment(6)
     mixed.modality = np.array([1, 1, 2, 2, 2, 0], np.int32)
     counts = assemble([mixed, segment(3)], SHAPE).counts  # padding, which is marked as text, is in none
-    assert counts == counted(tokens=9, tokens_text=1, tokens_image=5, tokens_video=3, caption=5)
+    assert counts == counted(tokens=9, tokens_text=1, tokens_image=5, tokens_video=3, labels=5, caption=5)
 
 
 def test_assemble_points_at_the_last_tokens_of_pairs() -> None:
@@ -145,7 +149,7 @@ def test_assemble_points_at_the_last_tokens_of_pairs() -> None:
     assert pack.media_embedding.tolist() == [10, 20]
     assert pack.text_embedding.tolist() == [14, 23]
     assert pack.pair_ids.tolist() == [77, 2**62]
-    assert pack.counts == counted(tokens=24, tokens_image=24, caption=3, retrieval=2)
+    assert pack.counts == counted(tokens=24, tokens_image=24, labels=3, caption=3, retrieval=2)
     with pytest.raises(AssertionError, match="lost one side"):
         assemble(pair(1, 5, 4)[:1], SHAPE)
 
@@ -160,7 +164,7 @@ def test_assemble_places_frames() -> None:
     np.testing.assert_allclose(pack.cell_frame_weight, [1 / 3] * 15 + [0] * 9, rtol=1e-6)
     np.testing.assert_array_equal(pack.importance, np.array([0.9, 0.1, 0.2, 0.4, 0.8], np.float32))
     assert pack.ranked.tolist() == [[0, 1], [3, 2], [4, 2], [4, 3]]
-    assert pack.counts == counted(tokens=26, tokens_image=26, caption=4, summary=10, importance=5, ranking=4)
+    assert pack.counts == counted(tokens=26, tokens_image=26, labels=14, caption=4, summary=10, importance=5, ranking=4)
 
 
 def test_pictures_without_frame_tokens_go_to_none() -> None:
@@ -189,7 +193,14 @@ def test_collate_offsets_pairs_and_frames() -> None:
     assert batch.cell_frame.tolist() == frames
     torch.testing.assert_close(batch.cell_frame_weight, torch.tensor([1 / 3 if at < 120 else 0.0 for at in frames]))
     assert batch.counts == counted(
-        tokens=18 + 9 + 32, tokens_image=59, caption=5, summary=4 + 3 + 4, retrieval=3, importance=5, ranking=2
+        tokens=18 + 9 + 32,
+        tokens_image=59,
+        labels=5 + 11,
+        caption=5,
+        summary=4 + 3 + 4,
+        retrieval=3,
+        importance=5,
+        ranking=2,
     )
     indices = (batch.media_embedding, batch.text_embedding, batch.pair_ids, batch.frame_tokens, batch.ranked)
     assert {value.dtype for value in (*indices, batch.cell_frame)} == {torch.int64}

@@ -9,10 +9,10 @@ import torch
 
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import DataConfig, ModelConfig, MoEConfig, Recipe, TokenizerConfig, VisionConfig
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
 from dsmoe_vl.planner.parameters import count_parameters
+from dsmoe_vl.tasks.registry import build_backbone
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml"))
 TINY = Recipe(
@@ -33,7 +33,7 @@ TINY = Recipe(
 @pytest.mark.parametrize("recipe", [TINY, *(load_recipe(path) for path in RECIPES)], ids=lambda recipe: recipe.run.name)
 def test_parts_add_up_to_the_model(recipe):
     with torch.device("meta"):
-        model = VisionLanguageModel(recipe)
+        model = build_backbone(recipe)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     counts = count_parameters(recipe)
 

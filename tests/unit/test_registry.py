@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import CaptionConfig, RetrievalConfig, SourceConfig, SummaryConfig, TasksConfig
-from dsmoe_vl.data.segment import TaskId
+from dsmoe_vl.config.recipe import SourceConfig, TasksConfig
+from dsmoe_vl.config.task_table import TASKS, CaptionConfig, RetrievalConfig, SummaryConfig, task_number
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.pictures import PictureReader
@@ -23,7 +23,7 @@ def tasks(tiny):
 
 
 def used_for(encoder, given):
-    return [segment.task.name.lower() for segment in encoder(given)]
+    return [TASKS[segment.task].name for segment in encoder(given)]
 
 
 def limited(kind, *names, **changes):
@@ -86,7 +86,7 @@ def test_a_task_that_is_not_learned_is_not_served(tasks):
 
 def test_a_sample_is_decoded_once(tasks):
     caption, media, text, summary = Encoder(tasks, ())(sample("video"))
-    assert [s.task for s in (caption, media, text, summary)] == [0, 1, 1, TaskId.SUMMARY]
+    assert [s.task for s in (caption, media, text, summary)] == [0, 1, 1, task_number("summary")]
     for first, second, third in zip(caption.pictures, media.pictures, summary.pictures, strict=True):
         assert first.patches is second.patches is third.patches
     # Frame tokens are those of the summary alone.

@@ -10,11 +10,13 @@ from PIL import Image
 
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.evaluation.captions import Captioned, caption_samples
+from dsmoe_vl.evaluation.captions import CaptionChoice, Captioned, caption_samples
 from dsmoe_vl.evaluation.dealing import Dealer
-from dsmoe_vl.evaluation.examples import TOP, Chosen, Counts, Gatherer, retrieval_examples, thumbnail
+from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnail
 from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
-from dsmoe_vl.evaluation.retrieval import Gallery, evaluate_retrieval
+from dsmoe_vl.evaluation.retrieval import evaluate_retrieval
+from dsmoe_vl.evaluation.retrieval_examples import TOP, Gallery, retrieval_examples
+from dsmoe_vl.evaluation.storyboards import storyboard
 from dsmoe_vl.evaluation.summaries import summarize_samples
 from dsmoe_vl.inference.generate import caption_task, prompt_batch
 from dsmoe_vl.inference.load import load_run
@@ -140,34 +142,33 @@ def test_pictures_are_those_of_the_gallery():
 
 
 def test_captions_and_wrong_ones():
-    gatherer = Gatherer(None, Counts(captions=3, wrong=2))
+    choice = CaptionChoice(Counts(captions=3, wrong=2))
     results = [
         Captioned(
             sample("image", number=number, meta={"captions": ["a", " ", "b"]}), f"generated {number}", number % 2 > 0
         )
         for number in range(20)
     ]
-    assert list(gatherer.captions(results)) == results
-    examples = gatherer.gathered(Dealer())
-    assert (len(examples.captions), len(examples.wrong)) == (3, 2)
+    assert list(choice.watch(results)) == results
+    examples = choice.merged(Dealer())
+    assert (len(examples.random), len(examples.wrong)) == (3, 2)
     assert all(example.correct is False for example in examples.wrong)
-    shown = [*examples.captions, *examples.wrong]
+    shown = [*examples.random, *examples.wrong]
     assert len({example.key for example in shown}) == 5
     for example in shown:
         number = int(example.key.split("-")[1])
         assert example.generated == f"generated {number}" and example.references == ["a", "b"]
         (picture,) = example.pictures
         assert Image.open(io.BytesIO(picture.jpeg)).size == (picture.width, picture.height)
-    assert not examples.storyboards and not examples.retrieval
+    assert CaptionChoice(Counts()).merged(Dealer()) is None
 
 
 def test_storyboard_of_a_video(trained):
     data = dataclasses.replace(trained.recipe.data, video_frames=15)
     trained = dataclasses.replace(trained, recipe=dataclasses.replace(trained.recipe, data=data))
-    gatherer = Gatherer(data, Counts())
     given = sample("video", number=1)
-    (result,) = gatherer.summaries(summarize_samples(trained, iter([given]), 4))
-    (board,) = gatherer.gathered(Dealer()).storyboards
+    (result,) = summarize_samples(trained, iter([given]), 4)
+    board = storyboard(result.sample, result.summary, result.scores, data)
     frames = len(board.seconds)
     assert frames == len(board.importance) > 12
     assert len(board.frames) == 12 and set(board.key_frames) <= board.frames.keys() <= set(range(frames))
@@ -215,9 +216,12 @@ def test_loads_of_ranks():
 def test_retrieval_of_a_model(trained):
     """What is kept of an evaluation is what its metrics are made of."""
     given = [sample("image", number=number) for number in range(8)]
-    gatherer = Gatherer(trained.recipe.data, Counts(queries=8))
-    scores = evaluate_retrieval(trained, iter(given), 8, keep=lambda gallery: gatherer.retrieval(gallery, given))
-    examples = gatherer.gathered(Dealer()).retrieval
+    examples = []
+
+    def keep(gallery):
+        examples.extend(retrieval_examples(gallery, given, queries=8))
+
+    scores = evaluate_retrieval(trained, iter(given), 8, keep=keep)
     assert len(examples) == 2 * scores["samples"]
     found = [example.place == 1 for example in examples if example.direction == "media_to_text"]
     assert sum(found) / len(found) == scores["media_to_text_r1"]

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import RetrievalConfig, TasksConfig
+from dsmoe_vl.config.recipe import TasksConfig
+from dsmoe_vl.config.task_table import RetrievalConfig, task_number
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Sample
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.retrieval import RetrievalTask, pair_id
 from tests.support.samples import sample
 
@@ -48,7 +49,7 @@ def test_layout(task, kind, modality):
     assert text.tokens[-1] == embed
     assert (text.modality == Modality.TEXT).all() and text.pictures == []
     for side in (media, text):
-        assert side.task is TaskId.RETRIEVAL and side.pair == pair_id(given)
+        assert side.task == task_number("retrieval") and side.pair == pair_id(given)
         assert (side.labels == IGNORE).all() and len(side.labels) == side.length
         assert len(side.importance) == len(side.ranked) == 0
         assert {side.tokens.dtype, side.labels.dtype, side.modality.dtype} == {np.dtype(np.int32)}
@@ -100,7 +101,7 @@ def test_loss_of_a_batch_against_loops(task, recipe):
     packs = [[*task.encode(given[0]), *task.encode(given[1])], task.encode(given[2])]
     batch = collate([assemble(segments, SHAPE) for segments in packs])
     torch.manual_seed(0)
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     hidden = torch.randn(2 * SHAPE.length, recipe.model.width)
     output = task.loss(model, hidden, batch)
 
@@ -125,9 +126,9 @@ def test_loss_of_a_batch_against_loops(task, recipe):
 
 
 def test_the_gradient_cache_has_the_loss_in_training_only(task, recipe):
-    cached = RetrievalTask(task.pictures, task.tokenizer, dataclasses.replace(task.config, gradient_cache=True))
+    cached = RetrievalTask(task.pictures, task.tokenizer, dataclasses.replace(task.settings, gradient_cache=True))
     batch = collate([assemble(cached.encode(sample("image")), SHAPE)])
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     hidden = torch.zeros(SHAPE.length, recipe.model.width)
     assert cached.loss(model.train(), hidden, batch).loss_sums == {}
     assert set(cached.loss(model.eval(), hidden, batch).loss_sums) == {"retrieval"}

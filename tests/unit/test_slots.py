@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dsmoe_vl.config.recipe import SourceConfig
+from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Sample, Segment, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Sample, Segment
 from dsmoe_vl.data.slots import PatchSlots
 from dsmoe_vl.errors import DataError
 from tests.support.tars import encoded_as, picture, write_tar
@@ -30,7 +31,7 @@ def pack(value: int, pictures: int = 1) -> Pack:
     cells = np.arange(pictures, dtype=np.int32)
     tokens, labels = np.full(4, 5, np.int32), np.full(4, IGNORE, np.int32)
     shown = [Picture(np.full((4, 48), value, np.uint8), (2, 2), -1.0, cells[i : i + 1]) for i in range(pictures)]
-    return assemble([Segment(TaskId.CAPTION, tokens, labels, np.full(4, Modality.TEXT), shown)], SHAPE)
+    return assemble([Segment(task_number("caption"), tokens, labels, np.full(4, Modality.TEXT), shown)], SHAPE)
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ class FailsOnOneWorker:
             raise self.error
         time.sleep(0.05 * (worker == self.workers - 1))
         tokens = np.full(16, self.seen, np.int32)
-        return [Segment(TaskId.CAPTION, tokens, tokens.copy(), np.zeros(16, np.int32))]
+        return [Segment(task_number("caption"), tokens, tokens.copy(), np.zeros(16, np.int32))]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

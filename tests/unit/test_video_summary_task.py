@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import SummaryConfig, TasksConfig
+from dsmoe_vl.config.recipe import TasksConfig
+from dsmoe_vl.config.task_table import SummaryConfig, task_number
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, TaskId
+from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask, importance_at, ranked_pairs
 from tests.support.samples import sample
 
@@ -47,7 +48,7 @@ def test_layout(task):
     vision = segment.tokens.tolist().index(control("<frame>"))
     prompt = vision + FRAMES + 1
     words = segment.tokens[prompt:].tolist()
-    assert segment.task is TaskId.SUMMARY and segment.pair == -1
+    assert segment.task == task_number("summary") and segment.pair == -1
     assert segment.tokens[:prompt].tolist() == [
         *[control("<video>")] * vision,
         *[control("<frame>")] * FRAMES,
@@ -169,7 +170,7 @@ def test_losses_of_a_batch_against_loops(task, recipe):
     packs = [segments[:2], segments[2:]]
     batch = collate([assemble(pack, SHAPE) for pack in packs])
     torch.manual_seed(0)
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     hidden = torch.randn(2 * SHAPE.length, recipe.model.width)
     sums = task.loss(model, hidden, batch).loss_sums
 
@@ -200,7 +201,7 @@ def test_losses_of_a_batch_against_loops(task, recipe):
 
 
 def test_a_batch_without_videos_has_losses_of_zero(task, recipe):
-    model = VisionLanguageModel(recipe)
+    model = build_backbone(recipe)
     hidden = torch.randn(SHAPE.length, recipe.model.width, requires_grad=True)
     sums = task.loss(model, hidden, collate([assemble([], SHAPE)])).loss_sums
     assert {name: value.item() for name, value in sums.items()} == {"summary": 0, "importance": 0, "ranking": 0}

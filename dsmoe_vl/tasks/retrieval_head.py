@@ -1,7 +1,4 @@
-"""What the tasks read from the decoder's hidden states, beside the language head.
-
-Shapes: n retrieval pairs, F frames, D width, W width of a retrieval embedding.
-"""
+"""What retrieval reads from the decoder's hidden states. Shapes: n pairs, D width, W width of an embedding."""
 
 from __future__ import annotations
 
@@ -12,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_vl.config.task_table import RetrievalConfig
+
 _MAX_SCALE = 100.0  # CLIP's bound on 1 / temperature
-# Scale and bias at the start.
-INFO_NCE_START = (1 / 0.07, 0.0)  # Radford et al. 2021, section 2.5
-SIGMOID_START = (10.0, -10.0)  # Zhai et al. 2023, section 3.3
+# Scale and bias at the start, by the loss.
+_START = {
+    "info_nce": (1 / 0.07, 0.0),  # Radford et al. 2021, section 2.5
+    "sigmoid": (10.0, -10.0),  # Zhai et al. 2023, section 3.3
+}
 
 
 class RetrievalEmbeddings(NamedTuple):
@@ -30,8 +31,11 @@ class RetrievalEmbeddings(NamedTuple):
 class RetrievalHead(nn.Module):
     """Projections of the two embedding tokens, and the learned temperature (Radford et al. 2021, section 2.3)."""
 
-    def __init__(self, width: int, embedding_width: int, initial_scale: float, initial_bias: float) -> None:
+    OWN_START = ("log_scale", "bias")  # parameters that `initialise` leaves as they are
+
+    def __init__(self, width: int, settings: RetrievalConfig) -> None:
         super().__init__()
+        embedding_width, (initial_scale, initial_bias) = settings.embedding_width, _START[settings.loss]
         self.media = nn.Linear(width, embedding_width, bias=False)
         self.text = nn.Linear(width, embedding_width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
@@ -45,14 +49,3 @@ class RetrievalHead(nn.Module):
             self.log_scale.float().exp().clamp(max=_MAX_SCALE),
             self.bias.float(),
         )
-
-
-class ImportanceHead(nn.Module):
-    """How much each frame matters to a summary, read at its frame token: hidden [F, D] -> logits, fp32 [F]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.score = nn.Linear(width, 1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.score(hidden).float().squeeze(-1)

@@ -6,8 +6,7 @@ accumulation, order of packing) must leave every loss term and every gradient as
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, product
@@ -25,14 +24,12 @@ from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.moe.router import Router
-from dsmoe_vl.objective.objective import Objective, load_fractions
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
-from dsmoe_vl.training.engine import build_engine, build_model, full_gradient
+from dsmoe_vl.training.engine import build_engine, full_gradient
 from dsmoe_vl.training.step import OptimizerStep
 
 # Settings of the capacity backend under which no token is dropped and no choice is random.
@@ -172,74 +169,3 @@ class Probe:
 
 def _collect(module: torch.nn.Module, gradients: dict[str, Tensor]) -> None:
     gradients.update((name, value.clone()) for name, value in one_process_tensors(module, full_gradient))
-
-
-def largest_difference(reference: dict[str, float], other: dict[str, float], names: Iterable[str]) -> tuple[float, str]:
-    """The largest relative difference of the named values, and which.
-
-    Numbers below 1e-3 are compared absolutely, as if they were 1e-3: they are differences of larger ones.
-    """
-    differences = ((abs(other[name] - reference[name]) / max(abs(reference[name]), 1e-3), name) for name in names)
-    return max(differences, default=(0.0, ""))
-
-
-def largest_gradient_difference(reference: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest `||other - reference|| / ||reference||` of a parameter's gradient, and which.
-
-    A gradient smaller than 1e-6 of the whole one is what rounding leaves of 0, and is compared with that.
-    """
-    assert reference.keys() == other.keys()
-    norms = {name: float(gradient.double().norm()) for name, gradient in reference.items()}
-    least = 1e-6 * math.hypot(*norms.values())
-    differences = {name: float((other[name].double() - value.double()).norm()) for name, value in reference.items()}
-    return max((difference / max(norms[name], least), name) for name, difference in differences.items())
-
-
-def couples_micro_steps(recipe: Recipe) -> bool:
-    """Whether terms are defined over the micro-step, so that only splits of equal accumulation can be compared."""
-    retrieval, moe = recipe.tasks.retrieval, recipe.moe
-    contrast = retrieval.weight > 0 and not retrieval.gradient_cache
-    return contrast or moe.global_entropy_weight > 0 or moe.mutual_information_weight > 0
-
-
-def linear_terms(names: Iterable[str]) -> list[str]:
-    """The first step's terms that are the same for every accumulation, whatever else the recipe holds."""
-    coupled = ("loss,", "loss_retrieval", "global_entropy", "mutual_information", "grad_norm")
-    return [name for name in names if name.endswith("step 0") and not name.startswith(coupled)]
-
-
-def silent_faults(probe: Probe) -> list[str]:
-    """Faults that raise no error, looked for on one rank without an engine; a sentence each."""
-    plan = probe.plan(Split(1, 1, 1, 1, False))
-    model, objective = build_model(plan, probe.ranks, probe.tasks), Objective(plan)
-    faults: list[str] = []
-
-    model.eval()
-    batch = probe.batch_with_padding(1)
-    with torch.no_grad():
-        once, again = (model(batch)[0].loss_sums for _ in range(2))
-    faults += [f"evaluation is random: {term} changes when repeated" for term in once if once[term] != again[term]]
-
-    model.train()
-    batch = probe.batch_with_padding(plan.micro_batch)
-    output, stats = model(batch)
-    if stats is not None:
-        assigned = round(float(stats.load.sum() + stats.dropped.sum()))
-        wanted = batch.counts["tokens"] * plan.recipe.moe.top_k * len(stats.load)
-        if assigned != wanted:
-            faults.append(f"padding is routed into the statistics: {assigned} assignments of {wanted} real ones")
-        routers = [module for module in model.modules() if isinstance(module, Router)]
-        gates = [router.task_bias if router.mode == "task" else router.weight for router in routers]
-        fractions = load_fractions(stats.load, plan.recipe.moe.balance_over)
-        sums = list(output.loss_sums.values())  # none where the gradient cache holds the only task's
-        terms = [("the tasks' loss", 1.0, torch.stack(sums).sum())] if sums else []
-        for name, _, part in [*terms, *objective.linear(stats, batch.counts, fractions), *objective.coupled(stats)]:
-            on = part.requires_grad
-            found = torch.autograd.grad(part, gates, retain_graph=True, allow_unused=True) if on else [None]
-            if any(gradient is None or not gradient.any() for gradient in found):
-                faults.append(f"{name} has no gradient in some router")
-    for name, parameter in model.named_parameters():
-        marked = getattr(parameter, "allreduce", True) is False
-        if marked != (".experts." in name):
-            faults.append(f"{name} is {'an expert' if marked else 'dense'} to DeepSpeed: a wrong mean of gradients")
-    return faults

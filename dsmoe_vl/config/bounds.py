@@ -1,0 +1,47 @@
+"""A setting of a recipe: its default and the values that it may have, written where the field is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_BOUNDS = "bounds"
+
+
+def bounded(
+    default: T,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> T:
+    """A dataclass field with bounds, both included except `above`; `choices` are the only values of a string."""
+    bounds = {"least": least, "most": most, "above": above, "choices": choices}
+    return field(default=default, metadata={_BOUNDS: bounds})  # type: ignore[return-value]
+
+
+def out_of_bounds(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Dotted key, value and rule of every setting that breaks its bounds, in nested dataclasses too."""
+    for item in fields(settings):
+        key, value = f"{prefix}{item.name}", getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from out_of_bounds(value, f"{key}.")
+        elif rule := _broken_rule(value, item.metadata.get(_BOUNDS, {})):
+            yield key, value, rule
+
+
+def _broken_rule(value: Any, bounds: dict[str, Any]) -> str:
+    least, most, above = (bounds.get(name) for name in ("least", "most", "above"))
+    if least is not None and value < least:
+        return "must not be negative" if least == 0 else f"must be at least {least}"
+    if above is not None and value <= above:
+        return f"must be above {above}"
+    if most is not None and value > most:
+        return f"is a fraction, at most {most}"
+    if bounds.get("choices") and value not in bounds["choices"]:
+        return f"must be one of {', '.join(bounds['choices'])}"
+    return ""

@@ -1,0 +1,116 @@
+"""An evaluation from beginning to end: every folder and task, scores to the terminal and to files, and the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from dsmoe_vl.checkpoint.store import read_manifest, write_json
+from dsmoe_vl.config.recipe import learned_tasks
+from dsmoe_vl.config.task_table import TaskSpec, named
+from dsmoe_vl.errors import CheckpointError, ConfigError
+from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.examples import Counts
+from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
+from dsmoe_vl.evaluation.scalars import write_scalars
+from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, TaskEvaluation
+from dsmoe_vl.inference.load import TrainedModel, load_run
+from dsmoe_vl.parallel.device import device_name, use_device
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.report.content import Report, TaskPart
+from dsmoe_vl.report.page import render
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """By folder and task: scores, the same on every rank, and the examples that the report shows, on rank 0."""
+
+    scores: dict[str, dict[str, Scores]]
+    examples: dict[str, dict[str, Any]]
+
+
+def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
+    """One rank's part of an evaluation by several. Rank 0 alone prints and writes. Raises DsmoeVlError."""
+    kind = "cuda" if options.device.startswith("cuda") else "cpu"
+    os.environ["DS_ACCELERATOR"] = kind  # DeepSpeed reads it when imported
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+
+    device = use_device(device_name(), ranks.local_rank)
+    if options.device == "cuda":
+        options = replace(options, device=str(device))
+    start_process_group(ranks, kind)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else nowhere):
+        group = HostGroup()
+        evaluate_run(options, Dealer(ranks, group))
+        group.barrier()  # a rank whose peers are still connected, or that is, may abort as it ends
+        dist.destroy_process_group()
+
+
+def evaluate_run(options: Options, dealer: Dealer) -> None:
+    """Scores to the terminal, eval.json and TensorBoard, and report.html. Raises DsmoeVlError. Collective."""
+    trained = load_run(options.run, options.device)
+    manifest = read_manifest(trained.checkpoint)
+    if manifest is None or len(set(dealer.gather(manifest.step))) > 1:
+        raise CheckpointError(f"{options.run} got a new checkpoint just now: start again")
+    wanted = wanted_tasks(options, trained)
+    evaluations: dict[str, TaskEvaluation] = {
+        spec.name: named(spec.evaluation)(trained, options, dealer) for spec in wanted
+    }
+    counter = LoadCounter(trained.recipe)
+    with counter.watching(trained.model.layers):
+        evaluated = evaluate_folders(options, trained, evaluations, dealer)
+    load = total_load(dealer.gather(counter.load()))
+    if dealer.rank != 0:
+        return
+    for evaluation in evaluations.values():
+        evaluation.finish()
+    write_json(options.run / "eval.json", evaluated.scores)
+    write_scalars(options.run / "tensorboard" / "eval", manifest.step, evaluated.scores)
+    plan = json.loads((options.run / "plan.json").read_text(encoding="utf-8"))
+    parts = {spec.name: _part(spec, evaluations[spec.name], evaluated) for spec in wanted}
+    report = Report(options.run.resolve().name, manifest.step, evaluated.scores, parts, load, plan)
+    (options.run / "report.html").write_text(render(report), encoding="utf-8")
+    print(f"wrote {options.run / 'eval.json'} and {options.run / 'report.html'}")
+
+
+def wanted_tasks(options: Options, trained: TrainedModel) -> Sequence[TaskSpec]:
+    """The tasks to evaluate, in the order that they were given. Raises ConfigError for one that was not learned."""
+    learned = {spec.name: spec for spec in learned_tasks(trained.recipe)}
+    for name in options.tasks:
+        if name not in learned:
+            raise ConfigError(f"--tasks {name}: {options.run} has learned {', '.join(learned)}")
+    return [learned[name] for name in options.tasks or learned]
+
+
+def evaluate_folders(
+    options: Options, trained: TrainedModel, evaluations: dict[str, TaskEvaluation], dealer: Dealer
+) -> Evaluated:
+    """Every task on every folder, folder by folder. Raises DsmoeVlError. Collective."""
+    paths = options.folders or tuple(source.path for source in trained.recipe.data.evaluation)
+    # The cache of the run; but its plan may come from somebody else, so only a command that is given here is run.
+    data = replace(trained.recipe.data, allow_pipe=bool(options.folders))
+    print(f"{trained.checkpoint}")
+    evaluated = Evaluated({}, {})
+    for path in paths:
+        folder = Folder(path, data, dealer, options.limit, Counts.of(len(paths)))
+        results = {name: evaluation.evaluate(folder) for name, evaluation in evaluations.items()}
+        evaluated.scores[path] = {name: scores for name, (scores, _) in results.items() if scores}
+        evaluated.examples[path] = {name: examples for name, (_, examples) in results.items()}
+        for name, (scores, _) in results.items():
+            values = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
+            print(f"{path}: {name}: {values or 'no sample of this task'}")
+    return evaluated
+
+
+def _part(spec: TaskSpec, evaluation: TaskEvaluation, evaluated: Evaluated) -> TaskPart:
+    examples = {path: found[spec.name] for path, found in evaluated.examples.items()}
+    return TaskPart(spec.title, evaluation.labels, evaluation.section, examples)

@@ -1,0 +1,54 @@
+"""Videos as a report shows them: the frames that the model saw, their importance, and which are key frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.decode import iterate_video
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.evaluation.examples import SMALL_SIDE, thumbnail
+from dsmoe_vl.inference.summarize import VideoSummary
+from dsmoe_vl.report.content import Storyboard
+from dsmoe_vl.tasks.video_summary import annotated_curves
+
+_FRAMES = 12  # shown, at most
+
+
+def storyboard(sample: Sample, summary: VideoSummary, scores: dict[str, float], data: DataConfig) -> Storyboard:
+    """`data`: the recipe's, which says what frames the model has seen. Raises DataError where they cannot be read."""
+    curves, duration = annotated_curves(sample)
+    keys = summary.key_frames()
+    shown = set(_shown_frames(keys, summary.importance))
+    assert sample.media is not None, "it has been summarized"
+    frames = {
+        number: thumbnail(pixels, SMALL_SIDE)
+        for number, (_, pixels) in enumerate(
+            iterate_video(sample.media, data.video_frames, data.video_sampling, data.video_fps)
+        )
+        if number in shown
+    }
+    return Storyboard(
+        key=sample.key,
+        seconds=summary.seconds,
+        importance=summary.importance,
+        annotated=curves.mean(axis=0, dtype=np.float32),
+        annotators=len(curves),
+        duration_seconds=duration,
+        frames=frames,
+        key_frames=keys,
+        generated=summary.text,
+        reference=str(sample.meta.get("summary", "")),
+        scores=scores,
+    )
+
+
+def _shown_frames(keys: Sequence[int], importance: np.ndarray) -> list[int]:
+    """Numbers of the frames to show: the most important key frames, and others in even steps where there is room."""
+    shown = sorted(keys, key=lambda number: -float(importance[number]))[:_FRAMES]
+    others = sorted(set(range(len(importance))) - set(shown))
+    room = min(_FRAMES - len(shown), len(others))
+    steps = np.linspace(0, len(others) - 1, room).round().astype(int)
+    return sorted([*shown, *(others[step] for step in steps)])

@@ -1,0 +1,101 @@
+"""The contract of a task's evaluation: how it is scored on a folder of shards, and what the report shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.evaluation.dealing import Dealer, Dealt
+from dsmoe_vl.evaluation.examples import Counts
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.report.content import ScoreLabel, Section
+
+Scores = dict[str, float]
+
+
+class HasSample(Protocol):
+    """A result of one sample; a dataclass."""
+
+    @property
+    def sample(self) -> Sample: ...
+
+
+Result = TypeVar("Result", bound=HasSample)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of an evaluation."""
+
+    run: Path
+    folders: tuple[str, ...] = ()  # of shards, or URLs of such; by default the recipe's held-out sources
+    tasks: tuple[str, ...] = ()  # by default all that the model has learned
+    limit: int | None = None  # samples of each folder at most
+    gallery: int = 200  # different samples among which retrieval searches
+    show: int = 6  # texts of each folder to print
+    max_tokens: int = 64  # of a text
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of shards, as this rank evaluates it. `examples`: how many the report shows."""
+
+    path: str
+    data: DataConfig
+    dealer: Dealer
+    limit: int | None
+    examples: Counts
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    def own(self) -> Dealt:
+        """This rank's samples, in order."""
+        dealer = self.dealer
+        own = iterate_samples(self.path, self.name, data=self.data, first=dealer.rank, step=dealer.count)
+        return Dealt(islice(own, None if self.limit is None else dealer.own(self.limit)), dealer)
+
+    def all(self) -> Iterator[Sample]:
+        """Every rank's samples, in order."""
+        return islice(iterate_samples(self.path, self.name, data=self.data), self.limit)
+
+
+class TaskEvaluation(Protocol):
+    """One task of one evaluation. `labels`: what its scores are called; `section`: its part of the report, if any."""
+
+    labels: ClassVar[Mapping[str, ScoreLabel]]
+    section: ClassVar[Section | None]
+
+    def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None: ...
+
+    def evaluate(self, folder: Folder) -> tuple[Scores, Any]:
+        """Scores, the same on every rank, {} if nothing could be scored; and the examples that `section` shows, on
+        rank 0. May print what a user wants to see at once. Raises DsmoeVlError. Collective."""
+
+    def finish(self) -> None:
+        """Called on rank 0 after the last folder."""
+
+
+def merged(found: Iterable[Result], samples: Dealt, dealer: Dealer, whole: int = 0) -> list[Result]:
+    """The results of all ranks in the order of their samples. Only the first `whole` of each rank keep their picture or
+    video, to be shown: all would not fit into memory. Collective."""
+    own: list[tuple[int, Result]] = []
+    for result in found:
+        sample, number = result.sample, samples.number(result.sample)
+        kept = sample if len(own) < whole else replace(sample, media=None)
+        own.append((number, replace(result, sample=kept)))  # type: ignore[type-var]
+    return dealer.merge(own)
+
+
+def print_text(sample: Sample, generated: str, reference: str) -> None:
+    """A generated text next to its reference."""
+    print(f"  {sample.key}\n    generated  {generated}\n    reference  {reference}")

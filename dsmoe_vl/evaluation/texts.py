@@ -1,0 +1,38 @@
+"""Generated texts: do they name what is there, and do they read as human ones do?
+
+The first is known of samples whose KEY.json lists `attributes`: objects with a colour and a shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from dsmoe_vl.metrics.captions import caption_metrics
+from dsmoe_vl.report.content import ScoreLabel
+
+# What the scores of generated texts are called, whatever the task.
+TEXT_LABELS = {
+    "attribute_accuracy": ScoreLabel("name every object's colour and shape, %", "percent"),
+    "cider_d": ScoreLabel("CIDEr"),
+    "rouge_l": ScoreLabel("ROUGE-L (0 to 1)"),
+    "meteor": ScoreLabel("METEOR (0 to 1)"),
+    "spice": ScoreLabel("SPICE (0 to 1)"),
+    **{f"bleu{n}": ScoreLabel(f"BLEU-{n} (0 to 1)") for n in (1, 2, 3, 4)},
+}
+
+
+def names_every_object(text: str, attributes: list[dict[str, str]]) -> bool:
+    """Whether the text says "COLOUR SHAPE" of every object; two objects alike must be said twice."""
+    words = " ".join(re.findall(r"[a-z]+", text.lower()))
+    wanted = [f"{thing['colour']} {thing['shape']}" for thing in attributes]
+    return all(len(re.findall(rf"\b{phrase}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
+
+
+def text_scores(texts: Iterable[tuple[str, list[str]]]) -> dict[str, float]:
+    """`caption_metrics` of generated texts, each with its references. {} where no text has one.
+
+    Blank references, and texts that are left without any, are passed over.
+    """
+    known = [(text, own) for text, references in texts if (own := [one for one in references if one.strip()])]
+    return caption_metrics([text for text, _ in known], [own for _, own in known]) if known else {}

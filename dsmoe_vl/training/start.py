@@ -1,0 +1,105 @@
+"""From files and ranks to a finished run. Every check that needs no model runs before a process group exists."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dsmoe_vl.config.deepspeed_json import load_deepspeed
+from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.data.shards.download import is_remote
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.parallel.device import device_name, has_bf16_unit
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan, changed_settings, plan_to_json
+from dsmoe_vl.planner.resolve import resolve
+from dsmoe_vl.training.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. `overrides`: section.key=value; `strict`: a plan that differs from it is an error."""
+
+    recipe: Path
+    deepspeed: Path
+    overrides: Sequence[str] = ()
+    run_dir: Path | None = None  # overrides run.directory and run.name
+    strict: bool = False
+
+
+def plan_run(request: Request, world_size: int) -> RunPlan:
+    """The resolved plan on this kind of device. Raises ConfigError."""
+    recipe = load_recipe(request.recipe, request.overrides)
+    if request.run_dir is not None:
+        run = replace(recipe.run, directory=str(request.run_dir.parent), name=request.run_dir.name)
+        recipe = replace(recipe, run=run)
+    device = device_name()
+    return resolve(
+        recipe,
+        load_deepspeed(request.deepspeed),
+        world_size,
+        device=device,
+        bf16_unit=has_bf16_unit(device),
+        strict=request.strict,
+        recipe_file=f"{request.recipe} with the command line's settings" if request.overrides else str(request.recipe),
+        deepspeed_file=str(request.deepspeed),
+    )
+
+
+def missing_files(plan: RunPlan) -> Iterator[str]:
+    """What training will look for and this machine does not have. Raises ConfigError for a tokenizer that is unfit."""
+    data, tokenizer = plan.recipe.data, Path(plan.recipe.tokenizer.path)
+    for part, sources in (("data.sources", data.sources), ("data.evaluation", data.evaluation)):
+        for source in sources:
+            if not is_remote(source.path) and not Path(source.path).is_dir():
+                yield f"{part}, {source.name}: {source.path}"
+    if tokenizer.is_file():
+        Tokenizer(tokenizer).require_fit(plan.recipe.tokenizer.vocab_size)
+    else:
+        yield f"tokenizer.path: {tokenizer}"
+
+
+def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[RunPlan], None] | None = None) -> None:
+    """Start the process group and train, on every rank. `make_data` is called once on each host before data is read."""
+    _quiet_deepspeed(ranks.rank)
+    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+
+    start_process_group(ranks, plan.device)
+    if make_data is not None:
+        if ranks.local_rank == 0:
+            make_data(plan)
+        HostGroup().barrier()
+    if ranks.rank == 0:
+        from dsmoe_vl.checkpoint.store import hold
+
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = hold(plan.run_dir)
+        changes = changed_settings(plan, plan.run_dir / "plan.json")
+        for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
+            print(f"note: {note}", flush=True)
+
+    from dsmoe_vl.training.trainer import Trainer
+
+    trainer = Trainer(plan, ranks, stop)
+    if ranks.rank == 0:
+        (plan.run_dir / "plan.json").write_text(plan_to_json(plan))
+    trainer.fit()
+    trainer.close()
+    if ranks.rank == 0:
+        lock.close()
+
+
+def _quiet_deepspeed(rank: int) -> None:
+    """DeepSpeed at warning level, on other ranks than 0 at error level, unless DSMOE_VL_VERBOSE asks for all of it."""
+    if "DSMOE_VL_VERBOSE" in os.environ:
+        return
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR if rank else logging.WARNING)
+    # Its schedules ask themselves too early, and warn.
+    log.addFilter(lambda record: "before it has started" not in record.getMessage())
+    # DeepSpeed calls a collective by its old name; the user can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
