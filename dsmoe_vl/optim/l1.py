@@ -14,7 +14,7 @@ from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from dsmoe_vl.config.recipe import L1Config
-from dsmoe_vl.optim.optimizer import GROUPS, group_of
+from dsmoe_vl.optim.parameter_groups import GROUPS, group_of
 from dsmoe_vl.planner.plan import RunPlan
 
 

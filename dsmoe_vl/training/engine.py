@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.moe.layer import spread_experts
 from dsmoe_vl.optim.l1 import add_proximal_step
-from dsmoe_vl.optim.optimizer import adamw_builder, parameter_groups
+from dsmoe_vl.optim.optimizer import optimizer_builder
+from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.registry import build_backbone
@@ -43,7 +44,7 @@ def wrap(plan: RunPlan, model: nn.Module) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        optimizer=adamw_builder(plan),
+        optimizer=optimizer_builder(plan),
         config=config,
     )
     # Only now: at ZeRO-0 in bf16 initialize itself takes a step, without gradients, to make the optimizer's state.
