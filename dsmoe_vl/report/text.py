@@ -1,39 +1,16 @@
-"""Text from data, plans and paths on its way into HTML: everything that is not ours passes through here."""
+"""Names, numbers and settings as short texts."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
-from html import escape
 from typing import Any
 
-_LONGEST = 600  # characters of a caption or a summary
-# Not allowed in HTML, or without a picture: the C0 and C1 control characters, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
-
-def said(text: str) -> str:
-    """Text as HTML that shows it, in an element or a quoted attribute."""
-    return escape(_UNPRINTABLE.sub("�", text), quote=True)
-
-
-def passage(text: str) -> str:
-    """As `said`, but not more than fits on a card; an empty text says so."""
-    text = " ".join(text.split())
-    if not text:
-        return '<span class="note">(empty)</span>'
-    return said(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
-
-
-def short_name(folder: str, folders: Iterable[str]) -> str:
-    """The last part of a folder or address; more of it where others end alike."""
-    parts = folder.rstrip("/").split("/")
-    others = [other.rstrip("/").split("/") for other in folders if other != folder]
-    for count in range(1, len(parts)):
-        if all(other[-count:] != parts[-count:] for other in others) and parts[-count]:
-            return "/".join(parts[-count:])
-    return folder
+def short_names(folders: Iterable[str]) -> dict[str, str]:
+    """For each folder or address its last part, or more of it where others end alike."""
+    parts = {folder: folder.rstrip("/").split("/") for folder in folders}
+    return {folder: _short_name(folder, parts) for folder in parts}
 
 
 def magnitude(number: float) -> str:
@@ -54,3 +31,12 @@ def flat(value: Any, name: str = "") -> Iterator[str]:
             yield from flat(inner, f"{name}[{number}]")
     else:
         yield f"{name} = {json.dumps(value, ensure_ascii=False, default=str)}"
+
+
+def _short_name(folder: str, parts: dict[str, list[str]]) -> str:
+    own = parts[folder]
+    others = [of_other for other, of_other in parts.items() if other != folder]
+    for count in range(1, len(own)):
+        if own[-count] and all(of_other[-count:] != own[-count:] for of_other in others):
+            return "/".join(own[-count:])
+    return folder

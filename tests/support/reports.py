@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from html.parser import HTMLParser
 
 import numpy as np
+from PIL import Image
 
-from dsmoe_vl.evaluation.examples import thumbnail
+from dsmoe_vl.report import TEMPLATES
 from dsmoe_vl.report.content import (
     Candidate,
     CaptionExample,
+    CaptionExamples,
     ExpertLoad,
-    FolderExamples,
     Report,
     RetrievalExample,
+    ScoreLabel,
+    Section,
     Storyboard,
+    TaskPart,
+    Thumbnail,
 )
 
 ATTACK = '"><script>alert(1)</script><img src=http://a.b/c.png onerror=alert(2)> & \x00\ud800 </style></pre>'
 FOLDERS = ("data/images_eval", "https://example.org/shards/videos_eval")
+CAPTION_LABELS = {
+    "samples": ScoreLabel("samples captioned", "count"),
+    "attribute_accuracy": ScoreLabel("name every object's colour and shape, %", "percent"),
+    "cider_d": ScoreLabel("CIDEr"),
+}
+RETRIEVAL_LABELS = {
+    "samples": ScoreLabel("pictures or videos searched", "count"),
+    "media_to_text_r1": ScoreLabel("picture to text: right one found first (R@1), %", "percent"),
+    "coco_5k_text_to_media_median_rank": ScoreLabel(
+        "COCO 5k test, text to picture: median place of the right one", "count"
+    ),
+}
+SUMMARY_LABELS = {
+    "samples": ScoreLabel("videos summarized", "count"),
+    "kendall_tau": ScoreLabel("rank correlation with the annotation (Kendall's τ, -1 to 1)"),
+    "importance_error": ScoreLabel("mean absolute error of importance (0 to 1)"),
+}
 _VOID = {"meta", "link", "img", "br", "wbr"}
 
 
@@ -27,8 +50,10 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
     """Two folders, one of images and one of videos; `attack` is part of every text."""
     rng = np.random.default_rng(0)
 
-    def picture(side=64):
-        return thumbnail(rng.integers(0, 255, (side, side * 3 // 2, 3), dtype=np.uint8), 96)
+    def picture():
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)).save(file, "JPEG", quality=80, optimize=True)
+        return Thumbnail(file.getvalue(), 96, 64)
 
     def captioned(correct, frames):
         return CaptionExample(
@@ -56,8 +81,30 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
         reference=attack,
         scores={"key_frame_f": 0.5, "kendall_tau": -0.25, "attribute_accuracy": 0.0},
     )
-    images = FolderExamples([captioned(True, 1), captioned(False, 1)], [captioned(False, 1)], retrieval)
-    videos = FolderExamples([captioned(None, 4)], [], retrieval, [board])
+    captions = (
+        CaptionExamples([captioned(True, 1), captioned(False, 1)], [captioned(False, 1)]),
+        CaptionExamples([captioned(None, 4)]),
+    )
+    tasks = {
+        "caption": TaskPart(
+            "Captions",
+            CAPTION_LABELS,
+            Section("captions", "Generated captions beside their references", TEMPLATES / "captions.html"),
+            dict(zip(FOLDERS, captions, strict=True)),
+        ),
+        "retrieval": TaskPart(
+            "Retrieval",
+            RETRIEVAL_LABELS,
+            Section("retrieval", "What queries find, by cosine similarity", TEMPLATES / "retrieval.html"),
+            dict.fromkeys(FOLDERS, retrieval),
+        ),
+        "summary": TaskPart(
+            "Video summaries",
+            SUMMARY_LABELS,
+            Section("summaries", "Videos: importance over time and key frames", TEMPLATES / "summaries.html"),
+            {FOLDERS[0]: [], FOLDERS[1]: [board]},
+        ),
+    }
     scores = {
         FOLDERS[0]: {
             "caption": {"samples": 1200, "attribute_accuracy": 0.97166, "cider_d": 1.23456},
@@ -76,7 +123,7 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
         "world_size": 2,
         "precision": attack,
     }
-    return Report(f"run {attack}", 760, scores, dict(zip(FOLDERS, (images, videos), strict=True)), load, plan)
+    return Report(f"run {attack}", 760, scores, tasks, load, plan)
 
 
 def without(report: Report, **parts: object) -> Report:
@@ -117,5 +164,5 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def words(self, tag: str = "") -> str:
-        """All text, or that of one kind of element."""
-        return " ".join(text for name, text in self.text if tag in ("", name))
+        """All text, or that of one kind of element, its white space as a browser shows it."""
+        return " ".join(" ".join(text for name, text in self.text if tag in ("", name)).split())

@@ -4,16 +4,15 @@ import base64
 import io
 import re
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
 
-from dsmoe_vl.report.charts import importance_chart, load_map
-from dsmoe_vl.report.content import ExpertLoad, FolderExamples, Report
+from dsmoe_vl.report.content import CaptionExamples, ExpertLoad, Report, ScoreLabel, Section, TaskPart
 from dsmoe_vl.report.page import render
-from dsmoe_vl.report.scores import metric_tables
-from dsmoe_vl.report.text import flat, magnitude, said, short_name
-from tests.support.reports import FOLDERS, Page, made_up, without
+from dsmoe_vl.report.text import flat, magnitude, short_names
+from tests.support.reports import ATTACK, FOLDERS, Page, made_up, without
 
 SECTIONS = ["metrics", "captions", "retrieval", "summaries", "routing", "plan"]
 
@@ -76,8 +75,7 @@ def test_what_is_told_of_examples():
 
 
 def test_scores_with_units_and_digits():
-    report = made_up("ATTACK")
-    page = Page(metric_tables(report.scores))
+    page = Page(render(made_up("ATTACK")))
     rows = page.words()
     assert "name every object's colour and shape, % 97.2 –" in rows
     assert "samples captioned 1,200 100" in rows
@@ -90,32 +88,50 @@ def test_scores_with_units_and_digits():
 def test_parts_that_are_missing_have_no_section():
     nothing = Report("run", 0, {}, {}, None, {})
     assert [section["id"] for section in Page(render(nothing)).named("section")] == ["plan"]
-    report = without(made_up(), load=None, examples={FOLDERS[0]: FolderExamples()})
+    report = made_up()
+    empty: dict[str, object] = {"caption": CaptionExamples(), "retrieval": [], "summary": []}
+    tasks = {name: without(part, examples={FOLDERS[0]: empty[name]}) for name, part in report.tasks.items()}
+    report = without(report, load=ExpertLoad(np.zeros((1, 3, 3, 4)), [0], [4]), tasks=tasks)
     assert [section["id"] for section in Page(render(report)).named("section")] == ["metrics", "plan"]
 
 
+def only(task: str, examples: object, **parts: object) -> Page:
+    """A page with one folder's examples of one task and without scores."""
+    report = made_up()
+    part = without(report.tasks[task], examples={FOLDERS[0]: examples})
+    return Page(render(without(report, **{"scores": {}, "tasks": {task: part}, "load": None, **parts})))
+
+
 def test_curve_of_one_frame_and_of_a_long_video():
-    board = made_up().examples[FOLDERS[1]].storyboards[0]
+    (board,) = made_up().tasks["summary"].examples[FOLDERS[1]]
     one = np.zeros(1, np.float32)
     for seconds, importance, keys in ((one, one, [0]), (np.linspace(0, 5000, 500), np.linspace(-1, 2, 500), [0, 499])):
-        chart = importance_chart(without(board, seconds=seconds, importance=importance, key_frames=keys, frames={}))
-        heights = [float(height) for height in re.findall(r"[ML][\d.]+ ([\d.-]+)", chart)]
+        changed = without(board, seconds=seconds, importance=importance, key_frames=keys, frames={})
+        page = only("summary", [changed])
+        drawn = {path["class"]: path["d"] for path in page.named("path")}
+        heights = [float(height) for path in drawn.values() for height in re.findall(r"[ML][\d.]+ ([\d.-]+)", path)]
         assert heights and min(heights) >= 0 and max(heights) <= 100
-        assert len(Page(chart).named("span")) <= 3 + 7
+        assert ("dots" in drawn) == (len(seconds) == 1)
+        assert 2 <= sum("left:" in (span.get("style") or "") for span in page.named("span")) <= 7
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64, 1024])
 def test_map_of_loads(experts):
-    shares = np.random.default_rng(0).random((2, experts))
-    page = Page(load_map(shares, float(shares.max()), [1, 3], [experts, experts // 2], "loads"))
+    load = np.random.default_rng(0).integers(1, 1000, (2, 3, 3, experts)).astype(np.float64)
+    load[1, ..., experts // 2 :] = 0
+    load[:, 1:] = load[:, :, 1:] = 0  # all tokens are text of captions: four maps are left out
+    page = only("caption", CaptionExamples(), load=ExpertLoad(load, [1, 3], [experts, experts // 2]))
+    shares = load.sum((1, 2)) / load.sum((1, 2, 3))[:, None]
     cells = [cell for cell in page.named("rect") if cell["class"] == "cell"]
     if experts == 1024:
-        assert not cells and len(page.named("image")) == 1
+        assert not cells and len(page.named("image")) == 3
     else:
-        assert len(cells) == experts + experts // 2  # a narrower layer has empty places
+        assert len(cells) == 3 * (experts + experts // 2)  # a narrower layer has empty places
         assert float(cells[0]["fill-opacity"]) == pytest.approx(shares[0, 0] / shares.max(), abs=1e-3)
         assert f"layer 1, expert 0: {100 * shares[0, 0]:.1f} %" in page.words("title")
     assert "layer 3" in page.words("text")
+    even = "Even would be 0.0977 % or 0.195 %." if experts == 1024 else f"Even would be {100 / experts:.3g} % or "
+    assert even in page.words()
 
 
 def test_shares_of_a_task_without_tokens_are_left_out():
@@ -127,12 +143,63 @@ def test_shares_of_a_task_without_tokens_are_left_out():
     assert page.words("text").count("75") == 3
 
 
+def test_a_task_that_nobody_knows(tmp_path):
+    """It brings its own section, whose template may use the page's macros; all that it says stays text."""
+    template = tmp_path / "poems.html"
+    template.write_text(
+        """{% from "macros.html" import passage %}
+        {% for name, poems in folders %}<h3>{{ name }}</h3>{% for poem in poems %}<p>{{ passage(poem) }}</p>{% endfor %}
+        {% endfor %}"""
+    )
+    poem = TaskPart(
+        f"Poems {ATTACK}",
+        {"rhymes": ScoreLabel(f"rhymes {ATTACK}, %", "percent")},
+        Section("poems", f"Poems as they came {ATTACK}", template),
+        {"somewhere/else": [f"roses {ATTACK}", ""], "somewhere/nothing": []},
+    )
+    scores = {"somewhere/else": {"poem": {"rhymes": 0.5, "line_count": 1234.0, f"_{ATTACK}": 0.25}}}
+    report = Report("run", 0, scores, {"poem": poem}, None, {})
+    page = Page(render(report))
+    assert [section["id"] for section in page.named("section")] == ["metrics", "poems", "plan"]
+    assert [link["href"] for link in page.named("a")] == ["#metrics", "#poems", "#plan"]
+    assert not page.named("script") and not page.named("img")
+    assert page.words("h2").startswith("Scores by task and folder Poems as they came")
+    assert (
+        page.words("h3").startswith("Poems ") and page.words("h3").endswith(" else") and "nothing" not in page.words()
+    )
+    assert "line count 1,234" in page.words() and page.words("td").startswith("50.0 1,234 0.250")
+    assert page.words("p").count("roses") == 1 and "(empty)" in page.words("span")
+
+
+def test_a_task_without_a_section_shows_its_scores():
+    poem = TaskPart("Poems", {"rhymes": ScoreLabel("rhymes, %", "percent")}, examples={"folder": ["roses"]})
+    scores = {"folder": {"poem": {"rhymes": 0.5}, "unheard_of": {"samples": 3, "tone_error": 0.5}}}
+    page = Page(render(Report("run", 0, scores, {"poem": poem}, None, {})))
+    assert [section["id"] for section in page.named("section")] == ["metrics", "plan"]
+    assert "Poems" in page.words("h3") and "rhymes, % 50.0" in page.words()
+    assert "unheard_of" in page.words("h3") and "samples 3 tone error 0.500" in page.words()  # not even a part
+    assert "roses" not in page.words()
+
+
+@pytest.mark.parametrize("text", ["{{ folder }}", "{{ folders[0][1].captions }}", "{% if boards %}b{% endif %}"])
+def test_a_template_with_an_unknown_name_fails(tmp_path, text):
+    template = tmp_path / "section.html"
+    template.write_text(text)
+    part = TaskPart("Task", {}, Section("task", "Task", template), {"folder": ["example"]})
+    with pytest.raises(jinja2.UndefinedError):
+        render(Report("run", 0, {}, {"task": part}, None, {}))
+
+
+def test_loads_are_named_as_their_tasks_are():
+    report = made_up()
+    named = {"caption": without(report.tasks["caption"], title="COCO captions"), "summary": report.tasks["summary"]}
+    words = Page(render(without(report, tasks=named))).words("figcaption")
+    assert "COCO captions: " in words and "retrieval: " in words and "video summaries: " in words
+
+
 def test_words():
-    assert said("<a href='x'>&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&amp;�"
-    assert [short_name(name, ["a/x", "b/x", "http://h/y/"]) for name in ("a/x", "b/x", "http://h/y/")] == [
-        "a/x",
-        "b/x",
-        "y",
-    ]
+    page = Page(render(Report("<a href='x'>&\x1b", 0, {}, {}, None, {})))
+    assert page.words("h1") == page.words("title") == "Evaluation of <a href='x'>&�"
+    assert list(short_names(["a/x", "b/x", "http://h/y/"]).values()) == ["a/x", "b/x", "y"]
     assert [magnitude(number) for number in (950, 5144915, 2.5e9)] == ["950", "5.14 million", "2.5 billion"]
     assert list(flat({"a": {"b": 1, "c": []}, "d": [{"e": "x"}]})) == ["a.b = 1", "a.c = []", 'd[0].e = "x"']

@@ -1,0 +1,70 @@
+"""Where an evaluation's tokens were sent: the experts' load of all tokens, by task and by modality, as maps.
+
+Shapes: N sparse layers, J tasks, M modalities, E experts of the widest layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.report.charts import LoadMap, load_map
+from dsmoe_vl.report.content import Report
+
+_OF_MODALITIES = {Modality.TEXT: "text", Modality.IMAGE: "images", Modality.VIDEO: "video frames"}
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Some tokens, the number of their assignments in one layer, and the experts that got them."""
+
+    name: str
+    assignments: float
+    chart: LoadMap
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`top`: the greatest share of an expert in any map, which has the deepest colour; `widths`: the
+    numbers of experts that layers have, the greatest first."""
+
+    top: float
+    widths: list[int]
+    all_tokens: list[TokenGroup]
+    by_task: list[TokenGroup]
+    by_modality: list[TokenGroup]
+
+
+def routing(report: Report) -> Routing | None:
+    """Groups without tokens are left out; None if there are no others."""
+    load = report.load
+    if load is None or not load.load.any():
+        return None
+    everything = [("all tokens", load.load.sum((1, 2)))]
+    tasks = [(_name(report, task), load.load[:, task].sum(1)) for task in TaskId]
+    modalities = [(_OF_MODALITIES[kind], load.load[:, :, kind].sum(1)) for kind in Modality]
+    top = max(float(_shares(sums).max()) for _, sums in everything + tasks + modalities)
+
+    def groups(named: list[tuple[str, np.ndarray]]) -> list[TokenGroup]:
+        return [
+            TokenGroup(name, float(sums[0].sum()), load_map(_shares(sums), top, load.layers, load.experts))
+            for name, sums in named
+            if sums.any()
+        ]
+
+    widths = sorted(set(load.experts), reverse=True)
+    return Routing(top, widths, groups(everything), groups(tasks), groups(modalities))
+
+
+def _name(report: Report, task: TaskId) -> str:
+    """The title of the task's scores, as within a sentence: "captions", but "COCO captions"."""
+    name = task.name.lower()
+    title = report.tasks[name].title if name in report.tasks else name
+    return title[:1].lower() + title[1:] if title[1:2].islower() else title
+
+
+def _shares(sums: np.ndarray) -> np.ndarray:
+    """Of each layer's assignments, [N, E]; a layer that computed nothing has zeros."""
+    return sums / np.maximum(sums.sum(1, keepdims=True), 1.0)
