@@ -19,7 +19,8 @@ from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scor
 from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.report.content import TEMPLATES, CaptionExample, CaptionExamples, ScoreLabel, Section
+from dsmoe_vl.report import TEMPLATES
+from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel, Section
 from dsmoe_vl.tasks.caption import captions_of
 
 _BATCH_SAMPLES = 32
