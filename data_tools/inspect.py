@@ -26,8 +26,8 @@ from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards.index import INDEX_NAME, VIDEO_EXTENSIONS, Shard, ShardIndex, read_sample
 from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 
 FRAMES = 6  # decoded of a video, and shown
 SHEET_CELLS = 48

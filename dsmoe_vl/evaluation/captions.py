@@ -11,15 +11,16 @@ from PIL import Image
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
+from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
-from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.report.content import TEMPLATES, CaptionExample, CaptionExamples, ScoreLabel, Section
+from dsmoe_vl.report import TEMPLATES
+from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel, Section
 from dsmoe_vl.tasks.caption import captions_of
 
 _BATCH_SAMPLES = 32

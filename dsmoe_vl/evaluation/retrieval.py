@@ -15,7 +15,8 @@ from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.metrics.retrieval import COCO_MEDIA, RECALLS, coco_metrics, retrieval_metrics
-from dsmoe_vl.report.content import TEMPLATES, RetrievalExample, ScoreLabel, Section
+from dsmoe_vl.report import TEMPLATES
+from dsmoe_vl.report.content import RetrievalExample, ScoreLabel, Section
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 

@@ -21,7 +21,8 @@ from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.metrics.importance import kendall_tau_b, key_frame_f, spearman_rho
 from dsmoe_vl.metrics.shots import MAX_FRAMES, segment, unit_features
 from dsmoe_vl.metrics.summary_protocols import frames_of_parts, protocol_scores, times_of_parts
-from dsmoe_vl.report.content import TEMPLATES, ScoreLabel, Section, Storyboard
+from dsmoe_vl.report import TEMPLATES
+from dsmoe_vl.report.content import ScoreLabel, Section, Storyboard
 from dsmoe_vl.tasks.video_summary import annotated_curves
 
 _LABELS = {

@@ -10,8 +10,8 @@ from PIL import Image
 
 from dsmoe_vl.data.decode import decode_video
 from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.drawing.pages import Tile, curve, page
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.inference.drawing import Tile, curve, page
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
+from dsmoe_vl.drawing.heatmap import Panel, load_scale, rising_scale, sheet
 from dsmoe_vl.errors import DsmoeVlError
-from dsmoe_vl.monitor.heatmap import Panel, load_scale, rising_scale, sheet
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
 
 _TIMES = 96  # columns of a panel over time, at most

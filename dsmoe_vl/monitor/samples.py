@@ -22,13 +22,13 @@ from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.metrics.retrieval import rank_of
-from dsmoe_vl.monitor.sample_sheet import Curves, Row, draw
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.video_summary import importance_at
 

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-TEMPLATES = Path(__file__).parent / "templates"
-
 
 @dataclass(frozen=True)
 class Thumbnail:
@@ -104,7 +102,7 @@ class ScoreLabel:
 @dataclass(frozen=True)
 class Section:
     """A task's section of the page. `anchor`: its id. `template`: a Jinja2 template that is given `folders`, a list of
-    (short name, examples) of the folders that have any, and the macros of `templates/macros.html`."""
+    (short name, examples) of the folders that have any; it may import `macros.html`."""
 
     anchor: str
     title: str

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsmoe_vl.data.segment import Modality, TaskId
+from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.report.charts import LoadMap, load_map
 from dsmoe_vl.report.content import Report
 
@@ -43,7 +44,7 @@ def routing(report: Report) -> Routing | None:
     if load is None or not load.load.any():
         return None
     everything = [("all tokens", load.load.sum((1, 2)))]
-    tasks = [(_name(report, task), load.load[:, task].sum(1)) for task in TaskId]
+    tasks = [(_in_sentence(spec.title), load.load[:, number].sum(1)) for number, spec in enumerate(TASKS)]
     modalities = [(_OF_MODALITIES[kind], load.load[:, :, kind].sum(1)) for kind in Modality]
     top = max(float(_shares(sums).max()) for _, sums in everything + tasks + modalities)
 
@@ -58,10 +59,8 @@ def routing(report: Report) -> Routing | None:
     return Routing(top, widths, groups(everything), groups(tasks), groups(modalities))
 
 
-def _name(report: Report, task: TaskId) -> str:
-    """The title of the task's scores, as within a sentence: "captions", but "COCO captions"."""
-    name = task.name.lower()
-    title = report.tasks[name].title if name in report.tasks else name
+def _in_sentence(title: str) -> str:
+    """A title as within a sentence: "captions", but "COCO captions"."""
     return title[:1].lower() + title[1:] if title[1:2].islower() else title
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from dsmoe_vl.report import TEMPLATES
+from dsmoe_vl.config.task_table import TASKS, named
 from dsmoe_vl.report.content import (
     Candidate,
     CaptionExample,
@@ -17,8 +17,6 @@ from dsmoe_vl.report.content import (
     ExpertLoad,
     Report,
     RetrievalExample,
-    ScoreLabel,
-    Section,
     Storyboard,
     TaskPart,
     Thumbnail,
@@ -26,23 +24,6 @@ from dsmoe_vl.report.content import (
 
 ATTACK = '"><script>alert(1)</script><img src=http://a.b/c.png onerror=alert(2)> & \x00\ud800 </style></pre>'
 FOLDERS = ("data/images_eval", "https://example.org/shards/videos_eval")
-CAPTION_LABELS = {
-    "samples": ScoreLabel("samples captioned", "count"),
-    "attribute_accuracy": ScoreLabel("name every object's colour and shape, %", "percent"),
-    "cider_d": ScoreLabel("CIDEr"),
-}
-RETRIEVAL_LABELS = {
-    "samples": ScoreLabel("pictures or videos searched", "count"),
-    "media_to_text_r1": ScoreLabel("picture to text: right one found first (R@1), %", "percent"),
-    "coco_5k_text_to_media_median_rank": ScoreLabel(
-        "COCO 5k test, text to picture: median place of the right one", "count"
-    ),
-}
-SUMMARY_LABELS = {
-    "samples": ScoreLabel("videos summarized", "count"),
-    "kendall_tau": ScoreLabel("rank correlation with the annotation (Kendall's τ, -1 to 1)"),
-    "importance_error": ScoreLabel("mean absolute error of importance (0 to 1)"),
-}
 _VOID = {"meta", "link", "img", "br", "wbr"}
 
 
@@ -85,26 +66,15 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
         CaptionExamples([captioned(True, 1), captioned(False, 1)], [captioned(False, 1)]),
         CaptionExamples([captioned(None, 4)]),
     )
-    tasks = {
-        "caption": TaskPart(
-            "Captions",
-            CAPTION_LABELS,
-            Section("captions", "Generated captions beside their references", TEMPLATES / "captions.html"),
-            dict(zip(FOLDERS, captions, strict=True)),
-        ),
-        "retrieval": TaskPart(
-            "Retrieval",
-            RETRIEVAL_LABELS,
-            Section("retrieval", "What queries find, by cosine similarity", TEMPLATES / "retrieval.html"),
-            dict.fromkeys(FOLDERS, retrieval),
-        ),
-        "summary": TaskPart(
-            "Video summaries",
-            SUMMARY_LABELS,
-            Section("summaries", "Videos: importance over time and key frames", TEMPLATES / "summaries.html"),
-            {FOLDERS[0]: [], FOLDERS[1]: [board]},
-        ),
+    examples = {
+        "caption": dict(zip(FOLDERS, captions, strict=True)),
+        "retrieval": dict.fromkeys(FOLDERS, retrieval),
+        "summary": {FOLDERS[0]: [], FOLDERS[1]: [board]},
     }
+    tasks = {}
+    for spec in TASKS:
+        evaluation = named(spec.evaluation)
+        tasks[spec.name] = TaskPart(spec.title, evaluation.labels, evaluation.section, examples[spec.name])
     scores = {
         FOLDERS[0]: {
             "caption": {"samples": 1200, "attribute_accuracy": 0.97166, "cider_d": 1.23456},

@@ -6,8 +6,11 @@ import sys
 import tests.support.fourth_task  # noqa: F401, it registers the task
 
 if __name__ == "__main__":
-    del sys.argv[0]
-    if sys.argv[0].endswith(".py"):
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    # DeepSpeed's launcher puts --local_rank before everything.
+    target = next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    sys.argv.remove(target)
+    sys.argv[0] = target
+    if target.endswith(".py"):
+        runpy.run_path(target, run_name="__main__")
     else:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
