@@ -131,7 +131,7 @@ def measure(plans: dict[str, RunPlan], ranks: Ranks, steps: int) -> dict[str, An
     from dsmoe_vl.parallel.launch import start_process_group
 
     plan = plans["moe"]
-    device = use_device(plan.device, ranks.local_rank)
+    device = use_device(plan.device, ranks)
     start_process_group(ranks, plan.device)
     engines = {name: Variant(plan, ranks, device) for name, plan in plans.items()}
     batches = [random_batch(plan, seed).to(device) for seed in range(4)]

@@ -39,7 +39,7 @@ class Bench:
         from dsmoe_vl.training.step import OptimizerStep
         from dsmoe_vl.training.window import Window
 
-        self.plan, self.device = plan, use_device(plan.device, ranks.local_rank)
+        self.plan, self.device = plan, use_device(plan.device, ranks)
         start_process_group(ranks, plan.device)
         self.engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
         self.take_step = OptimizerStep(plan, ranks, self.engine, HostGroup(), self.device)

@@ -130,7 +130,7 @@ def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str,
     from dsmoe_vl.training.engine import build_engine
     from dsmoe_vl.training.step import OptimizerStep
 
-    device = use_device(plan.device, ranks.local_rank)
+    device = use_device(plan.device, ranks)
     start_process_group(ranks, plan.device)
     engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
     step = OptimizerStep(plan, ranks, engine, HostGroup(), device)

@@ -44,7 +44,7 @@ def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 
-    device = use_device(device_name(), ranks.local_rank)
+    device = use_device(device_name(), ranks)
     if options.device == "cuda":
         options = replace(options, device=str(device))
     start_process_group(ranks, kind)
