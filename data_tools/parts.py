@@ -22,6 +22,7 @@ from data_tools.formats import Record
 from data_tools.writer import ShardWriter, check_split, sample_key, write_index
 from dsmoe_vl.data.shards.index import INDEX_NAME
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically, write_json
 
 REJECTED_NAME = "rejected.jsonl"
 _UNFINISHED = ".unfinished"
@@ -90,7 +91,7 @@ class Parts:
             (self.output / REJECTED_NAME).unlink(missing_ok=True)
             try:
                 self.folder.mkdir(parents=True)
-                _write_whole(plan, json.dumps(described))
+                write_json(plan, described)
             except OSError as error:
                 raise DataError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         return [number for number in range(self.count) if not (self.path(number) / INDEX_NAME).exists()]
@@ -116,7 +117,7 @@ class Parts:
         reasons = Counter(json.loads(line)["reason"] for part in lists for line in part.splitlines())
         outcome = Outcome(sum(shard["samples"] for index in indexes for shard in index), reasons, listing)
         if reasons:
-            _write_whole(listing, "".join(lists))
+            write_atomically(listing, "".join(lists))
         try:
             _check_budget(outcome, max_rejected)
         except DataError:
@@ -193,9 +194,3 @@ def _loaded(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is damaged: delete {path.parent} and convert again") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

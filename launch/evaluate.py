@@ -29,7 +29,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from PIL import Image
 
-from dsmoe_vl.checkpoint.store import read_manifest, write_json
+from dsmoe_vl.checkpoint.store import read_manifest
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
@@ -42,6 +42,7 @@ from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.retrieval import evaluate_retrieval
 from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.summaries import Summarized, mean_scores, summarize_samples
+from dsmoe_vl.files import write_json
 from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.parallel.device import device_name, use_device

@@ -15,9 +15,10 @@ import shutil
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.files import write_atomically, write_json
 
 _MANIFEST = "manifest.json"
 
@@ -42,16 +43,6 @@ class Manifest:
     files: dict[str, int]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def checkpoint_name(step: int) -> str:
     """The folder of an optimizer step."""
     return f"step_{step:08d}"
@@ -67,9 +58,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def complete(folder: Path, manifest: Manifest) -> None:
     """Declare a checkpoint complete: manifest last, then `latest`."""
     write_manifest(folder, manifest)
-    latest = folder.parent / "latest.tmp"
-    latest.write_text(folder.name + "\n")
-    latest.replace(folder.parent / "latest")
+    write_atomically(folder.parent / "latest", folder.name + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

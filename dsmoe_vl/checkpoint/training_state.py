@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import Manifest, Topology, checkpoint_name, complete, prune, write_json
+from dsmoe_vl.checkpoint.store import Manifest, Topology, checkpoint_name, complete, prune
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.files import write_json
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.embed import embed_media_segments, retrieval_task
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import Failed, Media, in_batches
@@ -74,11 +75,9 @@ class MediaIndex:
     def save(self, path: Path) -> None:
         """Write atomically. Raises DataError where the file cannot be written."""
         metadata = {"format": _FORMAT, "model": self.model, "rows": json.dumps(self.rows)}
-        temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(save({"embeddings": self.embeddings}, metadata))
-            temporary.replace(path)
+            write_atomically(path, save({"embeddings": self.embeddings}, metadata))
         except OSError as error:
             raise DataError(f"index {path} cannot be written: {error.strerror}; name another file") from None
 

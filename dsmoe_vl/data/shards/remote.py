@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -26,12 +25,12 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from dsmoe_vl.config.recipe import PIPE, DataConfig
 from dsmoe_vl.data.shards.download import PermanentFailure, TransientFailure, blocks, file_url, without_query
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
+from dsmoe_vl.files import PARTIAL, replacing
 
 _SILENCE = 30.0  # seconds without a byte that are taken for a failure
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds between attempts; doubles
 _POLL = 0.05  # seconds between looks at a lock that another process holds
 _LIFELESS = 180.0  # seconds without a sign of life after which such a process is not waited for
-_PARTIAL = ".partial"
 _ABANDONED = 3600.0  # seconds after its last byte at which the remains of a download are removed
 _SOON = 600.0  # seconds; who removes a shard that was read so recently has too small a cache
 _HEX = 16  # digits of a hash in a file name
@@ -137,10 +136,10 @@ class RemoteFolder:
     def _store(self, url: str, path: Path, lock: Path, size: int, sha256: str) -> None:
         """One attempt to download a shard to `path`. Signs of life go to the modification time of `lock`."""
         os.utime(lock)
-        handle, partial = tempfile.mkstemp(_PARTIAL, f"{path.name}.", path.parent)
-        try:
-            received, digest = 0, hashlib.sha256()
-            with open(handle, "wb") as file, closing(blocks(url, self._silence, size)) as source:
+        received, digest = 0, hashlib.sha256()
+        with replacing(path) as partial:
+            partial.touch(0o600)  # the folder may be private
+            with partial.open("wb") as file, closing(blocks(url, self._silence, size)) as source:
                 for block in source:
                     os.utime(lock)
                     received += len(block)
@@ -148,15 +147,10 @@ class RemoteFolder:
                         raise _Mismatch(f"more than the {size} bytes of the manifest")
                     file.write(block)
                     digest.update(block)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave a file with the right name and no content
             if received < size:
                 raise _Mismatch(f"{received} bytes, not the {size} of the manifest")
             if digest.hexdigest() != sha256:
                 raise _Mismatch(f"sha256 {digest.hexdigest()}, not {sha256} as in the manifest")
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
 
     def _persist(self, url: str, attempt: Callable[[], T], failing_since: float | None = None) -> T:
         """`attempt` until it goes well. Raises FetchError when it has failed for `data.fetch_patience_seconds`.
@@ -196,7 +190,7 @@ class RemoteFolder:
         now, found = time.time(), sorted(self._cached())
         total = sum(one.size for one in found)
         for used, size, path in found:
-            if path.suffix == _PARTIAL:
+            if path.suffix == PARTIAL:
                 remove = now - used > _ABANDONED
             else:
                 remove = self._limit < total and path != newest
