@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dsmoe_vl.checkpoint.store import WEIGHTS_NAME
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.embed import embed_media_segments, retrieval_task
@@ -94,7 +95,7 @@ def model_hash(trained: TrainedModel) -> str:
     reading = [getattr(recipe.data, name) for name in _READING]
     settings = (recipe.model, recipe.moe, recipe.tasks.retrieval, reading, trained.tokenizer.sha256)
     digest = hashlib.sha256(repr(settings).encode())
-    with (trained.checkpoint / "model.safetensors").open("rb") as file:
+    with (trained.checkpoint / WEIGHTS_NAME).open("rb") as file:
         while part := file.read(_HASHED_BYTES):
             digest.update(part)
     return digest.hexdigest()
