@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.loader import evaluation_packs
+from dsmoe_vl.data.evaluation_packs import evaluation_packs
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.objective.objective import term_weights
 from dsmoe_vl.parallel.launch import HostGroup
