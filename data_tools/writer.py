@@ -55,7 +55,7 @@ class ShardWriter:
         except OSError as error:
             raise DataError(f"cannot make the folder {output}: {error.strerror}") from error
         if (output / INDEX_NAME).exists() or any(output.glob("*.tar")):
-            raise DataError(f"{output} already holds shards: give an empty folder, or delete it first")
+            raise DataError(f"{output} already has shards: give an empty folder, or delete it first")
         for leftover in output.glob(f"*.tar{PARTIAL}"):  # of a run that was interrupted
             leftover.unlink()
         self.output = output
