@@ -110,7 +110,7 @@ def test_evaluation(folder: Path, web: Web, data: DataConfig) -> None:
 
 @pytest.mark.parametrize("faults", [[500], [503, 429, 408], [CUT], [STUCK], [SILENT], [WRONG], [502, WRONG, CUT]])
 def test_what_passes_is_tried_again(folder: Path, web: Web, data: DataConfig, faults: list, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "_SILENCE", 0.3)
+    monkeypatch.setattr(remote, "_TIMEOUT", 0.3)
     web.faults["a/index.json"] = [fault for fault in faults if fault != WRONG]
     web.faults[FIRST] = list(faults)
     assert list(iterate_samples(f"{web.url}/a", data=data)) == list(iterate_samples(folder))

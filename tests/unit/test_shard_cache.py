@@ -128,15 +128,15 @@ def test_a_shard_removed_or_cut_in_use_is_fetched_again(web: Web, data: DataConf
     assert read_sample(index, 0, 5) == expected
     path.write_bytes(path.read_bytes()[:100])
     assert read_sample(index, 0, 5) == expected
-    fetch, removals = remote.RemoteFolder.fetch, [1]
+    fetch, removals = remote.RemoteShards.fetch, [1]
 
-    def fetch_and_remove(self: remote.RemoteFolder, *row) -> Path:
+    def fetch_and_remove(self: remote.RemoteShards, *row) -> Path:
         fetched = fetch(self, *row)
         if removals and removals.pop():
             fetched.unlink()
         return fetched
 
-    monkeypatch.setattr(remote.RemoteFolder, "fetch", fetch_and_remove)
+    monkeypatch.setattr(remote.RemoteShards, "fetch", fetch_and_remove)
     assert read_sample(index, 0, 5) == expected
     removals[:] = [1] * 10
     with pytest.raises(FetchError, match=r"removed 10 times .* raise data\.cache_gib"):
@@ -153,8 +153,8 @@ def fetcher(url: str, cache: str, shards: list[Shard]) -> subprocess.Popen[bytes
     """A process that fetches `shards` one after the other."""
     rows = [(shard.name, shard.bytes, shard.sha256) for shard in shards]
     script = (
-        "from dsmoe_vl.config.recipe import DataConfig; from dsmoe_vl.data.shards.remote import RemoteFolder\n"
-        f"folder = RemoteFolder({url!r}, DataConfig(cache={cache!r}))\n"
+        "from dsmoe_vl.config.recipe import DataConfig; from dsmoe_vl.data.shards.remote import RemoteShards\n"
+        f"folder = RemoteShards({url!r}, DataConfig(cache={cache!r}))\n"
         f"for row in {rows!r}: print(folder.fetch(*row).stat().st_size)\n"
     )
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
@@ -187,7 +187,7 @@ def test_a_killed_downloader_lets_the_others_continue(web: Web, folder: Path, da
 
 
 def test_a_stopped_downloader_is_not_waited_for(web: Web, data: DataConfig, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "_LIFELESS", 0.2)
+    monkeypatch.setattr(remote, "_LOCK_TIMEOUT", 0.2)
     index = ShardIndex.load(f"{web.url}/a", data)
     read_sample(index, 0, 0)
     (path,) = index.folder.glob("*-00000.tar")
