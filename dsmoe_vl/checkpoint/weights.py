@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsmoe_vl.checkpoint.store import WEIGHTS_NAME
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.moe.capacity import CapacityMoE, one_process_name
@@ -48,7 +49,7 @@ def require_same_model(folder: Path, recipe: Recipe) -> None:
     with torch.device("meta"):
         model = build_backbone(recipe)
     expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
     names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
     if names:

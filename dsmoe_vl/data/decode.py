@@ -16,6 +16,7 @@ import simplejpeg
 from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 
+from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.errors import DataError
 
 MAX_PIXELS = 100_000_000  # of one image or frame; more is refused as a decompression bomb
@@ -126,6 +127,11 @@ def iterate_video(
         raise
     except Exception as error:  # whatever FFmpeg throws at malformed bytes
         raise DataError(f"video cannot be decoded: {error}") from error
+
+
+def sampled_frames(data: bytes, config: DataConfig) -> Iterator[tuple[float, np.ndarray]]:
+    """The frames of a video that the model sees under a recipe, as `iterate_video`."""
+    return iterate_video(data, config.video_frames, config.video_sampling, config.video_fps)
 
 
 def fit_grid(width: int, height: int, patch_size: int, merge: int, max_patches: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsmoe_vl.checkpoint.store import read_manifest, write_json
+from dsmoe_vl.checkpoint.store import read_manifest
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.config.task_table import TaskSpec, named
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -22,6 +22,7 @@ from dsmoe_vl.evaluation.examples import Counts
 from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, TaskEvaluation
+from dsmoe_vl.files import write_json
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.parallel.device import device_name, use_device
 from dsmoe_vl.parallel.ranks import Ranks

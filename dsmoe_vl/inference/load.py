@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import require_newest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, WEIGHTS_NAME, require_newest
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -52,21 +52,24 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     """
     place = _device(device)
     checkpoint, manifest = require_newest(run_dir)
-    plan_file = run_dir / "plan.json"
-    tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+    plan_file, tokenizer_file, weights_file = (
+        run_dir / PLAN_NAME,
+        checkpoint / TOKENIZER_NAME,
+        checkpoint / WEIGHTS_NAME,
+    )
+    tokenizer = Tokenizer(tokenizer_file)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise CheckpointError(
-            f"{checkpoint / 'tokenizer.model'} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "
+            f"{tokenizer_file} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "
             f"checkpoint was trained with ({manifest.tokenizer_sha256[:12]}): restore that file"
         )
     recipe = recipe_from_json(plan_file)
-    recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(checkpoint / "tokenizer.model")))
+    recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(tokenizer_file)))
     # Where experts drop tokens, a token's output depends on the tokens after it and on whatever shares its batch: one
     # picture would be told in other words in other company, and no key could be cached. In use nothing is dropped.
     computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
     with torch.device("meta"):
         model = build_backbone(computed)
-    weights_file = checkpoint / "model.safetensors"
     try:
         weights = load_file(weights_file, device=str(place))
         weights["head.weight"] = weights["embedding.weight"]  # tied: stored once

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dsmoe_vl.checkpoint.store import PLAN_NAME
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.drawing.heatmap import Panel, load_scale, rising_scale, sheet
@@ -109,7 +110,7 @@ def main() -> int:
 def _first_layer(run: Path) -> int:
     from dsmoe_vl.planner.plan import recipe_from_json
 
-    return recipe_from_json(run / "plan.json").moe.first_dense_layers
+    return recipe_from_json(run / PLAN_NAME).moe.first_dense_layers
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dsmoe_vl.checkpoint.store import WEIGHTS_NAME, require_newest
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.segment import Sample
@@ -199,6 +200,6 @@ def _place(run_dir: Path, device: str) -> str:
     """The accelerator if a second copy of the weights fits beside the training twice over, else the CPU."""
     if device != "cuda":
         return "cpu"
-    files = list((run_dir / "checkpoints").glob("step_*/model.safetensors"))
-    needed = 2 * max((file.stat().st_size for file in files), default=0)
+    checkpoint, _ = require_newest(run_dir)
+    needed = 2 * (checkpoint / WEIGHTS_NAME).stat().st_size
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.mem_get_info()[0] > needed else "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig, VisionConfig
-from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
+from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches
 from dsmoe_vl.data.segment import Modality, Picture, Sample
 from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -51,16 +51,12 @@ class PictureReader:
             return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)
         pictures: list[Picture] = []
         used = 0
-        for seconds, frame in self._frames(sample.media):
+        for seconds, frame in sampled_frames(sample.media, self.data):
             grid = self._grid(frame, self.data.frame_max_patches)
             tokens = self._pooled_tokens(grid)
             pictures.append(Picture(self._cut(frame, grid), grid, seconds, tokens + used))
             used += int(tokens[-1]) + 1
         return Modality.VIDEO, pictures, used
-
-    def _frames(self, media: bytes) -> list[tuple[float, np.ndarray]]:
-        data = self.data
-        return decode_video(media, data.video_frames, data.video_sampling, data.video_fps)
 
     def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:
         return fit_grid(pixels.shape[1], pixels.shape[0], self.vision.patch_size, self.vision.merge, budget)
