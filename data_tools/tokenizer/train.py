@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
 from data_tools.command import run
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import DataError

@@ -23,7 +23,6 @@ from dsmoe_vl.files import write_atomically, write_json
 CHECKPOINTS_NAME = "checkpoints"  # folder of a run
 PLAN_NAME = "plan.json"  # of a run or an exported model
 # Files of a checkpoint.
-WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.model"
 DATA_NAME = "data.json"
 TRAINER_NAME = "trainer.json"

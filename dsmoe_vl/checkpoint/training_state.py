@@ -15,7 +15,6 @@ from dsmoe_vl.checkpoint.store import (
     DATA_NAME,
     TOKENIZER_NAME,
     TRAINER_NAME,
-    WEIGHTS_NAME,
     Manifest,
     Topology,
     checkpoint_name,
@@ -53,7 +52,7 @@ def save(
         folder.mkdir(parents=True)
     host.barrier()
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    save_weights(engine.module, plan.zero_stage, folder / WEIGHTS_NAME)
+    save_weights(engine.module, plan.zero_stage, folder)
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()

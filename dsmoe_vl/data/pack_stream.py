@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
-from dsmoe_vl.data.segment import Pack, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Pack, Segment
 from dsmoe_vl.data.shards.index import ShardIndex, read_sample
 from dsmoe_vl.data.shards.prefetch import Prefetcher
 from dsmoe_vl.data.slots import PatchSlots

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsmoe_vl.checkpoint.store import read_manifest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, read_manifest
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.config.task_table import TaskSpec, named
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -76,7 +76,7 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
         evaluation.finish()
     write_json(options.run / "eval.json", evaluated.scores)
     write_scalars(options.run / "tensorboard" / "eval", manifest.step, evaluated.scores)
-    plan = json.loads((options.run / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((options.run / PLAN_NAME).read_text(encoding="utf-8"))
     parts = {spec.name: _part(spec, evaluations[spec.name], evaluated) for spec in wanted}
     report = Report(options.run.resolve().name, manifest.step, evaluated.scores, parts, load, plan)
     (options.run / "report.html").write_text(render(report), encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsmoe_vl.checkpoint.store import WEIGHTS_NAME
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.embed import embed_media_segments, retrieval_task
@@ -29,7 +29,6 @@ _FORMAT = "dsmoe_vl media index 1"
 _READING = (
     "image_max_patches", "frame_max_patches", "video_frames", "video_sampling", "video_fps", "frame_pool",
 )  # fmt: skip
-_HASHED_BYTES = 1 << 24
 _PARTS = 128  # batches of embeddings between two checkpoints
 
 
@@ -95,9 +94,8 @@ def model_hash(trained: TrainedModel) -> str:
     reading = [getattr(recipe.data, name) for name in _READING]
     settings = (recipe.model, recipe.moe, recipe.tasks.retrieval, reading, trained.tokenizer.sha256)
     digest = hashlib.sha256(repr(settings).encode())
-    with (trained.checkpoint / WEIGHTS_NAME).open("rb") as file:
-        while part := file.read(_HASHED_BYTES):
-            digest.update(part)
+    for chunk in WeightsFile(trained.checkpoint).chunks():
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, WEIGHTS_NAME, require_newest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -52,11 +52,7 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     """
     place = _device(device)
     checkpoint, manifest = require_newest(run_dir)
-    plan_file, tokenizer_file, weights_file = (
-        run_dir / PLAN_NAME,
-        checkpoint / TOKENIZER_NAME,
-        checkpoint / WEIGHTS_NAME,
-    )
+    plan_file, tokenizer_file = run_dir / PLAN_NAME, checkpoint / TOKENIZER_NAME
     tokenizer = Tokenizer(tokenizer_file)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise CheckpointError(
@@ -71,14 +67,15 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     with torch.device("meta"):
         model = build_backbone(computed)
     try:
-        weights = load_file(weights_file, device=str(place))
+        weights = WeightsFile(checkpoint).load(str(place))
         weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
         _shrink(model, weights)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:_REASON_LETTERS].rstrip(". ")
         raise CheckpointError(
-            f"{weights_file} does not fit the model of {plan_file}: {reason}. Name a run of this version of dsmoe_vl."
+            f"{WeightsFile(checkpoint).path} does not fit the model of {plan_file}: {reason}. Name a run of this version "
+            "of dsmoe_vl."
         ) from error
     return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, place)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dsmoe_vl.data.decode import sampled_frames
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.drawing.pages import Tile, curve, page
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.inference.load import TrainedModel
@@ -26,8 +26,7 @@ def write_summary(
 
     `count` key frames, or as many as `VideoSummary.key_frames` takes. Raises ConfigError where nothing can be written.
     """
-    assert sample.media is not None, "it has been summarized"
-    pictures = [Image.fromarray(pixels) for _, pixels in sampled_frames(sample.media, trained.recipe.data)]
+    pictures = [Image.fromarray(pixels) for _, pixels in sampled_frames(sample, trained.recipe.data)]
     keys = summary.key_frames(count)
     tiles = [
         Tile(

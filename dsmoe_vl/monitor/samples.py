@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dsmoe_vl.checkpoint.store import WEIGHTS_NAME, require_newest
+from dsmoe_vl.checkpoint.store import require_newest
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
-from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.decode import pictures_of
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
@@ -181,13 +182,9 @@ def _row(answer: Answer) -> Row:
 
 
 def _pictures(sample: Sample) -> list[Image.Image]:
-    """The picture, or a few frames; none where it cannot be read."""
-    if sample.media is None:
-        return []
+    """The picture, or a few frames; none if it cannot be read."""
     try:
-        if sample.media_type in ("jpg", "jpeg", "png", "webp"):
-            return [Image.fromarray(decode_image(sample.media, 256 * 256))]
-        return [Image.fromarray(pixels) for _, pixels in decode_video(sample.media, _FRAMES)]
+        return [Image.fromarray(pixels) for pixels in pictures_of(sample, _FRAMES, enough_pixels=256 * 256)]
     except DataError:
         return []
 
@@ -201,5 +198,5 @@ def _place(run_dir: Path, device: str) -> str:
     if device != "cuda":
         return "cpu"
     checkpoint, _ = require_newest(run_dir)
-    needed = 2 * (checkpoint / WEIGHTS_NAME).stat().st_size
+    needed = 2 * WeightsFile(checkpoint).size_bytes
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.mem_get_info()[0] > needed else "cpu"

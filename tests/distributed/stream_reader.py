@@ -28,7 +28,8 @@ from dsmoe_vl.config.recipe import VisionConfig as Vision
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig, task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.files import write_json
 from dsmoe_vl.tasks.registry import Encoder, build_tasks

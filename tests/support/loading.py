@@ -14,7 +14,8 @@ from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.decode import decode_image, fit_grid, to_patches
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import Modality, Picture, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Modality, Picture, Segment
 from tests.support.tars import write_shards
 
 DATA = DataConfig(pack_length=64, pack_patches=4, lanes=8, lookahead=4, shuffle_block=8, workers=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_vl.config.recipe import SourceConfig
-from dsmoe_vl.data.evaluation_packs import evaluation_packs
+from dsmoe_vl.data.held_out_packs import held_out_packs
 from dsmoe_vl.data.segment import IGNORE
 from tests.support.loading import (
     COUNTS,
@@ -46,7 +46,7 @@ def test_evaluation_sees_every_sample_once(sources: tuple[SourceConfig, ...], ra
 
     def pass_over(rank: int) -> None:
         packs[rank] = list(
-            evaluation_packs(DATA, sources[0], encode, 16, 2, rank, ranks, lambda value: together.maximum(rank, value))
+            held_out_packs(DATA, sources[0], encode, 16, 2, rank, ranks, lambda value: together.maximum(rank, value))
         )
 
     threads = [threading.Thread(target=pass_over, args=(rank,)) for rank in range(ranks)]
@@ -62,6 +62,6 @@ def test_evaluation_sees_every_sample_once(sources: tuple[SourceConfig, ...], ra
 
 def test_evaluation_fills_up_with_packs_without_labels(sources: tuple[SourceConfig, ...]) -> None:
     answers = iter([1] * 30 + [0])
-    *_, last = evaluation_packs(DATA, sources[1], encode, 16, 2, maximum=lambda value: next(answers))
+    *_, last = held_out_packs(DATA, sources[1], encode, 16, 2, maximum=lambda value: next(answers))
     assert (last.keys, set(last.counts.values())) == ([], {0})
     assert (last.labels == IGNORE).all()

@@ -17,7 +17,8 @@ import torch
 
 from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import DataError
 from tests.support.loading import DATA, encode, encode_with_a_bug, loaders, two_sources
 

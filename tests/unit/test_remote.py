@@ -17,7 +17,7 @@ import torch
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.evaluation_packs import evaluation_packs
+from dsmoe_vl.data.held_out_packs import held_out_packs
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.shards import remote
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples, read_sample
@@ -102,9 +102,7 @@ def test_stream_equals_the_local_one_bit_for_bit(folder: Path, web: Web, data: D
 
 
 def test_evaluation(folder: Path, web: Web, data: DataConfig) -> None:
-    keys = [
-        key for pack in evaluation_packs(data, SourceConfig("a", f"{web.url}/a"), encode, 16, 2) for key in pack.keys
-    ]
+    keys = [key for pack in held_out_packs(data, SourceConfig("a", f"{web.url}/a"), encode, 16, 2) for key in pack.keys]
     assert sorted(keys) == sorted(sample.key for sample in iterate_samples(folder))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
@@ -24,8 +24,6 @@ from dsmoe_vl.errors import DataError, FetchError
 
 INDEX_NAME = "index.json"
 SCHEMA_VERSION = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
 
 _MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 _TEXT_EXTENSIONS = ("txt", "json")

@@ -14,7 +14,7 @@ from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.data.stream import SampleRef
 
 
-def evaluation_packs(
+def held_out_packs(
     data: DataConfig,
     source: SourceConfig,
     encode: Encode,
