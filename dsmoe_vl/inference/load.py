@@ -74,8 +74,8 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     except (RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:_REASON_LETTERS].rstrip(". ")
         raise CheckpointError(
-            f"{WeightsFile(checkpoint).path} does not fit the model of {plan_file}: {reason}. Name a run of this version "
-            "of dsmoe_vl."
+            f"{WeightsFile(checkpoint).path} does not fit the model of {plan_file}: {reason}. Name a run of this "
+            "version of dsmoe_vl."
         ) from error
     return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, place)
 
