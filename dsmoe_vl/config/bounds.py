@@ -19,7 +19,7 @@ def bounded(
     above: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> T:
-    """A dataclass field with bounds: `least` and `most` inclusive, `above` exclusive; `choices` are the allowed strings."""
+    """A dataclass field with bounds: `least` and `most` inclusive, `above` exclusive; `choices`: allowed strings."""
     bounds = {"least": least, "most": most, "above": above, "choices": choices}
     return field(default=default, metadata={_BOUNDS: bounds})  # type: ignore[return-value]
 

@@ -189,7 +189,7 @@ def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: s
         for task in source.tasks:
             if task not in learned:
                 raise ConfigError(
-                    f'{place}: tasks of source "{source.name}" contain "{task}"; the recipe trains {", ".join(learned)} '
+                    f'{place}: tasks of source "{source.name}" name "{task}"; the recipe trains {", ".join(learned)} '
                     f"(weight above 0 in [tasks.NAME])"
                 )
         if source.weight <= 0:
