@@ -1,4 +1,4 @@
-"""Who this process is: rank, world size and local rank, whatever started it."""
+"""Rank, world size and local rank of this process, under every launcher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsmoe_vl.errors import ConfigError
 
-# Launcher by launcher: rank, world size, local rank. The first complete triple wins.
+# Per launcher: rank, world size, local rank. The first launcher whose rank and world size are set wins.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # deepspeed, torchrun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
@@ -19,7 +19,7 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """The ranks of this process, and the number of all."""
 
     rank: int
     world_size: int
@@ -27,10 +27,10 @@ class Ranks:
 
     @classmethod
     def discover(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """From the launcher's variables; one process where there are none.
+        """Read the launcher's environment variables; a single process if there are none.
 
-        `srun` inside an allocation of one task per node sets SLURM_* for a plain `python` too: those count only where
-        a step was started (SLURM_STEP_ID) with more than one task.
+        Inside a Slurm allocation SLURM_* are set for a plain `python` too, so they count only in a step that `srun`
+        started (SLURM_STEP_ID). Raises ConfigError for a rank that is not below the world size.
         """
         for names in _VARIABLES:
             if names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
@@ -46,7 +46,7 @@ class Ranks:
         return cls(0, 1, 0)
 
     def export(self, environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
-        """Set the names that torch and DeepSpeed read. A launcher of several ranks must name the first host itself."""
+        """Set the variables that torch and DeepSpeed read. With several ranks the launcher must set MASTER_ADDR."""
         environment["RANK"], environment["WORLD_SIZE"] = str(self.rank), str(self.world_size)
         environment["LOCAL_RANK"] = str(self.local_rank)
         if self.world_size == 1:
