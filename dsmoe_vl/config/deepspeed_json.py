@@ -4,26 +4,58 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dsmoe_vl.config.deepspeed_keys import FIXED, REMOVED, SCHEDULERS, SECTIONS, UNSUPPORTED
+from dsmoe_vl.config.deepspeed_keys import AUTO, FIXED, REMOVED, SCHEDULERS, SECTIONS, UNSUPPORTED, Kind
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.errors import ConfigError
 
 _OPTIMIZERS = ("Adam", "AdamW")
-_POSITIVE_INTEGERS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "expert_parallel.autoep_size",
-    "scheduler.params.total_num_steps",
-    "scheduler.params.warmup_num_steps",
-)
-_NON_NEGATIVE_NUMBERS = ("gradient_clipping", "optimizer.params.lr", "optimizer.params.weight_decay")
-_FLAGS = ("bf16.enabled", "fp16.enabled", "expert_parallel.enabled", "tensorboard.enabled")
-_STRINGS = ("optimizer.type", "scheduler.type", "tensorboard.output_path", "tensorboard.job_name")
+
+
+class _Wanted(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    text: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == int(value)
+
+
+_WANTED: dict[Kind, _Wanted] = {
+    "flag": _Wanted("true or false", lambda value: isinstance(value, bool)),
+    "integer": _Wanted("a whole number", _is_whole),
+    "number": _Wanted("a number", _is_number),
+    "string": _Wanted("a string", lambda value: isinstance(value, str)),
+    "list": _Wanted("a list: [ ... ]", lambda value: isinstance(value, list)),
+    "section": _Wanted("a section: { ... }", lambda value: isinstance(value, dict)),
+    "any": _Wanted("anything", lambda value: True),
+}
+_POSITIVE = _Wanted("a whole number of at least 1", lambda value: type(value) is int and value >= 1)
+_NOT_NEGATIVE = _Wanted("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+# Stricter than the kind of the key.
+_WANTED_AT: dict[str, _Wanted] = {
+    **dict.fromkeys(
+        (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "expert_parallel.autoep_size",
+        ),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(("gradient_clipping", "optimizer.params.lr", "optimizer.params.weight_decay"), _NOT_NEGATIVE),
+    "optimizer.params.eps": _Wanted("a number above 0", lambda value: _is_number(value) and value > 0),
+}
+_POSITIVE_SCHEDULE = ("total_num_steps", "warmup_num_steps")
 
 
 def load_deepspeed(path: Path) -> dict[str, Any]:
@@ -49,13 +81,13 @@ def load_deepspeed(path: Path) -> dict[str, Any]:
 
 
 def check_deepspeed(config: dict[str, Any], file: str) -> None:
-    """Raises ConfigError, with `file`, for a key or value of `config` that DeepSpeed ignores or we do not support."""
-    for path, value in _walk(config):
-        _check_key(path, value, file)
-    _check_types(config, file)
-    _check_optimizer(config, file)
-    _check_scheduler(config, file)
-    _check_zero(config, file)
+    """Raises one ConfigError for all keys and values that DeepSpeed would ignore or that are not supported."""
+    checks = (_key_problems, _type_problems, _optimizer_problems, _scheduler_problems, _zero_problems)
+    found = list(dict.fromkeys(problem for check in checks for problem in check(config, file)))
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        raise ConfigError("\n  - ".join([f"{len(found)} problems in {file}:", *found]))
 
 
 def setting(config: dict[str, Any], path: str, default: Any = None) -> Any:
@@ -96,24 +128,30 @@ def _walk(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _walk(value, f"{prefix}{key}.")
 
 
-def _check_key(path: str, value: Any, file: str) -> None:
+def _key_problems(config: dict[str, Any], file: str) -> Iterator[str]:
+    for path, value in _walk(config):
+        if problem := _key_problem(path, value, file):
+            yield problem
+
+
+def _key_problem(path: str, value: Any, file: str) -> str:
+    """What is wrong with one key; "" if nothing is."""
     section, _, key = path.rpartition(".")
-    if value == "auto":
-        raise ConfigError(f'{path} = "auto" in {file} is not supported. Write the value itself.')
     if path in REMOVED:
-        raise ConfigError(f"{path} in {file}: DeepSpeed 0.19 has removed this feature. Remove the key.")
+        return f"{path} in {file}: DeepSpeed 0.19 has removed this feature. Remove the key."
     if path == "optimizer.params.max_grad_norm":
-        raise ConfigError(f"{path} in {file}: DeepSpeed reads the top-level key instead. Set gradient_clipping.")
+        return f"{path} in {file}: DeepSpeed reads the top-level key instead. Set gradient_clipping."
     if section in SECTIONS and key not in SECTIONS[section]:
         where = f"in section {section} of {file}" if section else f"at the top level of {file}"
-        raise ConfigError(f"{key} {where} is not a DeepSpeed key. {did_you_mean(key, SECTIONS[section])}")
-    if path in SECTIONS and not isinstance(value, dict):
-        raise ConfigError(f"{path} = {json.dumps(value)} in {file} must be a section: {{ ... }}")
+        return f"{key} {where} is not a DeepSpeed key. {did_you_mean(key, SECTIONS[section])}"
+    if value == "auto":
+        return f'{path} = "auto" in {file} is not supported. {AUTO.get(path, "Write the value itself")}.'
     if path in UNSUPPORTED and not _switched_off(value):
-        raise ConfigError(f"{path} in {file} is not supported: {UNSUPPORTED[path]}.")
+        return f"{path} in {file} is not supported: {UNSUPPORTED[path]}."
     if path in FIXED and value != FIXED[path][0]:
         only, reason = FIXED[path]
-        raise ConfigError(f"{path} = {json.dumps(value)} in {file}: {reason}. Set it to {json.dumps(only)}.")
+        return f"{path} = {json.dumps(value)} in {file}: {reason}. Set it to {json.dumps(only)}."
+    return ""
 
 
 def _switched_off(value: Any) -> bool:
@@ -122,62 +160,71 @@ def _switched_off(value: Any) -> bool:
     return value in (None, False, 0, 1) and value is not True
 
 
-def _check_types(config: dict[str, Any], file: str) -> None:
-    expected = (
-        (_POSITIVE_INTEGERS, "a whole number of at least 1", lambda value: type(value) is int and value >= 1),
-        (_NON_NEGATIVE_NUMBERS, "a number of at least 0", lambda value: _is_number(value) and value >= 0),
-        (_FLAGS, "true or false", lambda value: isinstance(value, bool)),
-        (_STRINGS, "a string", lambda value: isinstance(value, str)),
-    )
-    for paths, wanted, fits in expected:
-        for path in paths:
-            value = setting(config, path)
-            if value is not None and not fits(value):
-                raise ConfigError(f"{path} = {json.dumps(value)} in {file} must be {wanted}")
+def _type_problems(config: dict[str, Any], file: str) -> Iterator[str]:
+    """Values of the wrong type or range. "auto" and switched off features have been dealt with."""
+    for path, value in _walk(config):
+        section, _, key = path.rpartition(".")
+        kind = SECTIONS.get(section, {}).get(key)
+        if kind is None or value is None or value == "auto" or (path in UNSUPPORTED and _switched_off(value)):
+            continue  # null is as good as no key
+        wanted = _WANTED_AT.get(path, _WANTED[kind])
+        if not wanted.fits(value):
+            yield f"{path} = {json.dumps(value)} in {file} must be {wanted.text}{_unquoted(value, wanted)}"
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _unquoted(value: Any, wanted: _Wanted) -> str:
+    """Advice for a value that fits once its quotes are gone."""
+    if isinstance(value, str):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return ""
+        if wanted.fits(inner):
+            return f": write {value} without quotes"
+    return ""
 
 
-def _check_optimizer(config: dict[str, Any], file: str) -> None:
+def _optimizer_problems(config: dict[str, Any], file: str) -> Iterator[str]:
     kind = setting(config, "optimizer.type")
     if kind not in _OPTIMIZERS:
-        raise ConfigError(f"optimizer.type = {json.dumps(kind)} in {file} must be one of: {', '.join(_OPTIMIZERS)}")
+        yield f"optimizer.type = {json.dumps(kind)} in {file} must be one of: {', '.join(_OPTIMIZERS)}"
     if not setting(config, "optimizer.params.lr"):
-        raise ConfigError(f"optimizer.params.lr in {file} is missing or 0. Set the peak learning rate, such as 3e-4.")
+        yield f"optimizer.params.lr in {file} is missing or 0. Set the peak learning rate, such as 3e-4."
     betas = setting(config, "optimizer.params.betas", [0.9, 0.999])
-    if not (isinstance(betas, list) and len(betas) == 2 and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)):
-        raise ConfigError(
-            f"optimizer.params.betas = {json.dumps(betas)} in {file} must be two numbers from 0 to below 1"
-        )
+    if isinstance(betas, list) and not (len(betas) == 2 and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)):
+        yield f"optimizer.params.betas = {json.dumps(betas)} in {file} must be two numbers from 0 to below 1"
 
 
-def _check_scheduler(config: dict[str, Any], file: str) -> None:
-    if "scheduler" not in config:
+def _scheduler_problems(config: dict[str, Any], file: str) -> Iterator[str]:
+    if not isinstance(config.get("scheduler"), dict):
         return
     kind = setting(config, "scheduler.type")
     if kind not in SCHEDULERS:
         advice = did_you_mean(str(kind), SCHEDULERS)
-        raise ConfigError(f"scheduler.type = {json.dumps(kind)} in {file} is not a DeepSpeed scheduler. {advice}")
-    params = config["scheduler"].get("params", {})
-    if not isinstance(params, dict):
-        raise ConfigError(f"scheduler.params = {json.dumps(params)} in {file} must be a section: {{ ... }}")
-    for key in params:
+        yield f"scheduler.type = {json.dumps(kind)} in {file} is not a DeepSpeed scheduler. {advice}"
+        return
+    params = setting(config, "scheduler.params", {})
+    for key, value in params.items() if isinstance(params, dict) else ():
+        path = f"scheduler.params.{key}"
         if key not in SCHEDULERS[kind]:
-            raise ConfigError(
-                f"{key} in scheduler.params of {file} is not a key of {kind}. {did_you_mean(key, SCHEDULERS[kind])}"
-            )
+            yield f"{key} in scheduler.params of {file} is not a key of {kind}. {did_you_mean(key, SCHEDULERS[kind])}"
+        elif key in _POSITIVE_SCHEDULE and value != "auto" and not _POSITIVE.fits(value):
+            yield f"{path} = {json.dumps(value)} in {file} must be {_POSITIVE.text}{_unquoted(value, _POSITIVE)}"
+        elif isinstance(value, str) and key != "warmup_type" and value != "auto":
+            number = _WANTED["number"]
+            yield f"{path} = {json.dumps(value)} in {file} must be {number.text}{_unquoted(value, number)}"
 
 
-def _check_zero(config: dict[str, Any], file: str) -> None:
+def _zero_problems(config: dict[str, Any], file: str) -> Iterator[str]:
     stage = setting(config, "zero_optimization.stage", 0)
     if type(stage) is not int or stage not in range(4):
-        raise ConfigError(f"zero_optimization.stage = {json.dumps(stage)} in {file} must be 0, 1, 2 or 3")
+        if stage != "auto":
+            yield f"zero_optimization.stage = {json.dumps(stage)} in {file} must be 0, 1, 2 or 3"
+        return
     for section, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = setting(config, f"zero_optimization.{section}.device", "none")
         place = f'zero_optimization.{section}.device = "{device}" in {file}'
         if device not in ("none", "cpu"):
-            raise ConfigError(f'{place}: checkpoints of experts cannot be loaded with it. Set it to "cpu".')
-        if device == "cpu" and stage < lowest:
-            raise ConfigError(f"{place} needs zero_optimization.stage of at least {lowest}, not {stage}")
+            yield f'{place}: checkpoints with experts cannot be loaded from there. Set it to "cpu".'
+        elif device == "cpu" and stage < lowest:
+            yield f"{place} needs zero_optimization.stage of at least {lowest}, not {stage}"

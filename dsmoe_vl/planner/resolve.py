@@ -57,7 +57,7 @@ def resolve(
     check_deepspeed(deepspeed, deepspeed_file)
     check_recipe(recipe, world_size, recipe_file)
     notes = _Notes(strict)
-    engine = {key: copy.deepcopy(value) for key, value in deepspeed.items() if key not in _OUR_SECTIONS}
+    engine = _without_nulls({key: value for key, value in deepspeed.items() if key not in _OUR_SECTIONS})
     micro_batch, accumulation = _batch(engine, world_size, deepspeed_file)
     ep_size = _ep_size(recipe, deepspeed, world_size, deepspeed_file, notes)
     precision = _precision(engine, device, bf16_unit, deepspeed_file, notes)
@@ -101,6 +101,15 @@ def resolve(
         ),
         notes=tuple(notes.lines),
     )
+
+
+def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    """A copy without keys whose value is null: DeepSpeed takes its default for an absent key, and fails for null."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in section.items()
+        if value is not None
+    }
 
 
 def _batch(engine: dict[str, Any], world_size: int, file: str) -> tuple[int, int]:
