@@ -1,4 +1,4 @@
-"""A page of thumbnails with captions: the quickest way to see what a model will be shown."""
+"""A page of thumbnails with captions, for a quick look at samples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-PAGE_WIDTH = 1280  # pixels, as are all of these
+PAGE_WIDTH = 1280  # pixels, like all sizes here
 THUMBNAIL_HEIGHT = 128
-CELL_WIDTH = (128, 600)  # least (room for a caption) and greatest (two on a page)
+CELL_WIDTH = (128, 600)  # minimum (room for a caption) and maximum (two on a page)
 FRAME_GAP = 2
 GAP = 10
 LINE_HEIGHT = 13
@@ -64,7 +64,7 @@ def _draw_cell(cell: Cell) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; a longer word has a line of its own."""
+    """`text` in lines of at most `width` pixels; a longer word gets its own line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
