@@ -2,9 +2,9 @@
 
     python benchmarks/compare.py [--seeds 1 2 3] [--jobs 2]                    (some two hours on two cores)
 
-Trains, one process a run, and writes benchmarks/results/compare.json, docs/results.md and its plot. Runs are kept in
-runs/compare; those that are there are not trained again. Needs the quickstart's shards and matplotlib (the extra
-"compare").
+Trains, one process a run, and writes benchmarks/results/compare.json and the plot of docs/results.md; summary.py makes
+the page's tables. Runs are kept in runs/compare; those that are there are not trained again. Needs the quickstart's
+shards and matplotlib (the extra "compare").
 
 - Variants of two recipes, the catalogue (catalogue.py) and `three_tasks.toml` on smaller packs: as it is, with a plain
   gate, and dense at equal active FLOPs; a seed decides first values and the order of the data. All variants of a seed
@@ -16,19 +16,18 @@ runs/compare; those that are there are not trained again. Needs the quickstart's
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import catalogue
+from record import RESULTS, ROOT, Result
+from run import DEEPSPEED, Run
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
@@ -38,12 +37,8 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 
-_ROOT = Path(__file__).resolve().parent.parent
-_THREE_TASKS = _ROOT / "launch/recipes/three_tasks.toml"
-_DEEPSPEED = _ROOT / "ds_configs/moe.json"
-_RESULTS = _ROOT / "benchmarks/results/compare.json"
-_PAGE = _ROOT / "docs/results.md"
-_PLOT = _ROOT / "docs/images/sparse_against_dense.png"
+_THREE_TASKS = ROOT / "launch/recipes/three_tasks.toml"
+_PLOT = ROOT / "docs/images/sparse_against_dense.png"
 
 SPARSE, PLAIN, DENSE = "sparse, gate knows task and modality", "sparse, plain gate", "dense, equal active FLOPs"
 
@@ -52,8 +47,8 @@ SPARSE, PLAIN, DENSE = "sparse, gate knows task and modality", "sparse, plain ga
 class World:
     """A recipe whose variants are compared. The experts of a token are together as wide as the dense feed-forward."""
 
+    name: str
     title: str
-    about: str
     recipe: Path
     steps: int
     common: tuple[str, ...]
@@ -65,18 +60,16 @@ class World:
 
 
 CATALOGUE = World(
+    "catalogue",
     "A catalogue to remember",
-    "benchmarks/catalogue.toml: captions of 1,024 articles whose texts follow from nothing "
-    "(benchmarks/catalogue.py). Here a wider feed-forward pays.",
-    _ROOT / "benchmarks/catalogue.toml",
+    ROOT / "benchmarks/catalogue.toml",
     1250,
     (),
     ("moe.first_dense_layers=3",),
 )
 SCENES = World(
+    "scenes",
     "Three tasks on scenes",
-    "launch/recipes/three_tasks.toml with packs of 1,024 tokens. The difficulty is to see; a wider feed-forward pays "
-    "little.",
     _THREE_TASKS,
     256,
     ("data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16"),
@@ -93,43 +86,6 @@ SCORES = {
         ("videos_eval", "key_frame_f"), ("videos_eval", "kendall_tau"), ("videos_eval", "attribute_accuracy"),
     ],
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run and where it is kept."""
-
-    folder: Path
-    recipe: Path
-    overrides: tuple[str, ...] = ()
-    ranks: int = 1
-
-    def train(self) -> None:
-        """Train, or continue, or do nothing where it is done. Raises CalledProcessError."""
-        command = [str(_ROOT / "launch/train.py"), "--deepspeed", str(_DEEPSPEED), "--recipe", str(self.recipe)]
-        launcher = [sys.executable]
-        if self.ranks > 1:
-            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.txt").open("a") as log:
-            subprocess.run(
-                [*launcher, *command, "--run-dir", str(self.folder), *self.overrides],
-                cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True,
-            )  # fmt: skip
-
-    def evaluate(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores by folder of shards and task, as launch/evaluate.py finds them."""
-        scores = self.folder / "eval.json"
-        if not scores.exists():
-            subprocess.run(
-                [sys.executable, str(_ROOT / "launch/evaluate.py"), "--run", str(self.folder)],
-                cwd=_ROOT, stdout=subprocess.DEVNULL, check=True,
-            )  # fmt: skip
-        return {Path(folder).name: found for folder, found in json.loads(scores.read_text()).items()}
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @dataclass
@@ -152,7 +108,7 @@ def compare_variants(world: World, args: argparse.Namespace) -> list[Variant]:
     runs: list[tuple[Variant, Run]] = []
     for name, overrides in world.variants().items():
         recipe = load_recipe(world.recipe, (*common, *overrides))
-        plan = resolve(recipe, load_deepspeed(_DEEPSPEED), 1, device="cpu", bf16_unit=False)
+        plan = resolve(recipe, load_deepspeed(DEEPSPEED), 1, device="cpu", bf16_unit=False)
         variant = Variant(name, plan.parameters.total, plan.parameters.active, plan.flops_per_token)
         found.append(variant)
         for seed in args.seeds:
@@ -219,84 +175,7 @@ def _samples(run: Run, recipe: Recipe, task: str) -> int:
     return sum(last[f"{source.name}/samples"] for source in recipe.data.sources if source.tasks == (task,))
 
 
-def write_page(worlds: dict[str, list[Variant]], alone: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """docs/results.md and its plot."""
-    seeds = ", ".join(map(str, args.seeds))
-    text = [
-        "# Results",
-        "",
-        "Written by `python benchmarks/compare.py`. Small models and synthetic pictures, on two CPU cores.",
-        "",
-        "## Sparse against dense, and what the gate knows",
-        "",
-        f"Equal data, equal steps, equal active FLOPs a token; seeds {seeds}. Held-out loss: the tasks' weighted sum, "
-        "without balancing terms. The band in the plot is the range of the seeds.",
-        "",
-        "![Held-out loss by step](images/sparse_against_dense.png)",
-        "",
-    ]
-    for world in (CATALOGUE, SCENES):
-        text += _variants_section(world, worlds[world.title], args)
-    text += [
-        "## Three tasks together, and each alone",
-        "",
-        "`three_tasks.toml` on two ranks; alone with as many steps, and as many samples of the task, in smaller packs. "
-        "R@1 of images among 200, of videos among all that differ.",
-        "",
-        *_table(
-            ["task", "score", "together", "alone", "difference", "samples together, alone"],
-            [
-                [row["task"], row["score"], *(f"{value:.3f}" for value in row["values"]),
-                 f"{100 * (row['values'][0] - row['values'][1]):+.1f} points",
-                 " / ".join(f"{count:,}" for count in row["samples"])]
-                for row in alone
-            ],
-        ),
-        "",
-    ]  # fmt: skip
-    _PAGE.write_text("\n".join(text))
-    _draw(worlds)
-
-
-def _variants_section(world: World, variants: list[Variant], args: argparse.Namespace) -> list[str]:
-    terms = [term for term in _TERMS if f"eval_loss_{term}" in variants[0].last[0]]
-    return [
-        f"### {world.title}",
-        "",
-        f"{world.about} {world.steps:,} steps.",
-        "",
-        *_table(
-            ["", "parameters", "active", "MFLOP a token", *(f"seed {seed}" for seed in args.seeds), "mean"],
-            [
-                [v.name, f"{v.parameters / 1e6:.2f} M", f"{v.active / 1e6:.2f} M", f"{v.flops_per_token / 1e6:.2f}",
-                 *(f"{losses[-1]:.4f}" for losses in v.losses),
-                 f"**{statistics.fmean(losses[-1] for losses in v.losses):.4f}**"]
-                for v in variants
-            ],
-        ),
-        "",
-        "By term, mean of the seeds:",
-        "",
-        *_table(
-            ["", *(_TERMS[term] for term in terms)],
-            [[v.name, *(f"{statistics.fmean(last[f'eval_loss_{term}'] for last in v.last):.4f}" for term in terms)]
-             for v in variants],
-        ),
-        "",
-    ]  # fmt: skip
-
-
-_TERMS = {
-    "caption": "caption", "retrieval": "retrieval", "summary": "summary", "importance": "importance (squared error)",
-    "ranking": "ranking",
-}  # fmt: skip
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def _draw(worlds: dict[str, list[Variant]]) -> None:
+def draw(worlds: dict[World, list[Variant]]) -> None:
     """Mean and range of the seeds by step."""
     import matplotlib
 
@@ -304,14 +183,14 @@ def _draw(worlds: dict[str, list[Variant]]) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(worlds), figsize=(11, 4), dpi=120)
-    for axes, (title, variants) in zip(panels, worlds.items(), strict=True):
+    for axes, (world, variants) in zip(panels, worlds.items(), strict=True):
         for variant in variants:
             by_step = list(zip(*variant.losses, strict=True))[1:]  # the first is before training
             means = [statistics.fmean(step) for step in by_step]
             (line,) = axes.plot(variant.steps[1:], means, marker="o", ms=3, label=variant.name)
             least, most = [min(step) for step in by_step], [max(step) for step in by_step]
             axes.fill_between(variant.steps[1:], least, most, color=line.get_color(), alpha=0.2)
-        axes.set_title(title)
+        axes.set_title(world.title)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel("held-out loss")
         axes.set_yscale("log")
@@ -328,18 +207,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="variants that train at a time, a core each")
-    parser.add_argument("--runs", type=Path, default=_ROOT / "runs/compare")
-    parser.add_argument("--together", type=Path, default=_ROOT / "runs/three_tasks", help="the run of all tasks")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/compare")
+    parser.add_argument("--together", type=Path, default=ROOT / "runs/three_tasks", help="the run of all tasks")
+    parser.add_argument("--json", type=Path, default=RESULTS / "compare.json", help="the result file")
     args = parser.parse_args()
-    os.chdir(_ROOT)  # where the recipes' paths begin
-    catalogue.make(_ROOT / "data/catalogue")
-    worlds = {world.title: compare_variants(world, args) for world in (CATALOGUE, SCENES)}
-    alone = compare_alone(args)
-    variants = {title: [vars(variant) for variant in found] for title, found in worlds.items()}
-    _RESULTS.parent.mkdir(exist_ok=True)
-    _RESULTS.write_text(json.dumps({"variants": variants, "alone": alone}, indent=1) + "\n")
-    write_page(worlds, alone, args)
-    print(f"wrote {_RESULTS}, {_PAGE} and {_PLOT}")
+    os.chdir(ROOT)  # where the recipes' paths begin
+    catalogue.make(ROOT / "data/catalogue")
+    found = {world: compare_variants(world, args) for world in (CATALOGUE, SCENES)}
+    variants = {world.name: [asdict(variant) for variant in variants] for world, variants in found.items()}
+    figures = {"seeds": args.seeds, "variants": variants, "alone": compare_alone(args)}
+    Result.now("compare", figures).write(args.json)
+    draw(found)
     return 0
 
 

@@ -27,10 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from data_converter import time_converter
 from PIL import Image
+from record import Result
 from torch.utils.data import DataLoader
+from turns import Interleaved, ratio
 
-from data_tools.check import Reencoding, image_facts
 from data_tools.convert import convert
 from data_tools.formats import Record
 from data_tools.parts import Settings
@@ -39,7 +41,7 @@ from data_tools.writer import write_index
 from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
 from dsmoe_vl.data.decode import decode_image, fit_grid, resized, to_patches
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.shards.index import SCHEMA_VERSION, ShardIndex, iterate_samples
+from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 
@@ -68,46 +70,6 @@ def records(folder: Path, count: int) -> list[Record]:
     rng = np.random.default_rng(1)
     texts = [" ".join(rng.choice(WORDS, int(rng.integers(6, 18)))) for _ in range(count)]
     return [Record(f"{i:07}", "image", photos[i % len(photos)], [text]) for i, text in enumerate(texts)]
-
-
-class Interleaved:
-    """Things that take turns; the figures of each are the work it did a second."""
-
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self.figures: dict[str, dict[str, float]] = {}
-
-    def run(self, things: dict[str, Callable[[int], int]], samples: int, lead: int = 0) -> dict[str, list[float]]:
-        """Each thing handles so many samples, or some more, and returns how many. Samples a second, by thing and turn.
-
-        `lead`: samples before those that are timed, in which it uses up what it has made ahead during other turns, and
-        these fill their buffers.
-        """
-        found: dict[str, list[float]] = {name: [] for name in things}
-        for turn in range(self.repeats + 1):
-            for name, thing in things.items():
-                if lead:
-                    thing(lead)
-                start = time.perf_counter()
-                handled = thing(samples)
-                if turn:  # the first fills caches
-                    found[name].append(handled / (time.perf_counter() - start))
-        width = max(map(len, found))
-        for name, rates in found.items():
-            median = statistics.median(rates)
-            print(f"  {name:<{width}}  {median:8.0f} samples/s   ({min(rates):.0f} to {max(rates):.0f})", flush=True)
-            self.figures[name] = {"samples_per_second": median, "least": min(rates), "most": max(rates)}
-        return found
-
-
-def ratio(title: str, ours: list[float], theirs: list[float]) -> float:
-    """The median of the ratios turn by turn, printed."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    print(f"  {title}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
-    return statistics.median(ratios)
-
-
-# Loader
 
 
 def pillow_pixels(data: bytes) -> np.ndarray:
@@ -232,62 +194,6 @@ def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-# Converter
-
-
-def tar_writer_loop(found: list[Record], output: Path, per_shard: int, is_checked: bool) -> int:
-    """A loop around webdataset.TarWriter that writes what the converter writes; `is_checked`: looks at the photos."""
-    rows: list[dict[str, Any]] = []
-    for first in range(0, len(found), per_shard):
-        path = output / f"train-{first // per_shard:05}.tar"
-        with webdataset.TarWriter(str(path), mtime=0, encoder=False) as tar:
-            for record in found[first : first + per_shard]:
-                assert record.media is not None
-                data = record.media.read_bytes()
-                facts: dict[str, Any] = image_facts(data, Reencoding())[2] if is_checked else {}
-                meta = {"schema_version": SCHEMA_VERSION, "split": "train", "source": "photos", "id": record.identifier,
-                        "captions": record.captions, "tasks": ["caption", "retrieval"],
-                        "sha256": hashlib.sha256(data).hexdigest(), **facts}  # fmt: skip
-                line = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-                tar.write({"__key__": record.identifier, "jpg": data, "txt": record.captions[0].encode(), "json": line})
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        size = len(found[first : first + per_shard])
-        rows.append({"name": path.name, "samples": size, "bytes": path.stat().st_size, "sha256": digest})
-    write_index(output, "train", rows)
-    return len(found)
-
-
-def time_converter(found: list[Record], workers: int, run: Interleaved) -> dict[str, float]:
-    """Both write the same bytes; the converter starts its processes within the time."""
-    per_shard = -(-len(found) // (4 * workers))
-
-    def in_folder(write: Callable[[Path], object], _samples: int) -> int:
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / "shards")
-        return len(found)
-
-    def loop(is_checked: bool, output: Path) -> None:
-        output.mkdir()
-        tar_writer_loop(found, output, per_shard, is_checked)
-
-    def ours(output: Path) -> None:
-        convert(found, output, Settings("photos", samples_per_shard=per_shard), workers=workers)
-
-    print(f"converter, {workers} workers, {len(found)} photos in shards of {per_shard}:")
-    rates = run.run(
-        {
-            "converter": partial(in_folder, ours),
-            "TarWriter loop": partial(in_folder, partial(loop, True)),
-            "TarWriter loop that looks at no photo": partial(in_folder, partial(loop, False)),
-        },
-        len(found),
-    )
-    return {"converter_over_loop": ratio("converter / TarWriter loop", rates["converter"], rates["TarWriter loop"])}
-
-
-# Resuming
-
-
 def time_resume(folder: Path, repeats: int) -> dict[str, float]:
     """From a state in the middle of an epoch of a million samples to the first batch, and to the first without one."""
     shard = folder / "one"
@@ -344,7 +250,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=600, help="a turn")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10, help="turns that count")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -355,12 +261,15 @@ def main() -> int:
         convert(found, folder / "shards", Settings("photos", samples_per_shard=100), workers=args.workers)
         train([folder / "shards"], folder / "tokenizer.model", vocab_size=400)
         run = Interleaved(args.repeats)
-        ratios = time_loader(folder / "shards", folder / "tokenizer.model", args.workers, run, args.samples)
-        ratios |= time_converter(records(photos, 20 * args.samples), args.workers, run)
-        ratios |= time_resume(folder, args.repeats)
+        figures: dict[str, Any] = {
+            "photos": len({record.media for record in found}), "patches": MAX_PATCHES, "workers": args.workers,
+            "samples": args.samples, "repeats": args.repeats,
+        }  # fmt: skip
+        figures |= time_loader(folder / "shards", folder / "tokenizer.model", args.workers, run, args.samples)
+        figures |= time_converter(records(photos, 20 * args.samples), args.workers, run)
+        figures |= time_resume(folder, args.repeats)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"ratios": ratios, "rates": run.figures}, indent=1) + "\n")
+        Result.now("data", {**figures, "rates": run.figures}).write(args.json)
     return 0
 
 

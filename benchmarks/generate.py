@@ -10,7 +10,6 @@ take turns, so that a busy machine slows down all of them; each writes all token
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -150,7 +149,7 @@ def main() -> int:
     parser.add_argument(
         "--ways", nargs="+", choices=list(WAYS)[1:], default=list(WAYS)[1:], help="beside the cached one"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
     args = parser.parse_args()
     trained = random_model(args.recipe, args.tokenizer)
     prompts = random_prompts(trained, args.batch)
@@ -173,7 +172,14 @@ def main() -> int:
         ratios[name] = {"median": statistics.median(found), "least": min(found), "most": max(found)}
         print(f"  {name} / cached: {ratios[name]['median']:.1f} ({min(found):.1f} to {max(found):.1f})")
     if args.json:
-        args.json.write_text(json.dumps({"seconds": seconds, "ratios": ratios}) + "\n")
+        from record import Result  # here, because a test imports this file as benchmarks.generate
+
+        figures = {
+            "recipe": args.recipe.stem, "parameters": parameters, "batch": args.batch, "max_tokens": args.max_tokens,
+            "vision_tokens": [min(vision), max(vision)], "threads": torch.get_num_threads(), "repeats": args.repeats,
+            "seconds": seconds, "ratios": ratios,
+        }  # fmt: skip
+        Result.now("generate", figures).write(args.json)
     return 0
 
 

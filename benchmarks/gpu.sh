@@ -3,10 +3,12 @@
 #   bash benchmarks/gpu.sh [OUTPUT_FOLDER]        (default: benchmarks/results)
 # Pure-Python packages that the machine lacks (deepspeed, hjson, py-cpuinfo, webdataset, ...) may lie as wheels in .whl/.
 # Runs the GPU parity tests and train_step on a recipe of about one billion parameters; writes gpu_*.json and a log.
-# With DRY_RUN=cpu the same commands run small on a CPU, to check this script.
+# DSMOE_VL_COMMIT names the commit where the machine has a copy without git.
+# With DRY_RUN=cpu the same commands run small on a CPU, to check this script; their figures go to a temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-output="${1:-benchmarks/results}"
+[ "${DRY_RUN:-}" = cpu ] && default="$(mktemp -d)" || default=benchmarks/results
+output="${1:-$default}"
 mkdir -p "$output"
 python="${PYTHON:-python3}"
 if compgen -G ".whl/*.whl" >/dev/null; then

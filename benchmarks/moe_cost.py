@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import parse, plan_of, random_batch, report
+from train_step import parse, plan_of, random_batch, report, setting
 
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig, Recipe
@@ -131,7 +131,7 @@ def measure(plans: dict[str, RunPlan], ranks: Ranks, steps: int) -> dict[str, An
     from dsmoe_vl.parallel.launch import start_process_group
 
     plan = plans["moe"]
-    device = use_device(plan.device, ranks.local_rank)
+    device = use_device(plan.device, ranks)
     start_process_group(ranks, plan.device)
     engines = {name: Variant(plan, ranks, device) for name, plan in plans.items()}
     batches = [random_batch(plan, seed).to(device) for seed in range(4)]
@@ -156,9 +156,7 @@ def measure(plans: dict[str, RunPlan], ranks: Ranks, steps: int) -> dict[str, An
     step = statistics.median(steps_of["moe"])
     sparse_layers = plan.recipe.model.layers - plan.recipe.moe.first_dense_layers
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if plan.device == "cuda" else "cpu",
-        "ranks": plan.world_size, "ep_size": plan.ep_size, "zero_stage": plan.zero_stage, "precision": plan.precision,
-        "tokens_per_rank": plan.micro_batch * plan.recipe.data.pack_length, "steps": steps,
+        **setting(plan), "steps": steps,
         "flops_per_token": {name: of.flops_per_token for name, of in plans.items()},
         "step_ms": {name: 1e3 * statistics.median(values) for name, values in steps_of.items()},
         # Ratios: median, least, greatest.
@@ -185,7 +183,7 @@ def main() -> int:
     args, ranks = parse(__doc__), Ranks.discover()
     recipes = variants(load_recipe(args.recipe, args.overrides))
     plans = {name: plan_of(recipe, args, ranks) for name, recipe in recipes.items()}
-    report(measure(plans, ranks, args.steps), ranks, args.json)
+    report("moe_cost", measure(plans, ranks, args.steps), ranks, args)
     return 0
 
 

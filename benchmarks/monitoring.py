@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import parse, plan_of, random_batch, report
+from train_step import parse, plan_of, random_batch, report, setting
 
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.parallel.device import use_device
@@ -39,7 +39,7 @@ class Bench:
         from dsmoe_vl.training.step import OptimizerStep
         from dsmoe_vl.training.window import Window
 
-        self.plan, self.device = plan, use_device(plan.device, ranks.local_rank)
+        self.plan, self.device = plan, use_device(plan.device, ranks)
         start_process_group(ranks, plan.device)
         self.engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
         self.take_step = OptimizerStep(plan, ranks, self.engine, HostGroup(), self.device)
@@ -109,8 +109,7 @@ def measure(plan: RunPlan, ranks: Ranks, pairs: int) -> dict[str, Any]:
     timed = medians["adding_up"] + medians["log_line"] / run.log_every + medians["router_record"] / run.router_every
     ratios = sorted(a / b for a, b in zip(watched, bare, strict=True))
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(bench.device) if plan.device == "cuda" else "cpu",
-        "ranks": plan.world_size, "zero_stage": plan.zero_stage, "precision": plan.precision,
+        **setting(plan),
         "log_every": run.log_every, "router_every": run.router_every, "pairs": pairs, "step_ms": 1e3 * step,
         # Of the ratios of pairs: the median, and the half of them in the middle.
         "watched_over_bare": [round(ratios[len(ratios) * quarter // 4], 4) for quarter in (2, 1, 3)],
@@ -130,7 +129,7 @@ def main() -> int:
         plan = plan_of(load_recipe(args.recipe, args.overrides), args, ranks)
         place = Path(folder)
         plan = replace(plan, run_dir=place, tensorboard_enabled=True, tensorboard_dir=place / "tensorboard")
-        report(measure(plan, ranks, args.steps), ranks, args.json)
+        report("monitoring", measure(plan, ranks, args.steps), ranks, args)
     return 0
 
 

@@ -11,7 +11,6 @@ own shape, forward and both gradients, each weighted by its share of the step.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import ROOT, Result
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
@@ -35,7 +35,6 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.resolve import resolve
 
-_ROOT = Path(__file__).resolve().parent.parent
 _TEXT_TOKENS = 10  # of a caption
 
 
@@ -131,7 +130,7 @@ def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str,
     from dsmoe_vl.training.engine import build_engine
     from dsmoe_vl.training.step import OptimizerStep
 
-    device = use_device(plan.device, ranks.local_rank)
+    device = use_device(plan.device, ranks)
     start_process_group(ranks, plan.device)
     engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
     step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
@@ -169,15 +168,9 @@ def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str,
     flops = plan.accumulation * plan.flops.training(tokens, patches, labels)
     step_seconds, product_rate = statistics.median(whole), rate.flops_per_second()
     forward_backward = median["forward"] + median["backward"]
-    result = {
-        "device": torch.cuda.get_device_name(device)
-        if plan.device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "ranks": plan.world_size,
-        "ep_size": plan.ep_size,
-        "zero_stage": plan.zero_stage,
-        "precision": plan.precision,
+    result: dict[str, Any] = {
+        **setting(plan),
+        "threads": torch.get_num_threads(),
         "parameters": plan.parameters.total,
         "active_parameters": plan.parameters.active,
         "steps": steps,
@@ -216,11 +209,11 @@ def _operators(step: Callable[[], None], device: str) -> dict[str, float]:
 def parse(description: str | None) -> argparse.Namespace:
     """The command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=_ROOT / "launch/recipes/quickstart.toml")
-    parser.add_argument("--deepspeed", type=Path, default=_ROOT / "ds_configs/moe.json")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "launch/recipes/quickstart.toml")
+    parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs/moe.json")
     parser.add_argument("--micro-batch", type=int, help="packs, in place of the JSON's")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
     parser.add_argument("--no-profile", action="store_true", help="leave out the table of operators")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -235,22 +228,36 @@ def plan_of(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> RunPlan:
     return resolve(recipe, deepspeed, ranks.world_size, device=device, bf16_unit=has_bf16_unit(device))
 
 
-def report(result: dict[str, Any], ranks: Ranks, file: Path | None) -> None:
+def setting(plan: RunPlan) -> dict[str, Any]:
+    """What the figures of a step depend on."""
+    return {
+        "device": plan.device,
+        "ranks": plan.world_size,
+        "ep_size": plan.ep_size,
+        "zero_stage": plan.zero_stage,
+        "precision": plan.precision,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "pack_length": plan.recipe.data.pack_length,
+    }
+
+
+def report(benchmark: str, figures: dict[str, Any], ranks: Ranks, args: argparse.Namespace) -> None:
     """Print the figures, and write them where wanted; rank 0 only."""
     if ranks.rank != 0:
         return
-    for name, value in result.items():
+    figures = {"recipe": args.recipe.stem, **figures}
+    for name, value in figures.items():
         print(f"{name:36} {value:,.4g}" if isinstance(value, float) else f"{name:36} {value}")
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n")
+    if args.json:
+        Result.now(benchmark, figures).write(args.json)
 
 
 def main() -> int:
     """Measure one recipe."""
     args, ranks = parse(__doc__), Ranks.discover()
     plan = plan_of(load_recipe(args.recipe, args.overrides), args, ranks)
-    report(measure(plan, ranks, args.steps, not args.no_profile), ranks, args.json)
+    report("train_step", measure(plan, ranks, args.steps, not args.no_profile), ranks, args)
     return 0
 
 

@@ -13,7 +13,7 @@ from data_tools.formats import Record
 from data_tools.schema import curves_problem
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
+from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
 
 IMAGE_TYPES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from data_tools.command import run
 from data_tools.parallel import default_workers, ordered_map
 from data_tools.schema import captions_of, is_own, problems
-from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards.index import INDEX_NAME, VIDEO_EXTENSIONS, Shard, ShardIndex, read_sample
+from dsmoe_vl.data.decode import pictures_of
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
 from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 
 FRAMES = 6  # decoded of a video, and shown
 SHEET_CELLS = 48
@@ -156,10 +156,8 @@ def _look(index: ShardIndex, shard: int, number: int) -> Look:
     errors = [DataError(problem) for problem in problems(sample)]
     pictures: list[Image.Image] = []
     try:
-        if sample.media is not None and sample.media_type in VIDEO_EXTENSIONS:
-            pictures = [Image.fromarray(frame) for _, frame in decode_video(sample.media, FRAMES)]
-        elif sample.media is not None:
-            pictures = [Image.fromarray(decode_image(sample.media))]
+        if sample.media is not None:
+            pictures = [Image.fromarray(pixels) for pixels in pictures_of(sample, FRAMES)]
     except DataError as error:
         errors.append(error)
     return Look(sample, pictures, [(f"{place}, {sample.key}", error) for error in errors])

@@ -22,9 +22,11 @@ from data_tools.formats import Record
 from data_tools.writer import ShardWriter, check_split, sample_key, write_index
 from dsmoe_vl.data.shards.index import INDEX_NAME
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically, write_json
 
 REJECTED_NAME = "rejected.jsonl"
 _UNFINISHED = ".unfinished"
+_REMOVED = ".removed"  # its name while it is removed
 _PLAN_NAME = "conversion.json"
 
 
@@ -67,32 +69,21 @@ class Parts:
         self.records = records
         self.folder = output / _UNFINISHED
         self.count = -(-len(records) // settings.samples_per_shard)
+        self._plan_file = self.folder / _PLAN_NAME
 
     def open(self) -> list[int]:
-        """Make the folder, or accept what an interrupted conversion of the same records left in it.
+        """Start the conversion, or continue an interrupted one of the same records.
 
-        Returns the numbers of the parts that are still to be made. Raises DataError where the output holds shards or
-        another conversion, or two records would have one key.
+        Returns the numbers of the parts that are missing. Raises DataError if the folder has shards or another
+        conversion, or if two records would have the same key.
         """
         _check_keys(self.records)
-        plan = self.folder / _PLAN_NAME
-        described = {"records": fingerprint(self.records), **asdict(self.settings)}
-        if plan.exists():
-            if _loaded(plan) != described:
-                raise DataError(
-                    f"{self.folder} holds an unfinished conversion of other records or with other settings: repeat "
-                    "that command, or delete the folder"
-                )
-        elif (self.output / INDEX_NAME).exists() or any(self.output.glob("*.tar")):
-            raise DataError(f"{self.output} already holds shards: give an empty folder, or delete it first")
+        plan = {"records": fingerprint(self.records), **asdict(self.settings)}
+        if self._plan_file.exists():
+            self._check_same_plan(plan)
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            (self.output / REJECTED_NAME).unlink(missing_ok=True)
-            try:
-                self.folder.mkdir(parents=True)
-                _write_whole(plan, json.dumps(described))
-            except OSError as error:
-                raise DataError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+            self._check_no_shards()
+            self._start(plan)
         return [number for number in range(self.count) if not (self.path(number) / INDEX_NAME).exists()]
 
     def of(self, number: int) -> Sequence[Record]:
@@ -116,11 +107,11 @@ class Parts:
         reasons = Counter(json.loads(line)["reason"] for part in lists for line in part.splitlines())
         outcome = Outcome(sum(shard["samples"] for index in indexes for shard in index), reasons, listing)
         if reasons:
-            _write_whole(listing, "".join(lists))
+            write_atomically(listing, "".join(lists))
         try:
             _check_budget(outcome, max_rejected)
         except DataError:
-            shutil.rmtree(self.folder)
+            self._remove()
             raise
         shards: list[dict[str, Any]] = []
         for number, index in enumerate(indexes):
@@ -130,8 +121,35 @@ class Parts:
                     os.replace(made, self.output / name)
                 shards.append({**shard, "name": name})
         write_index(self.output, self.settings.split, shards)
-        shutil.rmtree(self.folder)
+        self._remove()
         return outcome
+
+    def _check_same_plan(self, plan: dict[str, Any]) -> None:
+        if _loaded(self._plan_file) != plan:
+            raise DataError(
+                f"{self.folder} is an unfinished conversion of other records or with other settings: repeat that "
+                "command, or delete the folder"
+            )
+
+    def _check_no_shards(self) -> None:
+        if (self.output / INDEX_NAME).exists() or any(self.output.glob("*.tar")):
+            raise DataError(f"{self.output} already has shards: give an empty folder, or delete it first")
+
+    def _start(self, plan: dict[str, Any]) -> None:
+        for leftover in (self.folder, self.output / _REMOVED):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (self.output / REJECTED_NAME).unlink(missing_ok=True)
+        try:
+            self.folder.mkdir(parents=True)
+            write_json(self._plan_file, plan)
+        except OSError as error:
+            raise DataError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+
+    def _remove(self) -> None:
+        """Remove all parts. Renamed first, because a repeated command would continue from those that are left."""
+        removed = self.output / _REMOVED
+        self.folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def make_part(folder: Path, records: Sequence[Record], settings: Settings, progress: Callable[[int], Any]) -> None:
@@ -193,9 +211,3 @@ def _loaded(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is damaged: delete {path.parent} and convert again") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

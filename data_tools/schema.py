@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsmoe_vl.config.task_table import TASKS
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import SCHEMA_VERSION
 
 _TASKS = tuple(spec.name for spec in TASKS)

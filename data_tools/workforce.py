@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.parallel.ranks import Ranks
 
 Value = TypeVar("Value")
 Progress = Callable[[int], Any]  # told of every record that is finished
 
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # that launchers of MPI programs set
 _TICK_SECONDS = 0.2
 
 _done: Any = None  # records that this pool has finished, shared by its processes
@@ -26,7 +25,8 @@ class Hosts:
     def __init__(self) -> None:
         self._comm: Any = None
         self.rank, self.count = 0, 1
-        if any(int(os.environ.get(name) or 1) > 1 for name in _SIZES):
+        ranks = Ranks.discover()
+        if ranks.starts_mpi and ranks.world_size > 1:
             from mpi4py import MPI  # starts MPI, which is not wanted elsewhere
 
             self._comm = MPI.COMM_WORLD

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsmoe_vl.data.shards.index import INDEX_NAME, SCHEMA_VERSION
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import PARTIAL, publish, write_atomically
 
 if TYPE_CHECKING:
     from webdataset import TarWriter
@@ -55,8 +55,8 @@ class ShardWriter:
         except OSError as error:
             raise DataError(f"cannot make the folder {output}: {error.strerror}") from error
         if (output / INDEX_NAME).exists() or any(output.glob("*.tar")):
-            raise DataError(f"{output} already holds shards: give an empty folder, or delete it first")
-        for leftover in output.glob("*.tar.partial"):  # of a run that was interrupted
+            raise DataError(f"{output} already has shards: give an empty folder, or delete it first")
+        for leftover in output.glob(f"*.tar{PARTIAL}"):  # of a run that was interrupted
             leftover.unlink()
         self.output = output
         self.split = split
@@ -107,7 +107,7 @@ class ShardWriter:
         """Give the shards their names and write `index.json`, last."""
         self._finish_shard()
         for number, shard in enumerate(self._shards):
-            os.replace(self._partial(number), self.output / shard["name"])
+            publish(self._partial(number), self.output / shard["name"])
         write_index(self.output, self.split, self._shards)
 
     def discard(self) -> None:
@@ -116,11 +116,11 @@ class ShardWriter:
             self._tar.close()
             self._file.close()
             self._tar = None
-        for partial in self.output.glob(f"{self.split}-*.tar.partial"):
+        for partial in self.output.glob(f"{self.split}-*.tar{PARTIAL}"):
             partial.unlink()
 
     def _partial(self, number: int) -> Path:
-        return self.output / f"{self.split}-{number:05d}.tar.partial"
+        return self.output / f"{self.split}-{number:05d}.tar{PARTIAL}"
 
     def _finish_shard(self) -> None:
         if self._tar is None:
@@ -130,7 +130,7 @@ class ShardWriter:
         path = self._partial(len(self._shards))
         self._shards.append(
             {
-                "name": path.name.removesuffix(".partial"),
+                "name": path.name.removesuffix(PARTIAL),
                 "samples": self._tar_samples,
                 "bytes": path.stat().st_size,
                 "sha256": digest,
@@ -159,9 +159,7 @@ def check_split(split: str) -> None:
 def write_index(folder: Path, split: str, shards: list[dict[str, Any]]) -> None:
     """Write `index.json`, at once or not at all. A shard's row has its name, samples, bytes and sha256."""
     index = {"schema_version": SCHEMA_VERSION, "split": split, "shards": shards}
-    temporary = folder / f"{INDEX_NAME}.partial"
-    temporary.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(temporary, folder / INDEX_NAME)
+    write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 class _Hashed:

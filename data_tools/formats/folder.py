@@ -13,7 +13,7 @@ from data_tools.formats import Record
 from data_tools.formats.filters import Filters, add_filter_argument
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
 from data_tools.formats.text_files import media_kind, records_beside_text
-from dsmoe_vl.data.shards.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
 
 NAME = "folder"

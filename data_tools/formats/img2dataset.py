@@ -13,7 +13,7 @@ from typing import Any
 from data_tools.formats import Record, Stored
 from data_tools.formats.filters import Filters, add_filter_argument
 from data_tools.formats.tables import existing_folder
-from dsmoe_vl.data.shards.index import IMAGE_EXTENSIONS
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS
 from dsmoe_vl.data.shards.tar import read_files, scan_shard
 from dsmoe_vl.errors import DataError
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from data_tools.formats import Record
-from dsmoe_vl.data.shards.index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 
 def media_kind(name: str) -> Literal["image", "video"] | None:

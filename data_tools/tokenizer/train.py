@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -18,10 +17,11 @@ from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
 from data_tools.command import run
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically
 
 CHUNK = 100_000  # characters; at most four bytes each, so that no chunk reaches MAX_BYTES
 MAX_BYTES = 2**20  # longer lines are dropped by SentencePiece without an error
@@ -57,9 +57,7 @@ def train(
         print(f"training on {len(chosen)} of {total} texts, drawn with seed {seed} (--max-samples)")
     model = _fit(chosen, vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".partial")
-    temporary.write_bytes(model)
-    os.replace(temporary, output)
+    write_atomically(output, model)
     return Tokenizer(output)
 
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import require_newest, write_manifest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest, write_manifest
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.moe.experts import null_experts
 from dsmoe_vl.planner.plan import recipe_from_json
-
-_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,18 @@ def export_run(run_dir: Path, output: Path) -> Export:
     checkpoint, ConfigError for a run without a plan or an `output` that cannot be written or holds something.
     """
     checkpoint, manifest = require_newest(run_dir)
-    plan_file = run_dir / "plan.json"
+    plan_file = run_dir / PLAN_NAME
     recipe_from_json(plan_file)
-    weights = load_file(checkpoint / _WEIGHTS)
+    weights = WeightsFile(checkpoint).load()
     _make_folder(output)
     layers = tuple(
         _drop_null_experts(weights, name.removesuffix("w1")) for name in list(weights) if name.endswith(".experts.w1")
     )
-    save_file(weights, output / _WEIGHTS)
-    shutil.copyfile(checkpoint / "tokenizer.model", output / "tokenizer.model")
-    shutil.copyfile(plan_file, output / "plan.json")
+    WeightsFile(output).save(weights)
+    shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
+    shutil.copyfile(plan_file, output / PLAN_NAME)
     write_manifest(output, replace(manifest, files={}))
-    sizes = [(folder / _WEIGHTS).stat().st_size for folder in (checkpoint, output)]
+    sizes = [WeightsFile(folder).size_bytes for folder in (checkpoint, output)]
     return Export(checkpoint, tuple(sorted(layers, key=lambda layer: layer.layer)), *sizes)
 
 

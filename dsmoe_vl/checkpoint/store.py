@@ -15,11 +15,18 @@ import shutil
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.files import write_atomically, write_json
 
-_MANIFEST = "manifest.json"
+CHECKPOINTS_NAME = "checkpoints"  # folder of a run
+PLAN_NAME = "plan.json"  # of a run or an exported model
+# Files of a checkpoint.
+TOKENIZER_NAME = "tokenizer.model"
+DATA_NAME = "data.json"
+TRAINER_NAME = "trainer.json"
+MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,6 @@ class Manifest:
     files: dict[str, int]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def checkpoint_name(step: int) -> str:
     """The folder of an optimizer step."""
     return f"step_{step:08d}"
@@ -60,22 +57,20 @@ def checkpoint_name(step: int) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Declare the files of `folder` complete. `manifest.files` is filled here."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    files.pop(_MANIFEST, None)
-    write_json(folder / _MANIFEST, {**asdict(manifest), "files": files})
+    files.pop(MANIFEST_NAME, None)
+    write_json(folder / MANIFEST_NAME, {**asdict(manifest), "files": files})
 
 
 def complete(folder: Path, manifest: Manifest) -> None:
     """Declare a checkpoint complete: manifest last, then `latest`."""
     write_manifest(folder, manifest)
-    latest = folder.parent / "latest.tmp"
-    latest.write_text(folder.name + "\n")
-    latest.replace(folder.parent / "latest")
+    write_atomically(folder.parent / "latest", folder.name + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a complete checkpoint; None where it is missing, or a file is missing or cut short."""
     try:
-        raw = json.loads((folder / _MANIFEST).read_text())
+        raw = json.loads((folder / MANIFEST_NAME).read_text())
         manifest = Manifest(raw["step"], Topology(**raw["topology"]), raw["tokenizer_sha256"], raw["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -121,10 +116,11 @@ def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
     exported = read_manifest(run_dir)
     if exported is not None:
         return run_dir, exported
-    found = newest_complete(run_dir / "checkpoints")
+    checkpoints = run_dir / CHECKPOINTS_NAME
+    found = newest_complete(checkpoints)
     if found is None:
         raise CheckpointError(
-            f"no complete checkpoint under {run_dir / 'checkpoints'}: train first, or name another run with --run"
+            f"no complete checkpoint under {checkpoints}: train first, or name another run with --run"
         )
     return found
 
@@ -134,7 +130,7 @@ def require_fit(folder: Path, manifest: Manifest, topology: Topology, tokenizer_
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise CheckpointError(
             f"{folder} was trained with another tokenizer (pieces {manifest.tokenizer_sha256[:12]}, now "
-            f"{tokenizer_sha256[:12]}): set tokenizer.path to {folder / 'tokenizer.model'}, or start a new run.name"
+            f"{tokenizer_sha256[:12]}): set tokenizer.path to {folder / TOKENIZER_NAME}, or start a new run.name"
         )
     for name, saved in asdict(manifest.topology).items():
         now = getattr(topology, name)

@@ -10,10 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import Manifest, Topology, checkpoint_name, complete, prune, write_json
+from dsmoe_vl.checkpoint.store import (
+    CHECKPOINTS_NAME,
+    DATA_NAME,
+    TOKENIZER_NAME,
+    TRAINER_NAME,
+    Manifest,
+    Topology,
+    checkpoint_name,
+    complete,
+    prune,
+)
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.files import write_json
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -35,23 +46,23 @@ def save(
     data_state: dict[str, Any],
 ) -> Path:
     """Write a complete checkpoint of `step`. Collective. Returns its folder."""
-    folder = Path(plan.run_dir) / "checkpoints" / checkpoint_name(step)
+    folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
     if ranks.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
         folder.mkdir(parents=True)
     host.barrier()
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    save_weights(engine.module, plan.zero_stage, folder / "model.safetensors")
+    save_weights(engine.module, plan.zero_stage, folder)
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save(rng, folder / f"rng_{ranks.rank:05d}.pt")
+    torch.save(rng, folder / _rng_name(ranks))
     states = host.gather(data_state)  # also the barrier behind which every file is written
     if ranks.rank == 0:
         load = None if load_fraction is None else load_fraction.tolist()
-        write_json(folder / "trainer.json", {"step": step, "load_fraction": load})
-        write_json(folder / "data.json", states)
-        shutil.copyfile(plan.recipe.tokenizer.path, folder / "tokenizer.model")
+        write_json(folder / TRAINER_NAME, {"step": step, "load_fraction": load})
+        write_json(folder / DATA_NAME, states)
+        shutil.copyfile(plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
         complete(folder, Manifest(step, topology_of(plan), tokenizer.sha256, {}))
         prune(folder.parent, plan.recipe.run.keep_checkpoints)
     host.barrier()
@@ -68,11 +79,15 @@ def restore(
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}: remove the folder to resume an older one")
-    rng = torch.load(folder / f"rng_{ranks.rank:05d}.pt", weights_only=True)
+    rng = torch.load(folder / _rng_name(ranks), weights_only=True)
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
-    trainer = json.loads((folder / "trainer.json").read_text())
+    trainer = json.loads((folder / TRAINER_NAME).read_text())
     load = trainer["load_fraction"]
     fractions = None if load is None else torch.tensor(load, device=device)
-    return trainer["step"], fractions, json.loads((folder / "data.json").read_text())
+    return trainer["step"], fractions, json.loads((folder / DATA_NAME).read_text())
+
+
+def _rng_name(ranks: Ranks) -> str:
+    return f"rng_{ranks.rank:05d}.pt"

@@ -8,10 +8,9 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.moe.capacity import CapacityMoE, one_process_name
@@ -21,8 +20,8 @@ from dsmoe_vl.tasks.registry import build_backbone
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 
 
-def save_weights(model: nn.Module, zero_stage: int, path: Path) -> None:
-    """Gather every parameter, one at a time, into one file that needs neither DeepSpeed nor the topology.
+def save_weights(model: nn.Module, zero_stage: int, folder: Path) -> None:
+    """Gather every parameter, one at a time, and write them to `folder`: the same for every topology.
 
     Collective: every rank calls it.
     """
@@ -40,7 +39,7 @@ def save_weights(model: nn.Module, zero_stage: int, path: Path) -> None:
     for name, buffer in model.named_buffers():  # the routers' balancing biases, the same on every rank
         weights[one_process_name(name).removeprefix("backbone.")] = buffer.to("cpu", copy=True)
     if dist.get_rank() == 0:
-        save_file(weights, path)
+        WeightsFile(folder).save(weights)
 
 
 def require_same_model(folder: Path, recipe: Recipe) -> None:
@@ -48,8 +47,7 @@ def require_same_model(folder: Path, recipe: Recipe) -> None:
     with torch.device("meta"):
         model = build_backbone(recipe)
     expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    saved = WeightsFile(folder).shapes()
     names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
     if names:
         one = names[0]

@@ -16,6 +16,8 @@ import simplejpeg
 from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 
 MAX_PIXELS = 100_000_000  # of one image or frame; more is refused as a decompression bomb
@@ -126,6 +128,23 @@ def iterate_video(
         raise
     except Exception as error:  # whatever FFmpeg throws at malformed bytes
         raise DataError(f"video cannot be decoded: {error}") from error
+
+
+def sampled_frames(sample: Sample, data: DataConfig) -> Iterator[tuple[float, np.ndarray]]:
+    """The frames of a sample's video that the model sees under a recipe, as `iterate_video`. Raises DataError."""
+    if sample.media is None:
+        raise DataError("no image or video")
+    return iterate_video(sample.media, data.video_frames, data.video_sampling, data.video_fps)
+
+
+def pictures_of(sample: Sample, frames: int, enough_pixels: int = 0) -> list[np.ndarray]:
+    """What a sample shows: its image, with `enough_pixels` as in `decode_image`, or at most `frames` evenly spaced
+    frames of its video. Pixels [h, w, 3] each. Raises DataError."""
+    if sample.media is None:
+        raise DataError("no image or video")
+    if sample.is_video:
+        return [pixels for _, pixels in decode_video(sample.media, frames)]
+    return [decode_image(sample.media, enough_pixels)]
 
 
 def fit_grid(width: int, height: int, patch_size: int, merge: int, max_patches: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The packs of one rank, as its loader's worker processes make them."""
+"""The packs of one rank, made in its worker processes or in the rank itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
-from dsmoe_vl.data.segment import Pack, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Pack, Segment
 from dsmoe_vl.data.shards.index import ShardIndex, read_sample
 from dsmoe_vl.data.shards.prefetch import Prefetcher
 from dsmoe_vl.data.slots import PatchSlots
@@ -24,7 +25,7 @@ Encode = Callable[[Sample], list[Segment]]
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a worker sends: its pack `number` and what was read for it, or the message of the error that ended it."""
+    """What a worker sends: its pack number `number` and the counts of what it read, or the message of a `failure`."""
 
     counts: ReadCounts
     worker: int
@@ -34,7 +35,7 @@ class Delivery:
 
 
 class SampleReader:
-    """Reads, encodes and logs samples by reference."""
+    """Reads and encodes samples by reference, and logs them."""
 
     def __init__(self, indexes: dict[str, ShardIndex], encode: Encode, shape: PackShape, log: ErrorLog) -> None:
         self._sources = list(indexes.items())
@@ -47,7 +48,7 @@ class SampleReader:
         return len(self._sources)
 
     def read(self, ref: SampleRef) -> Encoded | None:
-        """None for a bad sample, which is logged. Raises DataError once there are too many of them."""
+        """The sample, or None for a bad one, which is logged. Raises DataError when too many are bad."""
         source, index = self._sources[ref.source]
         try:
             sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
@@ -59,15 +60,15 @@ class SampleReader:
         return item
 
     def resume(self, lane_state: dict[str, Any]) -> None:
-        """Charge the error budget with what a lane had read when its state was taken."""
+        """Count what a lane had read up to its state towards the error budget."""
         names = [name for name, _ in self._sources]
         taken = lane_state["taken"]
-        bad = lane_state.get("bad", [0] * len(taken))  # older checkpoints do not say
+        bad = lane_state.get("bad", [0] * len(taken))  # missing in older checkpoints
         self._log.resume(dict(zip(names, taken, strict=True)), dict(zip(names, bad, strict=True)))
 
 
-class _LanePacks:
-    """The endless packs of one lane, each with the lane's state after it."""
+class _LanePacker:
+    """Makes the packs of one lane, without end; each carries the lane's state after it."""
 
     def __init__(self, number: int, lane: Lane, reader: SampleReader, packer: Packer, shape: PackShape) -> None:
         self._number = number
@@ -103,7 +104,7 @@ class _LanePacks:
 
 
 class PackStream(IterableDataset[Delivery]):
-    """The packs of one rank from the `start`-th pack of the run on; worker w of W makes every W-th of them."""
+    """The packs of one rank, from pack number `start` of the run on. With W workers, each makes every W-th of them."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class PackStream(IterableDataset[Delivery]):
         lane_states: dict[str, Any],
         slots: PatchSlots | None,
     ) -> None:
-        """With `slots`, the patches of packs are there and not in the packs."""
+        """With `slots`, patches travel in shared memory instead of in the packs."""
         self._data, self._sources, self._indexes = data, sources, indexes
         self._encode, self._shape, self._seed = encode, shape, seed
         self._rank, self._ranks = rank, ranks
@@ -128,7 +129,7 @@ class PackStream(IterableDataset[Delivery]):
         self._prefetcher = Prefetcher(list(indexes.values()))
 
     def __iter__(self) -> Iterator[Delivery]:
-        return _Unending(self._deliveries())
+        return _RepeatFailure(self._deliveries())
 
     def _deliveries(self) -> Iterator[Delivery]:
         worker = get_worker_info()
@@ -139,10 +140,10 @@ class PackStream(IterableDataset[Delivery]):
             SourceOrder(name, index, self._data.lanes, self._data.shuffle_block, self._seed)
             for name, index in self._indexes.items()
         ]
-        lanes: dict[int, _LanePacks] = {}
+        lanes: dict[int, _LanePacker] = {}
         begin, every = self._start + self._rank + own * self._ranks, self._ranks * workers
         for name, state in self._lane_states.items():
-            if (int(name) - begin) % every == 0:  # one of this worker's
+            if (int(name) - begin) % every == 0:  # a lane of this worker
                 reader.resume(state)
         number = 0
         try:
@@ -162,42 +163,44 @@ class PackStream(IterableDataset[Delivery]):
     def _weights(self) -> list[float]:
         return [source.weight ** (1 / self._data.temperature) for source in self._sources]
 
-    def _open_lane(self, number: int, orders: list[SourceOrder], reader: SampleReader) -> _LanePacks:
+    def _open_lane(self, number: int, orders: list[SourceOrder], reader: SampleReader) -> _LanePacker:
         lane = Lane(number, self._data.lanes, orders, self._weights(), self._prefetcher.announce)
-        packs = _LanePacks(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
+        packs = _LanePacker(number, lane, reader, Packer(self._shape, self._data.lookahead), self._shape)
         if str(number) in self._lane_states:
             packs.restore(self._lane_states[str(number)])
         return packs
 
 
-class _Unending:
-    """Deliveries whose end, a failure or an error, is given again and again.
+class _RepeatFailure:
+    """Deliveries; after a failure or an error, the same one again at every call.
 
-    torch hands the work of a worker that ends to the others: these would overwrite slots that the rank still reads.
+    If the iterator ended, torch would give its worker's turns to the others, which would then overwrite slots that the
+    rank still reads.
     """
 
     def __init__(self, deliveries: Iterator[Delivery]) -> None:
         self._deliveries = deliveries
-        self._end: Delivery | Exception | None = None
+        self._failed: Delivery | Exception | None = None
 
     def __iter__(self) -> Iterator[Delivery]:
         return self
 
     def __next__(self) -> Delivery:
-        if isinstance(self._end, Exception):
-            raise self._end
-        if self._end is not None:
-            return self._end
+        if isinstance(self._failed, Exception):
+            raise self._failed
+        if self._failed is not None:
+            return self._failed
         try:
             delivery = next(self._deliveries)
         except Exception as error:
-            self._end = error
+            self._failed = error
             raise
         if delivery.failure:
-            self._end = delivery
+            self._failed = delivery
         return delivery
 
 
 def to_pack(items: list[Encoded], shape: PackShape) -> Pack:
+    """The samples of one pack, assembled."""
     segments = [segment for item in items for segment in item.segments]
     return assemble(segments, shape, [item.key for item in items])

@@ -1,4 +1,4 @@
-"""What flows from tar to model: sample -> segments -> pack, and in `batch.py` -> batch.
+"""What flows from samples to the model: segments -> pack, and in `batch.py` -> batch.
 
 Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes a patch, L tokens a pack, P patches a pack,
 Q = P / merge**2 cells a pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
@@ -31,19 +31,6 @@ class Modality(IntEnum):
 # What a batch counts: real tokens, in all and by modality, language-model targets, and the targets of every loss term.
 TOKENS_OF = {modality: f"tokens_{modality.name.lower()}" for modality in Modality}
 COUNTS = ("tokens", *TOKENS_OF.values(), "labels", *(term.name for term in all_terms()))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One dict from a tar, media still encoded. `text` is KEY.txt, `meta` KEY.json ({} where there is none)."""
-
-    key: str
-    source: str
-    epoch: int  # of its source
-    media: bytes | None
-    media_type: str  # extension: "jpg", "mp4", ...; "" where there is no media
-    text: str
-    meta: dict[str, Any]
 
 
 @dataclass

@@ -8,15 +8,14 @@ from functools import partial
 
 from PIL import Image
 
-from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
+from dsmoe_vl.data.decode import pictures_of
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
-from dsmoe_vl.inference.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report import TEMPLATES
@@ -65,7 +64,13 @@ class CaptionEvaluation:
         if self.shown:
             sheet = self.options.run / "samples" / "captions.png"
             sheet.parent.mkdir(exist_ok=True)
-            contact_sheet([Cell(_pictures(result.sample), result.generated) for result in self.shown]).save(sheet)
+            cells = [
+                Cell(
+                    [Image.fromarray(pixels) for pixels in pictures_of(result.sample, _VIDEO_FRAMES)], result.generated
+                )
+                for result in self.shown
+            ]
+            contact_sheet(cells).save(sheet)
             print(f"wrote {sheet}")
 
     def scores(self, results: list[Captioned]) -> Scores:
@@ -137,11 +142,3 @@ def _caption_batch(trained: TrainedModel, samples: list[Sample], max_tokens: int
         attributes = sample.meta.get("attributes")
         correct = names_every_object(text, attributes) if attributes else None
         yield Captioned(sample, text, correct)
-
-
-def _pictures(sample: Sample) -> list[Image.Image]:
-    """The image, or some frames of the video."""
-    assert sample.media is not None, "it has been captioned"
-    if sample.media_type in VIDEO_EXTENSIONS:
-        return [Image.fromarray(frame) for _, frame in decode_video(sample.media, _VIDEO_FRAMES)]
-    return [Image.fromarray(decode_image(sample.media))]

@@ -16,9 +16,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.segment import Sample
-from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
+from dsmoe_vl.data.decode import pictures_of
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.report.content import Thumbnail
@@ -76,11 +75,8 @@ class Chosen(Generic[T]):
 
 def thumbnails(sample: Sample, frames: int) -> list[Thumbnail]:
     """The image, or `frames` frames of the video. Raises DataError."""
-    if sample.media is None:
-        raise DataError("no image or video")
-    if sample.media_type in VIDEO_EXTENSIONS:
-        return [thumbnail(pixels, SMALL_SIDE) for _, pixels in decode_video(sample.media, frames)]
-    return [thumbnail(decode_image(sample.media, enough_pixels=4 * _SIDE**2), _SIDE)]
+    side = SMALL_SIDE if sample.is_video else _SIDE
+    return [thumbnail(pixels, side) for pixels in pictures_of(sample, frames, enough_pixels=4 * _SIDE**2)]
 
 
 def thumbnail(pixels: np.ndarray, side: int) -> Thumbnail:

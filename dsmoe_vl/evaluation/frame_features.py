@@ -7,8 +7,8 @@ import torch
 
 from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.decode import fit_grid, iterate_video, to_patches
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment
-from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.generate import prompt_batch
 from dsmoe_vl.inference.load import TrainedModel
@@ -23,7 +23,7 @@ def frame_features(trained: TrainedModel, sample: Sample, frames: int) -> np.nda
 
     Only a few frames are in memory at a time. Raises DataError if the sample is not a video or cannot be read.
     """
-    if sample.media is None or sample.media_type not in VIDEO_EXTENSIONS:
+    if sample.media is None or not sample.is_video:
         raise DataError("no video to cut into shots")
     vision, budget = trained.recipe.model.vision, trained.recipe.data.frame_max_patches
     features: list[np.ndarray] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.retrieval_examples import Gallery, retrieval_examples

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.examples import example_priority, thumbnails
 from dsmoe_vl.metrics.retrieval import rank_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsmoe_vl.checkpoint.store import read_manifest, write_json
+from dsmoe_vl.checkpoint.store import PLAN_NAME, read_manifest
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.config.task_table import TaskSpec, named
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -22,6 +22,7 @@ from dsmoe_vl.evaluation.examples import Counts
 from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, TaskEvaluation
+from dsmoe_vl.files import write_json
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.parallel.device import device_name, use_device
 from dsmoe_vl.parallel.ranks import Ranks
@@ -44,7 +45,7 @@ def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     from dsmoe_vl.parallel.launch import HostGroup, start_process_group
 
-    device = use_device(device_name(), ranks.local_rank)
+    device = use_device(device_name(), ranks)
     if options.device == "cuda":
         options = replace(options, device=str(device))
     start_process_group(ranks, kind)
@@ -75,7 +76,7 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
         evaluation.finish()
     write_json(options.run / "eval.json", evaluated.scores)
     write_scalars(options.run / "tensorboard" / "eval", manifest.step, evaluated.scores)
-    plan = json.loads((options.run / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((options.run / PLAN_NAME).read_text(encoding="utf-8"))
     parts = {spec.name: _part(spec, evaluations[spec.name], evaluated) for spec in wanted}
     report = Report(options.run.resolve().name, manifest.step, evaluated.scores, parts, load, plan)
     (options.run / "report.html").write_text(render(report), encoding="utf-8")

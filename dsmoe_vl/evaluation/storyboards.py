@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.decode import iterate_video
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.decode import sampled_frames
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.evaluation.examples import SMALL_SIDE, thumbnail
 from dsmoe_vl.inference.summarize import VideoSummary
 from dsmoe_vl.report.content import Storyboard
@@ -22,12 +22,9 @@ def storyboard(sample: Sample, summary: VideoSummary, scores: dict[str, float], 
     curves, duration = annotated_curves(sample)
     keys = summary.key_frames()
     shown = set(_shown_frames(keys, summary.importance))
-    assert sample.media is not None, "it has been summarized"
     frames = {
         number: thumbnail(pixels, SMALL_SIDE)
-        for number, (_, pixels) in enumerate(
-            iterate_video(sample.media, data.video_frames, data.video_sampling, data.video_fps)
-        )
+        for number, (_, pixels) in enumerate(sampled_frames(sample, data))
         if number in shown
     }
     return Storyboard(

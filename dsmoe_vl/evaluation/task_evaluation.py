@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.evaluation.dealing import Dealer, Dealt
 from dsmoe_vl.evaluation.examples import Counts

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from PIL import Image
 
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dsmoe_vl.checkpoint.store import write_json
+from dsmoe_vl.drawing.pages import Tile, page
 from dsmoe_vl.errors import ConfigError, DataError
-from dsmoe_vl.inference.drawing import Tile, page
+from dsmoe_vl.files import write_json
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption_task, texts
 from dsmoe_vl.inference.index import Hit, MediaIndex, update_index

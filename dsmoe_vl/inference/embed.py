@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.inference.generate import prompt_batch
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all

@@ -18,7 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.embed import embed_media_segments, retrieval_task
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import Failed, Media, in_batches
@@ -27,7 +29,6 @@ _FORMAT = "dsmoe_vl media index 1"
 _READING = (
     "image_max_patches", "frame_max_patches", "video_frames", "video_sampling", "video_fps", "frame_pool",
 )  # fmt: skip
-_HASHED_BYTES = 1 << 24
 _PARTS = 128  # batches of embeddings between two calls of `checkpoint`
 
 
@@ -74,11 +75,9 @@ class MediaIndex:
     def save(self, path: Path) -> None:
         """Write atomically. Raises DataError if the file cannot be written."""
         metadata = {"format": _FORMAT, "model": self.model, "rows": json.dumps(self.rows)}
-        temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(save({"embeddings": self.embeddings}, metadata))
-            temporary.replace(path)
+            write_atomically(path, save({"embeddings": self.embeddings}, metadata))
         except OSError as error:
             raise DataError(f"index {path} cannot be written: {error.strerror}; name another file") from None
 
@@ -95,9 +94,8 @@ def model_hash(trained: TrainedModel) -> str:
     reading = [getattr(recipe.data, name) for name in _READING]
     settings = (recipe.model, recipe.moe, recipe.tasks.retrieval, reading, trained.tokenizer.sha256)
     digest = hashlib.sha256(repr(settings).encode())
-    with (trained.checkpoint / "model.safetensors").open("rb") as file:
-        while part := file.read(_HASHED_BYTES):
-            digest.update(part)
+    for chunk in WeightsFile(trained.checkpoint).chunks():
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import require_newest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -52,30 +52,30 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     """
     place = _device(device)
     checkpoint, manifest = require_newest(run_dir)
-    plan_file = run_dir / "plan.json"
-    tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+    plan_file, tokenizer_file = run_dir / PLAN_NAME, checkpoint / TOKENIZER_NAME
+    tokenizer = Tokenizer(tokenizer_file)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise CheckpointError(
-            f"{checkpoint / 'tokenizer.model'} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "
+            f"{tokenizer_file} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "
             f"checkpoint was trained with ({manifest.tokenizer_sha256[:12]}): restore that file"
         )
     recipe = recipe_from_json(plan_file)
-    recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(checkpoint / "tokenizer.model")))
+    recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(tokenizer_file)))
     # If experts drop tokens, a token's output depends on later tokens and on the rest of its batch: a picture's caption
     # would change with the batch, and keys could not be cached. At inference no token is dropped.
     computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
     with torch.device("meta"):
         model = build_backbone(computed)
-    weights_file = checkpoint / "model.safetensors"
     try:
-        weights = load_file(weights_file, device=str(place))
+        weights = WeightsFile(checkpoint).load(str(place))
         weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
         _shrink(model, weights)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:_REASON_LETTERS].rstrip(". ")
         raise CheckpointError(
-            f"{weights_file} does not fit the model of {plan_file}: {reason}. Name a run of this version of dsmoe_vl."
+            f"{WeightsFile(checkpoint).path} does not fit the model of {plan_file}: {reason}. Name a run of this "
+            "version of dsmoe_vl."
         ) from error
     return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, place)
 

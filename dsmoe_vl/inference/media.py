@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
-from dsmoe_vl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, VIDEO_EXTENSIONS, ShardIndex, read_sample
+from dsmoe_vl.data.shards.index import INDEX_NAME, ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
 
 BATCH = 16  # media per forward
@@ -95,14 +95,9 @@ def first_picture(sample: Sample) -> Image.Image:
     """The image, or the first frame of the video, at full resolution. Raises DataError."""
     if sample.media is None:
         raise DataError("no image or video")
-    if is_video(sample):
+    if sample.is_video:
         return Image.fromarray(decode_video(sample.media, 1, "first")[0][1])
     return Image.fromarray(decode_image(sample.media))
-
-
-def is_video(sample: Sample) -> bool:
-    """Whether the sample is a video."""
-    return sample.media_type in VIDEO_EXTENSIONS
 
 
 def in_batches(
@@ -173,4 +168,4 @@ def encode_all(encode: Callable[[Sample], T], samples: Sequence[Sample]) -> list
 
 def format_hint(sample: Sample) -> str:
     """The fix for a sample that cannot be decoded, for an error message."""
-    return "give a whole video that FFmpeg reads" if is_video(sample) else "save it as a JPEG, PNG or WebP"
+    return "give a whole video that FFmpeg reads" if sample.is_video else "save it as a JPEG, PNG or WebP"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.inference.generate import CachedDecoder, continuations
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all

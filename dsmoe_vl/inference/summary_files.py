@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from dsmoe_vl.data.decode import decode_video
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.decode import sampled_frames
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.drawing.pages import Tile, curve, page
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.inference.drawing import Tile, curve, page
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary
 
@@ -26,10 +26,7 @@ def write_summary(
 
     `count`: see `VideoSummary.key_frames`. Raises ConfigError if a file cannot be written.
     """
-    assert sample.media is not None, "it has been summarized"
-    data = trained.recipe.data
-    frames = decode_video(sample.media, data.video_frames, data.video_sampling, data.video_fps)
-    pictures = [Image.fromarray(pixels) for _, pixels in frames]
+    pictures = [Image.fromarray(pixels) for _, pixels in sampled_frames(sample, trained.recipe.data)]
     keys = summary.key_frames(count)
     tiles = [
         Tile(

@@ -7,7 +7,6 @@ import hashlib
 import torch
 from torch import nn
 
-from dsmoe_vl.model.layers import RMSNorm
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.router import Router
 
@@ -27,11 +26,10 @@ def initialise(model: VisionLanguageModel, seed: int) -> None:
     # Where the task alone decides, equal biases would send every task to the same experts.
     routers = {id(m.task_bias if m.mode == "task" else m.weight) for m in gates} | {id(m.weight) for m in gates}
     own_start = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "OWN_START", ())}
-    norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
     for name, parameter in model.named_parameters():
         if id(parameter) in own_start:
             continue
-        if id(parameter) in norms:
+        if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
             nn.init.ones_(parameter)
         elif name.endswith("bias") and id(parameter) not in routers:
             nn.init.zeros_(parameter)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dsmoe_vl.checkpoint.store import PLAN_NAME
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
+from dsmoe_vl.drawing.heatmap import Panel, load_scale, rising_scale, sheet
 from dsmoe_vl.errors import DsmoeVlError
-from dsmoe_vl.monitor.heatmap import Panel, load_scale, rising_scale, sheet
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
 
 _TIMES = 96  # columns of a panel over time, at most
@@ -109,7 +110,7 @@ def main() -> int:
 def _first_layer(run: Path) -> int:
     from dsmoe_vl.planner.plan import recipe_from_json
 
-    return recipe_from_json(run / "plan.json").moe.first_dense_layers
+    return recipe_from_json(run / PLAN_NAME).moe.first_dense_layers
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Shapes: R records, N MoE layers, J tasks, M modalities, E experts (of the widest
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import replacing
 
 FILE = "router.npz"
 RECORDS_AT_MOST = 256  # then the older half is summed in pairs, so that the file stays small in long runs
@@ -70,12 +70,8 @@ class RouterSeries:
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the old or the new file."""
-        new = path.with_name(path.name + ".new")
-        with new.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **vars(self))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
 
     def __len__(self) -> int:
         return len(self.step)

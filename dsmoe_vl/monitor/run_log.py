@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.monitor.board import layer_tag, tag, write_layout, write_settings
 from dsmoe_vl.monitor.router import draw_record
 from dsmoe_vl.monitor.router_series import RouterSeries
@@ -143,7 +144,7 @@ def _open_at(path: Path, first_step: int) -> Any:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 continue  # a line cut short by a crash
-        path.write_text("".join(kept))
+        write_atomically(path, "".join(kept))
     return path.open("a")
 
 

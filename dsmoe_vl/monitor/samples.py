@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dsmoe_vl.checkpoint.store import require_newest
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
-from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.decode import pictures_of
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.metrics.retrieval import rank_of
-from dsmoe_vl.monitor.sample_sheet import Curves, Row, draw
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.video_summary import importance_at
 
@@ -181,12 +183,8 @@ def _row(answer: Answer) -> Row:
 
 def _pictures(sample: Sample) -> list[Image.Image]:
     """The picture, or a few frames; empty if unreadable."""
-    if sample.media is None:
-        return []
     try:
-        if sample.media_type in ("jpg", "jpeg", "png", "webp"):
-            return [Image.fromarray(decode_image(sample.media, 256 * 256))]
-        return [Image.fromarray(pixels) for _, pixels in decode_video(sample.media, _FRAMES)]
+        return [Image.fromarray(pixels) for pixels in pictures_of(sample, _FRAMES, enough_pixels=256 * 256)]
     except DataError:
         return []
 
@@ -199,6 +197,6 @@ def _place(run_dir: Path, device: str) -> str:
     """The accelerator if its free memory is more than twice the weights, else the CPU."""
     if device != "cuda":
         return "cpu"
-    files = list((run_dir / "checkpoints").glob("step_*/model.safetensors"))
-    needed = 2 * max((file.stat().st_size for file in files), default=0)
+    checkpoint, _ = require_newest(run_dir)
+    needed = 2 * WeightsFile(checkpoint).size_bytes
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.mem_get_info()[0] > needed else "cpu"

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.parallel.ranks import Ranks
 
 # AVX512_BF16 does not count: its products are twice as fast as in fp32, but a whole step is slower (quickstart, two
 # ranks on two cores: 3,100 against 3,950 tokens/s in fp32), since nothing else gains and everything is cast.
@@ -24,13 +25,6 @@ _PEAK_FLOPS_BF16 = (
     (("A100",), 312e12),
     (("L40S",), 362e12),
     (("A10G",), 70e12),
-)
-_LOCAL_SIZES = (
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MPI_LOCALNRANKS",
-    "SLURM_NTASKS_PER_NODE",
 )
 
 
@@ -81,13 +75,12 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     return values
 
 
-def use_device(name: str, local_rank: int, environment: Mapping[str, str] = os.environ) -> torch.device:
+def use_device(name: str, ranks: Ranks, environment: Mapping[str, str] = os.environ) -> torch.device:
     """Make this rank's device current. On a CPU the ranks of a host share its cores evenly, unless OMP_NUM_THREADS is
     set: two ranks with a thread a core each run two to four times slower than with half of the cores."""
     if name == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        torch.cuda.set_device(ranks.local_rank)
+        return torch.device("cuda", ranks.local_rank)
     if "OMP_NUM_THREADS" not in environment:
-        local_ranks = next((int(environment[key]) for key in _LOCAL_SIZES if key in environment), 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_size))
     return torch.device("cpu")

@@ -33,8 +33,7 @@ def start_process_group(ranks: Ranks, device: str) -> None:
 
     Raises ConfigError where several ranks were started and nothing names the first host, or its port is taken.
     """
-    under_mpi = "RANK" not in os.environ and ("OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ)
-    if not under_mpi:
+    if not ranks.starts_mpi:
         ranks.export()
         if ranks.world_size > 1 and "MASTER_ADDR" not in os.environ:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Who this process is: rank, world size and local rank, whatever started it."""
+"""Who this process is: rank, world size and local rank, whatever started it. The one map of launchers' variables."""
 
 from __future__ import annotations
 
@@ -8,41 +8,76 @@ from dataclasses import dataclass
 
 from dsmoe_vl.errors import ConfigError
 
-# Launcher by launcher: rank, world size, local rank. The first complete triple wins.
-_VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # deepspeed, torchrun
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+
+@dataclass(frozen=True)
+class _Launcher:
+    """The environment variables of one kind of launcher. `step`: a variable without which the others mean nothing."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_size: tuple[str, ...]
+    starts_mpi: bool = False  # mpi4py then finds the first host
+    step: str = ""
+
+
+# The first launcher whose rank and world size are both set wins.
+_LAUNCHERS = (
+    # deepspeed (LOCAL_SIZE), torchrun (LOCAL_WORLD_SIZE)
+    _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
+    # Open MPI
+    _Launcher(
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        starts_mpi=True,
+    ),
+    # MVAPICH2
+    _Launcher(
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        ("MV2_COMM_WORLD_LOCAL_SIZE",),
+        starts_mpi=True,
+    ),
+    # MPICH, Intel MPI
+    _Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), starts_mpi=True),
+    # srun. A plain `python` in a batch script has SLURM_PROCID too: it counts only inside a step.
+    _Launcher(
+        "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",), step="SLURM_STEP_ID"
+    ),
+    # An older srun, which does not say how many tasks its step has.
+    _Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",), step="SLURM_STEP_ID"),
 )
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process among all. `local_size`: processes on this host. `starts_mpi`: started by a launcher of MPI."""
 
     rank: int
     world_size: int
     local_rank: int
+    local_size: int = 1
+    starts_mpi: bool = False
 
     @classmethod
     def discover(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """From the launcher's variables; one process where there are none.
-
-        `srun` inside an allocation of one task per node sets SLURM_* for a plain `python` too: those count only where
-        a step was started (SLURM_STEP_ID) with more than one task.
-        """
-        for names in _VARIABLES:
-            if names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
+        """From the launcher's variables; one process if there are none. Raises ConfigError for a rank out of range."""
+        for launcher in _LAUNCHERS:
+            needed = (launcher.rank, launcher.world_size, *filter(None, (launcher.step,)))
+            if not all(name in environment for name in needed):
                 continue
-            if all(name in environment for name in names[:2]):
-                rank, world_size = int(environment[names[0]]), int(environment[names[1]])
-                local_rank = int(environment.get(names[2], 0))
-                if not 0 <= rank < world_size:
-                    raise ConfigError(
-                        f"{names[0]}={rank} is not below {names[1]}={world_size}; start all ranks with one launcher"
-                    )
-                return cls(rank, world_size, local_rank)
+            rank, world_size = int(environment[launcher.rank]), int(environment[launcher.world_size])
+            if not 0 <= rank < world_size:
+                raise ConfigError(
+                    f"{launcher.rank}={rank} is not below {launcher.world_size}={world_size}; start all ranks with "
+                    "one launcher"
+                )
+            local_rank = int(environment.get(launcher.local_rank, 0))
+            local_size = next((int(environment[name]) for name in launcher.local_size if name in environment), 1)
+            return cls(rank, world_size, local_rank, local_size, launcher.starts_mpi)
         return cls(0, 1, 0)
 
     def export(self, environment: dict[str, str] | os._Environ[str] = os.environ) -> None:

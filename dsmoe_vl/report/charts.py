@@ -6,12 +6,12 @@ Shapes: N sparse layers, E experts of the widest layer, f sampled frames.
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from dsmoe_vl.drawing.canvas import round_ticks
 from dsmoe_vl.report.content import Storyboard
 
 _WIDTH, _HEIGHT = 1000, 100  # units of the curve's SVG box; the page stretches it
@@ -104,7 +104,7 @@ def importance_chart(board: Storyboard) -> ImportanceChart:
         "dots": "".join(f"M{px} {py}h0" for px, py in points) if len(points) <= _DOTS else "",
         "keys": "".join(f"M{points[key][0]} {points[key][1]}h0" for key in board.key_frames),
     }
-    ticks = [Tick(seconds, 100 * seconds / end, seconds > 0.96 * end) for seconds in _ticks(end)]
+    ticks = [Tick(seconds, 100 * seconds / end, seconds > 0.96 * end) for seconds in round_ticks(end, 6)]
     return ImportanceChart(_WIDTH, _HEIGHT, end, paths, ticks)
 
 
@@ -156,10 +156,3 @@ def _picture(depths: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def _ticks(end: float) -> list[float]:
-    """Round numbers from 0 to `end`, at most seven."""
-    power = 10.0 ** math.floor(math.log10(end / 6))
-    step = next(power * factor for factor in (1, 2, 5, 10) if end / (power * factor) <= 6)
-    return [round(number * step, 6) for number in range(int(end / step + 1e-9) + 1)]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import CaptionConfig, task_number
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import IGNORE, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig, VisionConfig
-from dsmoe_vl.data.decode import decode_image, decode_video, fit_grid, to_patches
-from dsmoe_vl.data.segment import Modality, Picture, Sample
-from dsmoe_vl.data.shards.index import VIDEO_EXTENSIONS
+from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Modality, Picture
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 
@@ -44,23 +44,19 @@ class PictureReader:
     def _decode(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
         if sample.media is None:
             raise DataError("no image or video")
-        if sample.media_type not in VIDEO_EXTENSIONS:
+        if not sample.is_video:
             image = decode_image(sample.media, self.data.image_max_patches * self.vision.patch_size**2)
             grid = self._grid(image, self.data.image_max_patches)
             cells = np.arange(self._cells(grid), dtype=np.int32)
             return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)
         pictures: list[Picture] = []
         used = 0
-        for seconds, frame in self._frames(sample.media):
+        for seconds, frame in sampled_frames(sample, self.data):
             grid = self._grid(frame, self.data.frame_max_patches)
             tokens = self._pooled_tokens(grid)
             pictures.append(Picture(self._cut(frame, grid), grid, seconds, tokens + used))
             used += int(tokens[-1]) + 1
         return Modality.VIDEO, pictures, used
-
-    def _frames(self, media: bytes) -> list[tuple[float, np.ndarray]]:
-        data = self.data
-        return decode_video(media, data.video_frames, data.video_sampling, data.video_fps)
 
     def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:
         return fit_grid(pixels.shape[1], pixels.shape[0], self.vision.patch_size, self.vision.merge, budget)

@@ -6,7 +6,8 @@ from torch import nn
 
 from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.config.task_table import named
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel

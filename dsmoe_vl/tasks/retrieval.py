@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import RetrievalConfig, task_number
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.parallel.collectives import gather_rows, own_rank

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.stats import RouterStats

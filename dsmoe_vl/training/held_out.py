@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dsmoe_vl.config.recipe import learned_tasks, term_weights
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.loader import evaluation_packs
+from dsmoe_vl.data.held_out_packs import held_out_packs
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.launch import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
@@ -29,7 +29,7 @@ class HeldOut:
         self.batches: dict[str, list[Batch]] = {}
         sources = recipe.data.evaluation
         for source in sources:
-            packs = evaluation_packs(
+            packs = held_out_packs(
                 recipe.data,
                 source,
                 encode,

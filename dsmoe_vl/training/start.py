@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dsmoe_vl.checkpoint.store import PLAN_NAME, hold
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan, changed_settings, plan_to_json
@@ -74,11 +76,9 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
             make_data(plan)
         HostGroup().barrier()
     if ranks.rank == 0:
-        from dsmoe_vl.checkpoint.store import hold
-
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         lock = hold(plan.run_dir)
-        changes = changed_settings(plan, plan.run_dir / "plan.json")
+        changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
         for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
             print(f"note: {note}", flush=True)
 
@@ -86,7 +86,7 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
 
     trainer = Trainer(plan, ranks, stop)
     if ranks.rank == 0:
-        (plan.run_dir / "plan.json").write_text(plan_to_json(plan))
+        write_atomically(plan.run_dir / PLAN_NAME, plan_to_json(plan))
     trainer.fit()
     trainer.close()
     if ranks.rank == 0:

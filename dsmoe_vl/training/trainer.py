@@ -37,7 +37,7 @@ class Trainer:
         self.plan, self.ranks = plan, ranks
         recipe = plan.recipe
         self.stop = stop
-        self.device = use_device(plan.device, ranks.local_rank)
+        self.device = use_device(plan.device, ranks)
         self.host = HostGroup()
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
         self.tokenizer.require_fit(recipe.tokenizer.vocab_size)

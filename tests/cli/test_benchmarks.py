@@ -6,45 +6,99 @@ import json
 import subprocess
 import sys
 
+from benchmarks.record import Result
+from benchmarks.results_tables import quickstart_output
+from benchmarks.summary import BLOCKS
 from tests.support.runs import REPOSITORY, finish, python, start
+from tests.support.trained import random_run
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 
 
-def figures(script, tiny, folder, *more):
-    file = folder / "figures.json"
-    command = python(BENCHMARKS / script, "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(), "--json", file)
-    result = finish(start([*command, "--steps", "2", *more]))
+def measured(command, folder, *more):
+    """The result file of a benchmark, which its tables accept."""
+    file = folder / "result.json"
+    result = finish(start([*command, "--json", file, *more]))
     assert result.status == 0, result.err
-    return json.loads(file.read_text())
+    found = Result.read(file)
+    assert found.date and found.machine.cores and {"python", "torch", "deepspeed"} <= set(found.versions)
+    assert "result.json" not in found.command
+    for block in BLOCKS.values():
+        block({found.benchmark: [found]})
+    return found
+
+
+def steps(script, tiny, folder, *more):
+    """The figures of a benchmark of two steps."""
+    command = python(BENCHMARKS / script, "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(), "--steps", "2")
+    found = measured(command, folder, *more)
+    assert f"benchmarks/{script} --recipe .../tiny.toml --deepspeed .../zero2.json --steps 2" in found.command
+    return found.figures
 
 
 def test_train_step(tiny, tmp_path):
-    found = figures("train_step.py", tiny, tmp_path, "--micro-batch", "2")
-    assert found["ranks"] == 1 and found["tokens_per_second"] > 0 and found["step_over_product_rate"] > 0
-    assert found["operators_percent"]
+    found = steps("train_step.py", tiny, tmp_path, "--micro-batch", "2")
+    assert found["recipe"] == "tiny" and found["ranks"] == 1 and found["micro_batch"] == 2
+    assert found["tokens_per_second"] > 0 and found["step_over_product_rate"] > 0 and found["operators_percent"]
 
 
 def test_moe_cost(tiny, tmp_path):
-    found = figures("moe_cost.py", tiny, tmp_path)
+    found = steps("moe_cost.py", tiny, tmp_path)
     dense, moe = (found["flops_per_token"][name] for name in ("dense", "moe"))
     assert abs(moe / dense - 1) < 0.01  # the router's part
     assert all(found[name][0] > 0 for name in ("forward_backward_moe_over_dense", "step_l1_over_moe"))
 
 
 def test_monitoring(tiny, tmp_path):
-    found = figures("monitoring.py", tiny, tmp_path, "run.router_every=2")
+    found = steps("monitoring.py", tiny, tmp_path, "run.router_every=2")
     assert found["pairs"] == 2 and len(found["watched_over_bare"]) == 3
     assert all(found[f"{part}_ms"] > 0 for part in ("step", "adding_up", "log_line", "router_record"))
 
 
 def test_data(tmp_path):
-    file = tmp_path / "figures.json"
-    command = python(BENCHMARKS / "data.py", "--samples", "32", "--workers", "1", "--repeats", "1", "--json", file)
-    result = finish(start(command))
-    assert result.status == 0, result.err
-    found = json.loads(file.read_text())
-    assert all(value > 0 for value in found["ratios"].values()) and len(found["rates"]) == 7
+    command = python(BENCHMARKS / "data.py", "--samples", "32", "--workers", "1", "--repeats", "1")
+    found = measured(command, tmp_path).figures
+    assert found["photos"] == 32 and len(found["rates"]) == 7
+    names = ("loader_over_webdataset", "loader_over_decoding", "converter_over_loop", "psnr_db", "resume_seconds")
+    assert all(found[name] > 0 for name in names)
+
+
+def test_sizes(tmp_path):
+    found = measured(python(BENCHMARKS / "sizes.py"), tmp_path).figures
+    assert list(found)[-1] == "large" and found["quickstart"]["active_parameters"] < found["quickstart"]["parameters"]
+
+
+def test_recipes_takes_a_run_and_what_was_printed(tiny, tmp_path):
+    run, log = random_run(tiny, tmp_path / "run"), tmp_path / "log.txt"
+    lines = [
+        {"step": 0, "eval_loss": 6.5},
+        {"step": 4, "step_ms": 100.0, "tokens_per_second": 10.0, "real_tokens": 0.9},
+        {"step": 6, "step_ms": 50.0, "tokens_per_second": 20.0, "real_tokens": 0.6},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = {"with_truth": 8, "attribute_accuracy": 0.5}
+    (run / "eval.json").write_text(
+        json.dumps({f"data/{name}_eval": {"caption": scores} for name in ("images", "videos")})
+    )
+    printed = [
+        *(f"step {n}/6  loss 1  0:0{6 - n} left" for n in (2, 4, 6)),
+        "saved step_6",
+        "image",
+        "generated",
+        "reference",
+    ]
+    counts = [f"{n} of 8 captions name every colour" for n in (3, 4)]
+    log.write_text(
+        "\n".join(["setup: done", "[2026-01-01] DeepSpeed", *printed[:2], "[2026] warning", *printed[2:], *counts])
+    )
+    command = python(BENCHMARKS / "recipes.py", "quickstart", "--run", run, "--log", log, "--commit", "0123abc")
+    found = measured(command, tmp_path)
+    assert (found.benchmark, found.command, found.commit) == ("quickstart", "bash launch/quickstart.sh", "0123abc")
+    assert found.figures["steps"] == 6 and found.figures["step_seconds"] == 0.5 and found.figures["seconds"] is None
+    assert abs(found.figures["real_tokens"] - 0.8) < 1e-9 and found.figures["output"] == [*printed, *counts]
+    text = quickstart_output({"quickstart": [found]})
+    shown = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    assert shown == [*printed[:4], "...", *printed[4:], counts[0], "...", counts[1]]
 
 
 def test_the_catalogue_is_the_same_every_time(tmp_path):
@@ -58,11 +112,8 @@ def test_the_catalogue_is_the_same_every_time(tmp_path):
 
 def test_generate(tiny, tmp_path):
     """The three ways write the same tokens, or the benchmark fails."""
-    file = tmp_path / "figures.json"
     command = python(BENCHMARKS / "generate.py", "--recipe", tiny.recipe, "--batch", "2", "--max-tokens", "4")
-    result = finish(start([*command, "--repeats", "2", "--json", file]))
-    assert result.status == 0, result.err
-    found = json.loads(file.read_text())
+    found = measured(command, tmp_path, "--repeats", "2").figures
     assert [len(seconds) for seconds in found["seconds"].values()] == [2, 2, 2] and len(found["ratios"]) == 2
 
 

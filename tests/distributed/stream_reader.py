@@ -28,8 +28,10 @@ from dsmoe_vl.config.recipe import VisionConfig as Vision
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig, task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.files import write_json
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 
 MARK = 1 << 20  # a token that no tokenizer has; the four tokens after it name a sample
@@ -143,11 +145,7 @@ def read(run: Run, topology: Topology, reading: Reading, alive: Connection) -> N
 
 
 def save_state(folder: Path, step: int, rank: int, state: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path = folder / f"state_{step:04d}_{rank}.json"
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(state))
-    os.replace(unfinished, path)
+    write_json(folder / f"state_{step:04d}_{rank}.json", state)
 
 
 def newest_step(folder: Path, ranks: int) -> int:

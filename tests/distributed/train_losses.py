@@ -88,7 +88,7 @@ def main() -> None:
     """One job a line of standard input: its arguments, as a JSON list. Ends with the input."""
     ranks = Ranks.discover()
     on_cuda = "cuda" in sys.argv[1:]
-    device = use_device("cuda" if on_cuda else "cpu", ranks.local_rank)
+    device = use_device("cuda" if on_cuda else "cpu", ranks)
     start_process_group(ranks, "cuda" if on_cuda else "cpu")
     for line in sys.stdin:
         faulthandler.dump_traceback_later(150, exit=True)

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true")
     args = parser.parse_args()
     ranks = Ranks.discover()
-    device = use_device("cpu", ranks.local_rank)
+    device = use_device("cpu", ranks)
     start_process_group(ranks, "cpu")
     recipe = replace(RECIPE, objective=ObjectiveConfig(L1))
     found = {}

@@ -18,7 +18,8 @@ import numpy as np
 from dsmoe_vl.config.recipe import DataConfig, ModelConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.shards import index
 from dsmoe_vl.data.shards.index import ShardIndex, read_sample
 from dsmoe_vl.data.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_tools.synthetic.films import film
 from data_tools.synthetic.scenes import scene
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 
 
 def sample(kind: str, epoch: int = 0, number: int = 0, **changes: Any) -> Sample:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import Captioned, CaptionEvaluation
 from dsmoe_vl.evaluation.dealing import Dealer

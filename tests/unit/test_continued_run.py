@@ -14,7 +14,8 @@ from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
-from dsmoe_vl.data.segment import Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import DataError
 from tests.support.tars import write_shards
 

@@ -7,26 +7,28 @@ import torch
 
 from dsmoe_vl.config.checks import check_recipe
 from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.doctor import silent_faults as doctor
+from dsmoe_vl.doctor.silent_faults import silent_faults
+from dsmoe_vl.doctor.splits import Probe, shrink
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.parallel.ranks import Ranks
-from dsmoe_vl.training import doctor
 
 
 @pytest.fixture
 def probe(tiny):
     recipe = load_recipe(tiny.recipe, ["tasks.retrieval.weight=1", "tasks.summary.weight=1"])
-    return doctor.Probe(doctor.shrink(recipe), {}, Ranks(0, 1, 0), None)
+    return Probe(shrink(recipe), {}, Ranks(0, 1, 0), None)
 
 
 def test_a_healthy_recipe_has_no_faults(probe):
-    assert doctor.silent_faults(probe) == []
+    assert silent_faults(probe) == []
 
 
 def test_a_healthy_recipe_of_the_capacity_backend(tiny):
     settings = ["moe.backend=capacity", "moe.top_k=1", "tasks.retrieval.weight=1", "tasks.summary.weight=1"]
-    recipe = doctor.shrink(load_recipe(tiny.recipe, settings))
-    assert doctor.silent_faults(doctor.Probe(recipe, {}, Ranks(0, 1, 0), None)) == []
+    recipe = shrink(load_recipe(tiny.recipe, settings))
+    assert silent_faults(Probe(recipe, {}, Ranks(0, 1, 0), None)) == []
 
 
 def test_padding_in_the_statistics(probe, monkeypatch):
@@ -36,7 +38,7 @@ def test_padding_in_the_statistics(probe, monkeypatch):
         return right(routing, task_ids, modality_ids, torch.ones_like(real), *sizes)
 
     monkeypatch.setattr(RouterStats, "of", staticmethod(wrong))
-    (fault,) = doctor.silent_faults(probe)
+    (fault,) = silent_faults(probe)
     assert fault.startswith("routing statistics include padding")
 
 
@@ -45,7 +47,7 @@ def test_a_balancing_term_without_gradient(probe, monkeypatch):
     monkeypatch.setattr(
         RouterStats, "of", staticmethod(lambda *given: (s := right(*given))._replace(z_sum=s.z_sum.detach()))
     )
-    (fault,) = doctor.silent_faults(probe)
+    (fault,) = silent_faults(probe)
     assert fault == "z_loss has no gradient in some router"
 
 
@@ -58,7 +60,7 @@ def test_an_expert_that_is_dense_to_deepspeed(probe, monkeypatch):
         return model
 
     monkeypatch.setattr(doctor, "build_model", wrong)
-    (fault,) = doctor.silent_faults(probe)
+    (fault,) = silent_faults(probe)
     assert "experts.w2 is dense to DeepSpeed" in fault
 
 
@@ -71,16 +73,16 @@ def test_random_evaluation(probe, monkeypatch):
         return model
 
     monkeypatch.setattr(doctor, "build_model", wrong)
-    assert all(fault.startswith("evaluation is random: ") for fault in doctor.silent_faults(probe))
-    assert doctor.silent_faults(probe)
+    assert all(fault.startswith("evaluation is random: ") for fault in silent_faults(probe))
+    assert silent_faults(probe)
 
 
 def test_the_shrunk_recipe_of_either_backend_leaves_nothing_to_chance(tiny):
     settings = ["moe.backend=capacity", "moe.capacity_factor=1.0", "moe.top_k=1", "moe.noisy_gate=RSample"]
-    recipe = doctor.shrink(load_recipe(tiny.recipe, settings))
+    recipe = shrink(load_recipe(tiny.recipe, settings))
     assert (recipe.moe.drop_tokens, recipe.moe.noisy_gate, recipe.moe.capacity_factor) == (False, "", 1.25)
     check_recipe(recipe, 2, "tiny.toml")
-    assert doctor.shrink(load_recipe(tiny.recipe)).moe.drop_tokens
+    assert shrink(load_recipe(tiny.recipe)).moe.drop_tokens
 
 
 def test_a_router_that_no_task_teaches(probe, monkeypatch):
@@ -91,5 +93,5 @@ def test_a_router_that_no_task_teaches(probe, monkeypatch):
         return routing._replace(gates=routing.gates.detach())
 
     monkeypatch.setattr(Router, "forward", wrong)
-    (fault,) = doctor.silent_faults(probe)
+    (fault,) = silent_faults(probe)
     assert fault == "the tasks' loss has no gradient in some router"

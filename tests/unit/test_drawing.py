@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from dsmoe_vl.inference.drawing import MARK, Tile, curve, page, shortened, wrapped
+from dsmoe_vl.drawing.pages import MARK, Tile, curve, page, shortened, title_lines
 
 
 def coloured(colour, size=(40, 30)):
@@ -40,7 +40,7 @@ def test_names_keep_both_ends():
     assert shortened("short.jpg", 100) == "short.jpg"
     cut = shortened("a_very_long_name_of_a_holiday_video_0042.mp4", 150)
     assert font.getlength(cut) <= 150 and cut.startswith("a_very") and cut.endswith(".mp4") and "..." in cut
-    lines = wrapped("one two three four five " + "w" * 90, 100)
+    lines = title_lines("one two three four five " + "w" * 90, 100)
     assert len(lines) > 2 and all(font.getlength(line) <= 100 for line in lines)
     assert " ".join(lines[:-1]) == "one two three four five"
 

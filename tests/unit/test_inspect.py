@@ -14,8 +14,8 @@ from data_tools.synthetic.generate import generate
 from data_tools.tokenizer.train import train
 from data_tools.writer import ShardWriter
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.drawing.contact_sheet import PAGE_WIDTH, Cell, contact_sheet
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.inference.contact_sheet import PAGE_WIDTH, Cell, contact_sheet
 
 
 def photo(size=(64, 48)):

@@ -1,11 +1,9 @@
+"""The stream of a rank: its order, its position, and what it refuses."""
+
+from __future__ import annotations
+
 import dataclasses
-import gc
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -13,87 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from dsmoe_vl.config.recipe import DataConfig, SourceConfig
-from dsmoe_vl.config.task_table import task_number
-from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.decode import decode_image, fit_grid, to_patches
-from dsmoe_vl.data.loader import Loader, evaluation_packs
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Sample, Segment
-from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
-from tests.support.tars import encoded_as, picture, write_index, write_shards, write_tar
-
-DATA = DataConfig(pack_length=64, pack_patches=4, lanes=8, lookahead=4, shuffle_block=8, workers=0)
-Identity = tuple[int, int, int, int]  # source, epoch, shard, sample
-
-
-def encode(sample: Sample) -> list[Segment]:
-    """A segment of 6 to 30 tokens that begins with the sample's identity."""
-    name, shard, number = sample.key.split("-")
-    length = 6 + (int(shard) * 31 + int(number) * 17) % 25
-    tokens = np.zeros(length, np.int32)
-    tokens[:4] = ord(name[0]) - ord("a"), sample.epoch, int(shard), int(number)
-    tokens[4] = torch.get_num_threads()
-    return [Segment(task_number("caption"), tokens, tokens.copy(), np.zeros(length, np.int32))]
-
-
-def encode_picture(sample: Sample) -> list[Segment]:
-    """A still image, one token a cell."""
-    assert sample.media is not None
-    image = decode_image(sample.media)
-    grid = fit_grid(image.shape[1], image.shape[0], 8, 2, 16)
-    cells = np.arange(grid[0] * grid[1] // 4, dtype=np.int32)
-    tokens = np.full(len(cells), 5, np.int32)
-    image_modality = np.full(len(cells), Modality.IMAGE, np.int32)
-    pictures = [Picture(to_patches(image, grid, 8, 2), grid, -1.0, cells)]
-    return [Segment(task_number("caption"), tokens, tokens, image_modality, pictures)]
-
-
-def encode_with_a_bug(sample: Sample) -> list[Segment]:
-    raise ZeroDivisionError("a bug in encode")
-
-
-def refuse(sample: Sample) -> list[Segment]:
-    raise DataError(f"image cannot be decoded: {sample.key}")
-
-
-def identities(batch: Batch) -> list[Identity]:
-    starts = batch.cu_segments[:-1].tolist()
-    rows = [batch.tokens[start : start + 4].tolist() for start in starts if batch.real[start]]
-    return [(source, epoch, shard, number) for source, epoch, shard, number in rows]
+from dsmoe_vl.config.recipe import SourceConfig
+from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.errors import CheckpointError, ConfigError
+from tests.support.loading import (
+    COUNTS,
+    DATA,
+    Identity,
+    encode,
+    encode_picture,
+    loaders,
+    states_of,
+    take,
+    two_sources,
+)
+from tests.support.tars import encoded_as, picture, write_index, write_tar
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> tuple[SourceConfig, ...]:
-    write_shards(tmp_path / "a", [37, 0, 64, 12])
-    write_shards(tmp_path / "b", [5])
-    return (SourceConfig("a", str(tmp_path / "a"), 3.0), SourceConfig("b", str(tmp_path / "b"), 1.0))
-
-
-def loaders(
-    sources: tuple[SourceConfig, ...], ranks: int, workers: int = 0, packs_a_step: int = 8, seed: int = 1
-) -> list[Loader]:
-    """All ranks of one topology; a step has `packs_a_step` packs whatever the number of ranks."""
-    data = dataclasses.replace(DATA, workers=workers)
-    return [
-        Loader(data, sources, encode, 16, 2, seed, rank, ranks, micro_batch=2, accumulation=packs_a_step // 2 // ranks)
-        for rank in range(ranks)
-    ]
-
-
-def take(world: list[Loader], steps: int) -> list[list[Identity]]:
-    """What all ranks together see in each of the next steps, sorted; workers are ended."""
-    streams = [iter(loader) for loader in world]
-    seen = []
-    for _ in range(steps):
-        batches = [batch for stream in streams for batch in next(stream)]
-        seen.append(sorted(one for batch in batches for one in identities(batch)))
-    for loader in world:
-        loader.close()
-    return seen
-
-
-def states_of(world: list[Loader]) -> list[dict]:
-    return json.loads(json.dumps([loader.state_dict() for loader in world]))
+    return two_sources(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +64,7 @@ def test_stopped_and_continued_elsewhere_is_the_same_stream(
 
     drawn = Counter(one for step in unbroken for one in step)
     assert set(drawn.values()) == {1}
-    whole = {(shard, number) for shard, count in enumerate([37, 0, 64, 12]) for number in range(count)}
+    whole = {(shard, number) for shard, count in enumerate(COUNTS) for number in range(count)}
     assert {one[2:] for one in drawn if one[:2] == (0, 0)} == whole
     for epoch in range(3):
         assert {one[2:] for one in drawn if one[:2] == (1, epoch)} == {(0, number) for number in range(5)}
@@ -169,70 +106,6 @@ def test_batches_have_the_asked_shape(sources: tuple[SourceConfig, ...]) -> None
 
 def test_seeds_differ(sources: tuple[SourceConfig, ...]) -> None:
     assert take(loaders(sources, 1, seed=1), 1) != take(loaders(sources, 1, seed=2), 1)
-
-
-def test_workers_have_one_thread_and_end(sources: tuple[SourceConfig, ...]) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        (loader,) = loaders(sources, 1, workers=2)
-        batch = next(iter(loader))[0]
-        starts = batch.cu_segments[:-1][batch.real[batch.cu_segments[:-1].long()]]
-        assert set(batch.tokens[starts.long() + 4].tolist()) == {1}
-        assert len(multiprocessing.active_children()) == 2
-        loader.close()
-        assert not multiprocessing.active_children()
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_worker_does_not_collect_what_it_inherits(sources: tuple[SourceConfig, ...], tmp_path: Path) -> None:
-    """FFmpeg's coders have threads, which a fork does not carry over; freed in a worker, they would wait for them."""
-
-    class Inherited:
-        def __init__(self) -> None:
-            self.itself = self
-
-        def __del__(self) -> None:
-            (tmp_path / f"deleted by {os.getpid()}").touch()
-
-    def collect(sample: Sample) -> list[Segment]:
-        gc.collect()
-        return encode(sample)
-
-    gc.disable()
-    try:
-        Inherited()
-        data = dataclasses.replace(DATA, workers=1)
-        loader = Loader(data, sources, collect, 16, 2, seed=1, rank=0, ranks=1, micro_batch=1, accumulation=1)
-        next(iter(loader))
-        loader.close()
-    finally:
-        gc.enable()
-    gc.collect()
-    assert [path.name for path in tmp_path.glob("deleted by *")] == [f"deleted by {os.getpid()}"]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_samples_end_the_run_with_their_message(sources: tuple[SourceConfig, ...], workers: int) -> None:
-    data = dataclasses.replace(DATA, workers=workers)
-    loader = Loader(data, sources, refuse, 16, 2, seed=1, rank=0, ranks=1, micro_batch=1, accumulation=1)
-    with pytest.raises(
-        DataError, match=r"^data\.sources, a: 2 of 2 samples are bad, .*: image cannot be decoded: a-"
-    ) as error:
-        next(iter(loader))
-    assert "Traceback" not in str(error.value)
-    assert loader.report()["a/errors"] == 2
-    loader.close()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bug_is_not_taken_for_a_bad_sample(sources: tuple[SourceConfig, ...], workers: int) -> None:
-    data = dataclasses.replace(DATA, workers=workers)
-    loader = Loader(data, sources, encode_with_a_bug, 16, 2, seed=1, rank=0, ranks=1, micro_batch=1, accumulation=1)
-    with pytest.raises(ZeroDivisionError, match="a bug in encode"):
-        next(iter(loader))
-    loader.close()
 
 
 def test_bad_samples_are_skipped_and_listed(tmp_path: Path) -> None:
@@ -300,74 +173,3 @@ def test_states_that_do_not_belong_together_are_refused(sources: tuple[SourceCon
         first.load_state_dict(states_of([first, first]))
     with pytest.raises(CheckpointError, match="no data state"):
         first.load_state_dict([])
-
-
-class Together:
-    """The maximum over threads that stand for ranks."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=30)
-        self.values: dict[int, int] = {}
-
-    def maximum(self, rank: int, value: int) -> int:
-        self.values[rank] = value
-        self.barrier.wait()
-        largest = max(self.values.values())
-        self.barrier.wait()
-        return largest
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_evaluation_sees_every_sample_once(sources: tuple[SourceConfig, ...], ranks: int) -> None:
-    together = Together(ranks)
-    packs: dict[int, list] = {}
-
-    def pass_over(rank: int) -> None:
-        packs[rank] = list(
-            evaluation_packs(DATA, sources[0], encode, 16, 2, rank, ranks, lambda value: together.maximum(rank, value))
-        )
-
-    threads = [threading.Thread(target=pass_over, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(packs) == list(range(ranks))
-    assert len({len(one) for one in packs.values()}) == 1
-    keys = Counter(key for one in packs.values() for pack in one for key in pack.keys)
-    assert keys == {f"a-{shard}-{i}": 1 for shard, count in enumerate([37, 0, 64, 12]) for i in range(count)}
-
-
-def test_evaluation_fills_up_with_packs_without_labels(sources: tuple[SourceConfig, ...]) -> None:
-    answers = iter([1] * 30 + [0])
-    *_, last = evaluation_packs(DATA, sources[1], encode, 16, 2, maximum=lambda value: next(answers))
-    assert (last.keys, set(last.counts.values())) == ([], {0})
-    assert (last.labels == IGNORE).all()
-
-
-@pytest.mark.parametrize("encode_name", ["encode", "encode_with_a_bug"])
-def test_a_process_that_fails_with_an_open_loader_ends(
-    encode_name: str, sources: tuple[SourceConfig, ...], tmp_path: Path
-) -> None:
-    """Also where the error came out of the stream and is kept, and with it the stream."""
-    script = tmp_path / "fail.py"
-    paths = [(source.name, str(source.path)) for source in sources]
-    script.write_text(
-        "import dataclasses\n"
-        f"from tests.unit.test_loader import DATA, SourceConfig, {encode_name}\n"
-        "from dsmoe_vl.data.loader import Loader\n"
-        f"sources = tuple(SourceConfig(name, path) for name, path in {paths!r})\n"
-        "data = dataclasses.replace(DATA, workers=1)\n"
-        f"loader = Loader(data, sources, {encode_name}, 16, 2, 1, 0, 1, micro_batch=1, accumulation=1)\n"
-        "try:\n"
-        "    next(iter(loader))\n"
-        "except ZeroDivisionError as error:\n"
-        "    kept = error\n"
-        "    loader.close()\n"
-        "raise RuntimeError('the end')\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    ended = subprocess.run(
-        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(root)}, timeout=60, check=False
-    )
-    assert ended.returncode == 1

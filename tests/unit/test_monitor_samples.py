@@ -12,10 +12,10 @@ from PIL import Image
 
 from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
+from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.summarize import VideoSummary
 from dsmoe_vl.monitor import samples
-from dsmoe_vl.monitor.sample_sheet import Curves, Row, draw
 
 TASKS = TasksConfig(retrieval=RetrievalConfig(weight=1.0), summary=SummaryConfig(weight=1.0))
 

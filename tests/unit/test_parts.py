@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -145,6 +146,36 @@ def test_publishing_may_be_interrupted(tmp_path, monkeypatch, moved):
     monkeypatch.undo()
     convert(found, tmp_path / "out", settings)
     assert content(tmp_path / "out") == content(tmp_path / "unbroken")
+
+
+def test_interrupted_at_any_call_and_repeated(tmp_path, monkeypatch):
+    """Any call that changes a folder."""
+    found = [Record(f"{i}", "image", photo(tmp_path / f"{i}.jpg"), [f"{i}"]) for i in range(4)] + records(5)[4:]
+    settings = Settings("test", samples_per_shard=2)
+    convert(found, tmp_path / "unbroken", settings, max_rejected=0.5)
+    for calls in itertools.count():
+        output, left = tmp_path / f"out-{calls}", itertools.count(-calls)
+        with monkeypatch.context() as patch:
+            for function in ("mkdir", "replace", "rename", "unlink", "rmdir"):
+                patch.setattr(os, function, interrupted(getattr(os, function), left))
+            try:
+                convert(found, output, settings, max_rejected=0.5)
+                break
+            except KeyboardInterrupt:
+                pass
+        if not (output / "index.json").exists() or (output / ".unfinished").exists():
+            convert(found, output, settings, max_rejected=0.5)
+        assert content(output) == content(tmp_path / "unbroken")
+    assert calls > 20
+
+
+def interrupted(function, left):
+    def call(*args, **options):
+        if next(left) == 0:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    return call
 
 
 def test_another_conversion_in_the_same_folder_is_refused(tmp_path):

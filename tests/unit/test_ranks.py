@@ -17,6 +17,16 @@ from dsmoe_vl.parallel.ranks import Ranks
         ),
         ({"PMI_RANK": "2", "PMI_SIZE": "4"}, (2, 4, 0)),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, (9, 16, 1)),
+        (
+            {
+                "SLURM_STEP_ID": "3",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_NTASKS": "8",
+                "SLURM_LOCALID": "0",
+            },
+            (0, 1, 0),
+        ),  # a step of one task in a job of eight
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, (0, 1, 0)),  # a batch script outside of srun is one process
     ],
 )
@@ -28,3 +38,18 @@ def test_discovery(environment, expected):
 def test_a_rank_beyond_the_world_is_refused():
     with pytest.raises(ConfigError, match="RANK=2 is not below WORLD_SIZE=2"):
         Ranks.discover({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, (2, False)),  # deepspeed
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, (4, False)),  # torchrun
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (2, True)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "3"}, (3, True)),
+        ({}, (1, False)),
+    ],
+)
+def test_ranks_of_a_host_and_mpi(environment, expected):
+    ranks = Ranks.discover(environment)
+    assert (ranks.local_size, ranks.starts_mpi) == expected

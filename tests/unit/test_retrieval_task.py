@@ -11,7 +11,8 @@ from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import TasksConfig
 from dsmoe_vl.config.task_table import RetrievalConfig, task_number
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Sample
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.pictures import PictureReader

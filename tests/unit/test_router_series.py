@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe
+from dsmoe_vl.drawing.heatmap import load_scale, rising_scale
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.moe.stats import GATE_BINS, RoutingSums, max_violation
-from dsmoe_vl.monitor.heatmap import load_scale, rising_scale
 from dsmoe_vl.monitor.recorder import RouterRecorder
 from dsmoe_vl.monitor.router import draw_record, draw_run
 from dsmoe_vl.monitor.router_series import RECORDS_AT_MOST, RouterSeries

@@ -91,7 +91,7 @@ def test_an_exception_publishes_nothing_and_a_rerun_starts_afresh(tmp_path):
 
 def test_existing_shards_are_never_touched(tmp_path):
     before = {path: path.read_bytes() for path in write(tmp_path).iterdir()}
-    with pytest.raises(DataError, match="already holds shards"):
+    with pytest.raises(DataError, match="already has shards"):
         ShardWriter(tmp_path, "val")
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -16,11 +16,12 @@ from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Sample, Segment
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment
 from dsmoe_vl.data.slots import PatchSlots
 from dsmoe_vl.errors import DataError
+from tests.support.loading import DATA, encode_picture
 from tests.support.tars import encoded_as, picture, write_tar
-from tests.unit.test_loader import DATA, encode_picture
 
 pytestmark = pytest.mark.timeout(60)
 SHAPE = PackShape(length=8, patches=8, patch_size=4, merge=2)

@@ -10,7 +10,7 @@ import pytest
 from data_tools.synthetic.generate import generate
 from data_tools.tokenizer.train import reservoir, sample_texts, train
 from data_tools.writer import ShardWriter
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import DataError

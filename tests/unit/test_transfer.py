@@ -1,4 +1,4 @@
-"""One remote file: where it is, and what its transport does when something goes wrong."""
+"""Downloads of one remote file: its URL, and what happens when something goes wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dsmoe_vl.data.shards.download import PermanentFailure, TransientFailure, blocks, file_url, is_remote, without_query
+from dsmoe_vl.data.shards.download import (
+    PermanentFailure,
+    TransientFailure,
+    download,
+    file_url,
+    is_remote,
+    without_query,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -45,7 +52,7 @@ def test_local_folders() -> None:
 @pytest.mark.parametrize("size", [None, 100_000])
 def test_a_command_writes_a_file(tmp_path: Path, size: int | None) -> None:
     (tmp_path / "a").write_bytes(bytes(range(250)) * 400)
-    assert b"".join(blocks(f"pipe:cat {tmp_path}/a", 10, size)) == bytes(range(250)) * 400
+    assert b"".join(download(f"pipe:cat {tmp_path}/a", 10, size)) == bytes(range(250)) * 400
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,7 @@ def test_a_command_writes_a_file(tmp_path: Path, size: int | None) -> None:
 )
 def test_commands_that_fail(tmp_path: Path, command: str, failure: type[Exception], message: str) -> None:
     with pytest.raises(failure, match=message):
-        list(blocks(f"pipe:{command.format(folder=tmp_path)}", 1, 10))
+        list(download(f"pipe:{command.format(folder=tmp_path)}", 1, 10))
     pids = (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []
     deadline = time.monotonic() + 30
     while any(Path("/proc", pid).exists() for pid in pids):  # whatever the shell has started ends with it
@@ -70,7 +77,7 @@ def test_commands_that_fail(tmp_path: Path, command: str, failure: type[Exceptio
 
 
 def test_a_reader_that_turns_away_ends_the_command(tmp_path: Path) -> None:
-    source = blocks(f"pipe:echo $$ > {tmp_path}/pid; echo; sleep 100", 10)
+    source = download(f"pipe:echo $$ > {tmp_path}/pid; echo; sleep 100", 10)
     assert next(source) == b"\n"
     source.close()
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
@@ -87,7 +94,7 @@ def test_a_file_system_that_hangs() -> None:
 
     fsspec.register_implementation("hanging", Hanging, clobber=True)
     with pytest.raises(TransientFailure, match=r"no data for 0\.1 s"):
-        list(blocks("hanging://a", 0.1))
+        list(download("hanging://a", 0.1))
     released.set()
 
 
@@ -103,4 +110,4 @@ def test_a_file_system_that_hangs() -> None:
 )
 def test_what_will_not_get_better(url: str, message: str) -> None:
     with pytest.raises(PermanentFailure, match=message):
-        list(blocks(url, 10))
+        list(download(url, 10))

@@ -1,7 +1,7 @@
-"""The bytes of one remote file: from a web server, from what fsspec reads, or from a command.
+"""Download one remote file: from a web server, through fsspec, or from the output of a command.
 
-Every transport has a time limit on silence, so that none hangs. What goes wrong is either a `PermanentFailure`, which
-would be the same the next time, or a `TransientFailure`, which may not.
+Every download has a time limit, so none hangs. It fails with a `PermanentFailure` if trying again is of no use, and
+with a `TransientFailure` if another try may succeed.
 """
 
 from __future__ import annotations
@@ -27,60 +27,60 @@ from dsmoe_vl.config.recipe import PIPE
 
 Transport = Generator[int | bytes | None, None, None]
 
-_BLOCK = 2**20  # bytes that are read at once
+_BLOCK = 2**20  # bytes to read at once
 _WEB = ("http://", "https://")
-_TRY_AGAIN = (408, 425, 429)  # statuses of HTTP below 500 that speak of the moment: timeout, too early, too many
+_TRY_AGAIN = (408, 425, 429)  # HTTP statuses below 500 that may pass: timeout, too early, too many requests
 _NEVER = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
-    ValueError,  # a malformed URL, an unknown protocol; a certificate that does not verify is one too
-    ImportError,  # fsspec names the package that a protocol needs
+    ValueError,  # a malformed URL, an unknown protocol, an invalid certificate
+    ImportError,  # the package that a protocol of fsspec needs
     http.client.InvalidURL,
 )
-_NO_SUCH_COMMAND = (126, 127)  # exit statuses of a shell
+_NO_SUCH_COMMAND = (126, 127)  # exit statuses of the shell
 
 
 class PermanentFailure(Exception):
-    """Trying again is of no use; the message says why."""
+    """Trying again is of no use. The message says why."""
 
 
 class TransientFailure(Exception):
-    """May go well another time; the message says what went wrong."""
+    """Another try may succeed. The message says what went wrong."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a source's path is a URL or a command, and not a local folder."""
+    """Whether the path of a source is a URL or a command, not a local folder."""
     return path.startswith(PIPE) or "://" in path
 
 
 def file_url(folder: str, name: str) -> str:
-    """The URL, or command, of the file `name` of a remote folder.
+    """The URL or command of the file `name` in a remote folder.
 
-    Raises PermanentFailure for a name that a shell would not take as it stands: manifests run no commands.
+    Raises PermanentFailure for a name that a shell could read as more than a word: a manifest must not run commands.
     """
     if folder.startswith(PIPE):
         if shlex.quote(name) != name or name.startswith("-"):
             raise PermanentFailure(f"{name!r} is not a safe name in a shell command; rename the shard")
         return folder.replace("{}", name)
     if folder.startswith(_WEB):
-        parts = urlsplit(folder)  # a query, such as an access token, stays behind the name
+        parts = urlsplit(folder)  # the query, such as an access token, stays at the end
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
     return f"{folder.rstrip('/')}/{name}"
 
 
 def without_query(url: str) -> str:
-    """`url` for messages and cache keys: the query of a web address may hold a token, which expires and is secret."""
+    """`url` for messages and cache keys. The query of a web address may be an access token: secret, and short-lived."""
     return url.partition("?")[0] if url.startswith(_WEB) else url
 
 
-def blocks(url: str, silence: float, size: int | None = None) -> Generator[bytes, None, None]:
-    """The bytes of a file, block by block.
+def download(url: str, timeout: float, size: int | None = None) -> Generator[bytes, None, None]:
+    """The content of a file, block by block.
 
     Args:
-        silence: seconds without a byte that are taken for a failure.
-        size: bytes that should come, for transports that do not say how many there are.
+        timeout: seconds without a byte after which the download fails.
+        size: expected bytes, for transports that do not announce them.
 
     Raises:
         PermanentFailure, TransientFailure: nothing else.
@@ -88,15 +88,15 @@ def blocks(url: str, silence: float, size: int | None = None) -> Generator[bytes
     transport = _command if url.startswith(PIPE) else _web if url.startswith(_WEB) else _fsspec
     received = 0
     try:
-        with closing(transport(url, silence)) as source:
-            announced = next(source)  # each transport begins with the number of bytes that will come, if it knows
+        with closing(transport(url, timeout)) as source:
+            announced = next(source)  # each transport first yields the number of bytes, or None
             for block in source:
                 assert isinstance(block, bytes)
                 received += len(block)
                 yield block
     except (PermanentFailure, TransientFailure):
         raise
-    except Exception as error:  # storage libraries raise classes of their own, which fsspec passes on
+    except Exception as error:  # fsspec passes on whatever storage libraries raise
         raise _failure(error) from error
     expected = announced if isinstance(announced, int) else size
     if expected is not None and received < expected:
@@ -115,15 +115,15 @@ def _failure(error: Exception) -> PermanentFailure | TransientFailure:
     return PermanentFailure(text) if permanent else TransientFailure(text)
 
 
-def _web(url: str, silence: float) -> Transport:
-    with urlopen(Request(url, headers={"User-Agent": "dsmoe_vl"}), timeout=silence) as response:
+def _web(url: str, timeout: float) -> Transport:
+    with urlopen(Request(url, headers={"User-Agent": "dsmoe_vl"}), timeout=timeout) as response:
         yield response.length
         while block := response.read(_BLOCK):
             yield block
 
 
-def _fsspec(url: str, silence: float) -> Transport:
-    """Read in a thread that is left behind where it hangs: not every file system of fsspec has time limits."""
+def _fsspec(url: str, timeout: float) -> Transport:
+    """Reads in a thread, which is abandoned if it hangs: not every file system of fsspec has time limits."""
 
     def read() -> Transport:
         files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
@@ -147,19 +147,19 @@ def _fsspec(url: str, silence: float) -> Transport:
     try:
         while True:
             asked.put(True)
-            item = answers.get(timeout=silence)
+            item = answers.get(timeout=timeout)
             if isinstance(item, Exception):
                 raise item
             if item == b"":
                 return
             yield item
     except Empty:
-        raise TransientFailure(f"no data for {silence:g} s") from None
+        raise TransientFailure(f"no data for {timeout:g} s") from None
     finally:
         asked.put(False)
 
 
-def _command(url: str, silence: float) -> Transport:
+def _command(url: str, timeout: float) -> Transport:
     yield None
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
@@ -168,21 +168,21 @@ def _command(url: str, silence: float) -> Transport:
             stdout=subprocess.PIPE,
             stderr=stderr,
             bufsize=0,
-            start_new_session=True,  # a group of its own, which can be killed with all that the shell has started
+            start_new_session=True,  # a process group, to kill all that the shell has started
         )
         assert process.stdout is not None
         try:
             readable = select.poll()
             readable.register(process.stdout)
-            while readable.poll(silence * 1000):
+            while readable.poll(timeout * 1000):
                 if not (block := process.stdout.read(_BLOCK)):
                     break
                 yield block
             else:
-                raise TransientFailure(f"no data for {silence:g} s")
-            status = process.wait(silence)
+                raise TransientFailure(f"no data for {timeout:g} s")
+            status = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise TransientFailure(f"did not end {silence:g} s after its last byte") from None
+            raise TransientFailure(f"did not end {timeout:g} s after its last byte") from None
         finally:
             if process.poll() is None:
                 with suppress(ProcessLookupError):

@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.segment import Sample
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
-from dsmoe_vl.data.shards.remote import RemoteFolder
+from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
 from dsmoe_vl.errors import DataError, FetchError
 
 INDEX_NAME = "index.json"
 SCHEMA_VERSION = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
 
 _MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 _TEXT_EXTENSIONS = ("txt", "json")
@@ -55,7 +53,7 @@ class ShardIndex:
     folder: Path
     split: str
     shards: tuple[Shard, ...]
-    remote: RemoteFolder | None = field(default=None, compare=False)
+    remote: RemoteShards | None = field(default=None, compare=False)
 
     @classmethod
     def load(cls, folder: str | Path, data: DataConfig = _DEFAULTS) -> ShardIndex:
@@ -189,7 +187,7 @@ def _read_manifest(manifest: Path) -> ShardIndex:
 
 
 def _read_remote_manifest(url: str, data: DataConfig) -> ShardIndex:
-    remote = RemoteFolder(url, data)
+    remote = RemoteShards(url, data)
     split, shards = _parse_manifest(remote.read(INDEX_NAME), f"{INDEX_NAME} of {remote.name}", _REWRITE_HINT)
     for shard in shards:
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):

@@ -1,11 +1,10 @@
-"""Remote folders of shards: each shard is downloaded whole, once per host, into a cache that processes and runs share.
+"""Remote shards: each is downloaded whole, once per host, into a cache that processes and runs share.
 
-    CACHE/FOLDER/SHARD-NAME      hashes of the folder's URL and of the shard, so that a changed shard is another file
-    CACHE/locks/FOLDER-SHARD     held by the process that downloads it
+    CACHE/FOLDER/SHARD-NAME      FOLDER is a hash of the URL, SHARD of the content: a changed shard is a new file
+    CACHE/locks/FOLDER-SHARD     locked by the process that downloads the shard
 
-A shard that cannot be had is a matter of the data: a DataError, remembered for as long as the folder is open. A server
-that does not answer, or a cache that cannot be written, says nothing about the data and would change their order: after
-some patience it is a FetchError, which ends the run.
+A missing or wrong shard is a fault of the data: a DataError, and its samples are skipped. A server that keeps failing,
+or a cache that cannot be written, is not: skipping would change the order of the data, so a FetchError ends the run.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import logging
 import math
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -24,18 +22,18 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from dsmoe_vl.config.recipe import PIPE, DataConfig
-from dsmoe_vl.data.shards.download import PermanentFailure, TransientFailure, blocks, file_url, without_query
+from dsmoe_vl.data.shards.download import PermanentFailure, TransientFailure, download, file_url, without_query
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
+from dsmoe_vl.files import PARTIAL, replacing
 
-_SILENCE = 30.0  # seconds without a byte that are taken for a failure
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds between attempts; doubles
-_POLL = 0.05  # seconds between looks at a lock that another process holds
-_LIFELESS = 180.0  # seconds without a sign of life after which such a process is not waited for
-_PARTIAL = ".partial"
-_ABANDONED = 3600.0  # seconds after its last byte at which the remains of a download are removed
-_SOON = 600.0  # seconds; who removes a shard that was read so recently has too small a cache
-_HEX = 16  # digits of a hash in a file name
-# Only what has been put there is ever removed, whatever else lies in the folder.
+_TIMEOUT = 30.0  # seconds without a byte after which a download fails
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds between attempts, doubling
+_POLL = 0.05  # seconds between attempts to get a lock
+_LOCK_TIMEOUT = 180.0  # seconds without progress after which the owner of a lock is not waited for
+_ABANDONED = 3600.0  # seconds after the last byte when an unfinished download is removed
+_SOON = 600.0  # seconds since the last use; removing a shard earlier means that the cache is too small
+_HEX = 16  # digits of a hash in a name
+# Only files of this form are ever removed.
 _CACHED = "[0-9a-f]" * _HEX + "/" + "[0-9a-f]" * _HEX + "-*"
 
 T = TypeVar("T")
@@ -43,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Mismatch(TransientFailure):
-    """A whole file, but not the one that the manifest describes."""
+    """The downloaded file is not the one that the manifest describes."""
 
 
 class _Cached(NamedTuple):
@@ -52,11 +50,11 @@ class _Cached(NamedTuple):
     path: Path
 
 
-class RemoteFolder:
-    """A folder of shards behind a URL or a command, and its part of the cache; can be pickled."""
+class RemoteShards:
+    """The shards behind a URL or a command, and their folder in the cache. Can be pickled."""
 
     def __init__(self, url: str, data: DataConfig) -> None:
-        """Nothing is read yet. Raises ConfigError for a command where `data.allow_pipe` does not allow any."""
+        """Does not read anything yet. Raises ConfigError for a command unless `data.allow_pipe` is set."""
         if url.startswith(PIPE) and not data.allow_pipe:
             raise ConfigError(
                 f'"{url}" runs a shell command, which only a recipe with data.allow_pipe = true may do: set it, or '
@@ -67,21 +65,21 @@ class RemoteFolder:
         self._data = data
         self._cache = Path(data.cache).expanduser()
         key = hashlib.sha256(self.name.rstrip("/").encode()).hexdigest()[:_HEX]
-        self.folder = self._cache / key  # where its shards are cached
+        self.folder = self._cache / key
         self._limit = data.cache_gib * 2**30 or math.inf  # bytes
-        self._silence = min(_SILENCE, data.fetch_patience_seconds)
-        self._lost: dict[Path, str] = {}  # why; they are not tried again
-        self._lost_ahead: set[Path] = set()  # are not tried ahead again
+        self._timeout = min(_TIMEOUT, data.fetch_patience_seconds)
+        self._unavailable: dict[Path, str] = {}  # the reason; these shards are not tried again
+        self._not_prefetched: set[Path] = set()  # prefetching failed and is not tried again
         self._has_warned = False
 
     def read(self, name: str) -> bytes:
-        """A small file as it is now; it is not cached.
+        """The present content of a small file, which is not cached.
 
-        Raises DataError where there is none, and FetchError where the server keeps failing.
+        Raises DataError if it does not exist, FetchError if the server keeps failing.
         """
         try:
             url = file_url(self._url, name)
-            return self._persist(url, lambda: b"".join(blocks(url, self._silence)))
+            return self._retried(url, lambda: b"".join(download(url, self._timeout)))
         except PermanentFailure as error:
             raise DataError(
                 f"{self.name}: {name} cannot be fetched: {error}; check the source's path: a remote "
@@ -89,39 +87,39 @@ class RemoteFolder:
             ) from error
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """The local copy of a shard of `size` bytes, downloaded if it is not there; marks it as used.
+        """The cached copy of a shard of `size` bytes, downloaded if absent. Another process may remove it to make room.
 
-        Another process may remove it at any time, to make room. Raises DataError where it cannot be had, and
-        FetchError where the server keeps failing or the cache cannot be written.
+        Raises DataError if the shard does not exist or differs from the manifest, FetchError if the server keeps
+        failing or the cache cannot be written.
         """
-        path = self._place(name, sha256)
-        if path in self._lost:
-            raise DataError(self._lost[path])
+        path = self._cache_path(name, sha256)
+        if path in self._unavailable:
+            raise DataError(self._unavailable[path])
         try:
-            if not _use(path, size):
+            if not _touch(path, size):
                 self._download(path, name, size, sha256)
         except PermanentFailure as error:
-            self._lost[path] = f"shard cannot be fetched: {self.name}: {name}: {error}"
-            raise DataError(self._lost[path]) from error
-        except OSError as error:  # a transport's are failures by now
+            self._unavailable[path] = f"shard cannot be fetched: {self.name}: {name}: {error}"
+            raise DataError(self._unavailable[path]) from error
+        except OSError as error:  # of the cache: those of a download have become failures
             raise FetchError(
-                f"data.cache = {self._data.cache}: {path} cannot be kept there: {error}; make room, lower "
+                f"data.cache = {self._data.cache}: {path} cannot be written: {error}; make room, lower "
                 f"data.cache_gib = {self._data.cache_gib}, or choose another folder"
             ) from error
         return path
 
-    def fetch_ahead(self, name: str, size: int, sha256: str) -> None:
-        """As `fetch`, but without an error, and only where the cache has room: what is read now must stay in it."""
-        path = self._place(name, sha256)
-        if path in self._lost or path in self._lost_ahead or path.exists():
+    def prefetch(self, name: str, size: int, sha256: str) -> None:
+        """As `fetch`, but without errors, and only into free room: shards that are being read must stay cached."""
+        path = self._cache_path(name, sha256)
+        if path in self._unavailable or path in self._not_prefetched or path.exists():
             return
         try:
             if sum(one.size for one in self._cached()) + size <= self._limit:
                 self._download(path, name, size, sha256)
         except (PermanentFailure, FetchError, OSError):
-            self._lost_ahead.add(path)
+            self._not_prefetched.add(path)
 
-    def _place(self, name: str, sha256: str) -> Path:
+    def _cache_path(self, name: str, sha256: str) -> Path:
         return self.folder / f"{sha256[:_HEX]}-{name}"
 
     def _download(self, path: Path, name: str, size: int, sha256: str) -> None:
@@ -129,18 +127,18 @@ class RemoteFolder:
         lock = self._cache / "locks" / f"{self.folder.name}-{sha256[:_HEX]}"
         for folder in (path.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with _turn(lock) as failing_since:
-            if not _use(path, size):  # another process may have been faster
-                self._persist(url, lambda: self._store(url, path, lock, size, sha256), failing_since)
+        with _locked(lock) as failing_since:
+            if not _touch(path, size):  # another process may have been faster
+                self._retried(url, lambda: self._download_once(url, path, lock, size, sha256), failing_since)
                 self._trim(path)
 
-    def _store(self, url: str, path: Path, lock: Path, size: int, sha256: str) -> None:
-        """One attempt to download a shard to `path`. Signs of life go to the modification time of `lock`."""
+    def _download_once(self, url: str, path: Path, lock: Path, size: int, sha256: str) -> None:
+        """One attempt. The modification time of `lock` shows its progress to other processes."""
         os.utime(lock)
-        handle, partial = tempfile.mkstemp(_PARTIAL, f"{path.name}.", path.parent)
-        try:
-            received, digest = 0, hashlib.sha256()
-            with open(handle, "wb") as file, closing(blocks(url, self._silence, size)) as source:
+        received, digest = 0, hashlib.sha256()
+        with replacing(path) as partial:
+            partial.touch(0o600)  # the folder may be private
+            with partial.open("wb") as file, closing(download(url, self._timeout, size)) as source:
                 for block in source:
                     os.utime(lock)
                     received += len(block)
@@ -148,31 +146,26 @@ class RemoteFolder:
                         raise _Mismatch(f"more than the {size} bytes of the manifest")
                     file.write(block)
                     digest.update(block)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave a file with the right name and no content
             if received < size:
                 raise _Mismatch(f"{received} bytes, not the {size} of the manifest")
             if digest.hexdigest() != sha256:
                 raise _Mismatch(f"sha256 {digest.hexdigest()}, not {sha256} as in the manifest")
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
 
-    def _persist(self, url: str, attempt: Callable[[], T], failing_since: float | None = None) -> T:
-        """`attempt` until it goes well. Raises FetchError when it has failed for `data.fetch_patience_seconds`.
+    def _retried(self, url: str, attempt: Callable[[], T], failing_since: float | None = None) -> T:
+        """Call `attempt` until it succeeds. Raises FetchError after failing for `data.fetch_patience_seconds`.
 
-        `failing_since` (monotonic seconds): when another process began to fail. Those that wait for the same server
-        then end with it, and not one after the other.
+        `failing_since` (monotonic seconds): when another process began to try. Processes that wait for one server
+        then give up together, not one after another.
         """
         patience = self._data.fetch_patience_seconds
-        jitter = random.Random()  # its own: the global state belongs to the run
+        jitter = random.Random()  # the global random state belongs to the run
         attempts = mismatches = 0
         while True:
             attempts += 1
             try:
                 return attempt()
             except TransientFailure as error:
-                if isinstance(error, _Mismatch):  # once may be a cache on the way, which another try gets past
+                if isinstance(error, _Mismatch):  # the first time it may come from a proxy; try once more
                     mismatches += 1
                     if mismatches == 2:
                         raise PermanentFailure(f"twice {error}") from error
@@ -192,11 +185,11 @@ class RemoteFolder:
                 time.sleep(min(delay * jitter.uniform(0.5, 1), left))
 
     def _trim(self, newest: Path) -> None:
-        """Remove the least recently used shards beyond `data.cache_gib`, and what dead downloads have left."""
+        """Remove the least recently used shards beyond `data.cache_gib`, and abandoned downloads."""
         now, found = time.time(), sorted(self._cached())
         total = sum(one.size for one in found)
         for used, size, path in found:
-            if path.suffix == _PARTIAL:
+            if path.suffix == PARTIAL:
                 remove = now - used > _ABANDONED
             else:
                 remove = self._limit < total and path != newest
@@ -218,10 +211,10 @@ class RemoteFolder:
                 yield _Cached(status.st_mtime, status.st_size, path)
 
 
-def _use(path: Path, size: int) -> bool:
-    """Whether the shard is there, whole; its modification time becomes now, by which the least recently used is found.
+def _touch(path: Path, size: int) -> bool:
+    """Whether the shard is cached. Sets its modification time to now, which marks it as used.
 
-    The content was checked before the file got its name.
+    The size is enough: the hash was checked before the file got its name.
     """
     try:
         os.utime(path)
@@ -231,27 +224,27 @@ def _use(path: Path, size: int) -> bool:
 
 
 @contextmanager
-def _turn(lock: Path) -> Iterator[float | None]:
-    """Hold a lock, which the kernel takes back from a process that dies; gives since when it was waited for, if it was.
+def _locked(lock: Path) -> Iterator[float | None]:
+    """Lock a file; yields the monotonic seconds when waiting began, None if there was no wait.
 
-    A process that holds it without a sign of life, such as one that is stopped, is not waited for: to download a shard
-    twice does no harm.
+    The kernel releases the lock of a process that dies. A process that is stopped is not waited for: downloading a
+    shard twice does no harm.
     """
     with lock.open("ab") as file:
         waiting_since = None
-        sign, seen = os.fstat(file.fileno()).st_mtime_ns, time.monotonic()
+        progress, seen = os.fstat(file.fileno()).st_mtime_ns, time.monotonic()
         while not _try_lock(file):
             waiting_since = seen if waiting_since is None else waiting_since
             time.sleep(_POLL)
-            last_sign = os.fstat(file.fileno()).st_mtime_ns
-            if last_sign != sign:
-                sign, seen = last_sign, time.monotonic()
-            elif time.monotonic() - seen > _LIFELESS:
+            latest = os.fstat(file.fileno()).st_mtime_ns
+            if latest != progress:
+                progress, seen = latest, time.monotonic()
+            elif time.monotonic() - seen > _LOCK_TIMEOUT:
                 break
         try:
             yield waiting_since
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a forked process may have a copy of the file
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough if a forked process has the file open too
 
 
 def _try_lock(file: BinaryIO) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dsmoe_vl.drawing.canvas import fitted, wrapped
+
 _TITLE, _TEXT, _SMALL = (ImageFont.load_default(size) for size in (16, 13, 11))
 _INK, _FAINT, _RULE, _RIGHT = (25, 25, 28), (115, 115, 122), (228, 228, 232), (38, 138, 84)
 _TRUTH, _PREDICTED = (150, 150, 158), (31, 94, 168)
@@ -51,7 +53,7 @@ def draw(title: str, rows: Sequence[Row]) -> Image.Image:
 
 def _row(row: Row, width: int) -> Image.Image:
     strip = _strip(row.pictures)
-    words = [(label, line) for label, text in row.texts for line in _wrapped(label, text)]
+    words = [(label, line) for label, text in row.texts for line in _lines(text)]
     text_height = (1 + len(words)) * _LEADING + 4
     hits_height = _HIT[1] + 8 if row.hits else 0
     height = max(strip.height, text_height + hits_height, 112 if row.curves is not None else 0) + 2 * 10
@@ -69,7 +71,7 @@ def _row(row: Row, width: int) -> Image.Image:
         last = label
         pen.text((x + 74, y), line, _PREDICTED if label in ("caption", "summary") else _INK, _TEXT)
     for hit, is_right in row.hits:
-        small = _fitted(hit, _HIT)
+        small = fitted(hit, _HIT)
         image.paste(small, (x + 74, 10 + text_height + 4))
         if is_right:
             corner = (x + 74, 10 + text_height + 4)
@@ -83,7 +85,7 @@ def _row(row: Row, width: int) -> Image.Image:
 def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
     """One picture, or frames in two columns."""
     size = _PICTURE if len(pictures) == 1 else _FRAME
-    small = [_fitted(picture, size) for picture in pictures]
+    small = [fitted(picture, size) for picture in pictures]
     columns = 1 if len(small) == 1 else 2
     lines = [small[start : start + columns] for start in range(0, len(small), columns)]
     heights = [max(picture.height for picture in line) for line in lines]
@@ -98,22 +100,10 @@ def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    scale = min(size[0] / picture.width, size[1] / picture.height)
-    new = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.convert("RGB").resize(new, Image.Resampling.LANCZOS)
-
-
-def _wrapped(label: str, text: str, most: int = 4) -> list[str]:
-    """`text` in at most `most` lines that fit beside the label; the rest is cut."""
+def _lines(text: str, most: int = 4) -> list[str]:
+    """At most `most` lines that fit beside their label; the rest is cut."""
     room = _WORDS - 74
-    lines = [""]
-    for word in (text or "(nothing)").split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _TEXT.getlength(longer) > room:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    lines = wrapped(text or "(nothing)", _TEXT, room)
     if len(lines) > most:
         lines = [*lines[: most - 1], lines[most - 1] + " ..."]
     while any(_TEXT.getlength(line) > room for line in lines):  # a very long word

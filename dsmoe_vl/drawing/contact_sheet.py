@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dsmoe_vl.drawing.canvas import wrapped
+
 PAGE_WIDTH = 1280  # pixels, like all sizes here
 THUMBNAIL_HEIGHT = 128
 CELL_WIDTH = (128, 600)  # minimum (room for a caption) and maximum (two on a page)
@@ -53,7 +55,7 @@ def _draw_cell(cell: Cell) -> Image.Image:
     step = size[0] + FRAME_GAP
     cell_width = max(step * len(cell.pictures), CELL_WIDTH[0])
     font = ImageFont.load_default(size=11)
-    lines = _wrap(cell.caption, font, cell_width)[:CAPTION_LINES]
+    lines = wrapped(cell.caption, font, cell_width)[:CAPTION_LINES]
     image = Image.new("RGB", (cell_width, size[1] + 2 + len(lines) * LINE_HEIGHT), "white")
     for number, picture in enumerate(cell.pictures):
         image.paste(picture.resize(size), (number * step, 0))
@@ -61,15 +63,3 @@ def _draw_cell(cell: Cell) -> Image.Image:
     for number, line in enumerate(lines):
         draw.text((0, size[1] + 2 + number * LINE_HEIGHT), line, fill="black", font=font)
     return image
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; a longer word gets its own line."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dsmoe_vl.drawing.canvas import fitted, round_ticks, wrapped
+
 MARK = (214, 69, 0)  # colour of key frames
 _INK, _FAINT, _EMPTY = (20, 20, 20), (110, 110, 110), (238, 238, 238)
 _LINE = (31, 94, 168)
@@ -35,12 +37,12 @@ def page(
     """Tiles of `width` in rows, under a title of a few lines and a picture `beside` it, if given."""
     columns = max(1, min(columns, len(tiles)))
     page_width = max(_MARGIN * 2 + columns * (width + _GAP) - _GAP, 480)
-    thumbnail = None if beside is None else _fitted(beside, (140, 110))
+    thumbnail = None if beside is None else fitted(beside, (140, 110))
     left = _MARGIN + (0 if thumbnail is None else thumbnail.width + _GAP)
-    title_lines = wrapped(title, page_width - left - _MARGIN, _TITLE)
-    if len(title_lines) > _TITLE_LINES:
-        title_lines[_TITLE_LINES - 1 :] = [title_lines[_TITLE_LINES - 1] + " ..."]
-    head = max(len(title_lines) * (_TITLE + 7), 0 if thumbnail is None else thumbnail.height)
+    heading = title_lines(title, page_width - left - _MARGIN)
+    if len(heading) > _TITLE_LINES:
+        heading[_TITLE_LINES - 1 :] = [heading[_TITLE_LINES - 1] + " ..."]
+    head = max(len(heading) * (_TITLE + 7), 0 if thumbnail is None else thumbnail.height)
     # All pictures have one height: the tallest picture's at this width, within limits.
     tallest = max((tile.picture.height / tile.picture.width for tile in tiles), default=0.75)
     height = round(width * min(max(tallest, 0.4), 1.0))
@@ -51,7 +53,7 @@ def page(
     draw = ImageDraw.Draw(sheet)
     if thumbnail is not None:
         sheet.paste(thumbnail, (_MARGIN, _MARGIN))
-    for number, line in enumerate(title_lines):
+    for number, line in enumerate(heading):
         draw.text((left, _MARGIN + number * (_TITLE + 7)), line, _INK, _font(_TITLE))
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
@@ -81,7 +83,7 @@ def curve(
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         draw.line((at(0, value), at(end, value)), _GRID, scale)
         write((left - 8, at(0, value)[1] / scale), f"{value:g}", "rm", _FAINT, 13)
-    for tick in _ticks(end):
+    for tick in round_ticks(end, 10):
         x = at(tick, 0)[0]
         draw.line(((x, bottom * scale), (x, (bottom + 5) * scale)), _FAINT, scale)
         write((x / scale, bottom + 8), f"{tick:g}", "mt", _FAINT, 13)
@@ -115,16 +117,9 @@ def shortened(text: str, width: float, high: int = _TEXT) -> str:
     return _without_middle(text, kept)
 
 
-def wrapped(text: str, width: float, high: int = _TEXT) -> list[str]:
-    """`text` in lines of at most `width`; the middle of a longer word is cut out."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font(high).getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return [shortened(line, width, high) for line in lines]
+def title_lines(text: str, width: float) -> list[str]:
+    """A title in lines of at most `width` pixels; the middle of a longer word is cut out."""
+    return [shortened(line, width, _TITLE) for line in wrapped(text, _font(_TITLE), width)]
 
 
 def _draw_tile(sheet: Image.Image, tile: Tile, place: tuple[int, int], size: tuple[int, int]) -> None:
@@ -132,7 +127,7 @@ def _draw_tile(sheet: Image.Image, tile: Tile, place: tuple[int, int], size: tup
     draw = ImageDraw.Draw(sheet)
     (x, y), (width, height) = place, size
     draw.rectangle((x, y, x + width - 1, y + height - 1), _EMPTY)
-    picture = _fitted(tile.picture, size)
+    picture = fitted(tile.picture, size)
     sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
     if tile.marked:
         around = (x - _BORDER, y - _BORDER, x + width - 1 + _BORDER, y + height - 1 + _BORDER)
@@ -142,23 +137,9 @@ def _draw_tile(sheet: Image.Image, tile: Tile, place: tuple[int, int], size: tup
         draw.text((x, y + height + 8 + number * _LEADING), shortened(line, width), colour, _font(_TEXT))
 
 
-def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale a picture up or down to fit into `size`."""
-    scale = min(size[0] / picture.width, size[1] / picture.height)
-    new = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.convert("RGB").resize(new, Image.Resampling.LANCZOS)
-
-
 def _font(high: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=high)
 
 
 def _without_middle(text: str, kept: int) -> str:
     return text[: (kept + 1) // 2] + "..." + text[len(text) - kept // 2 :]
-
-
-def _ticks(end: float) -> list[float]:
-    """Round numbers from 0 to `end`, at most eleven."""
-    power = 10.0 ** math.floor(math.log10(end / 10))
-    step = next(power * factor for factor in (1, 2, 5, 10) if end / (power * factor) <= 10)
-    return [round(number * step, 6) for number in range(int(end / step + 1e-9) + 1)]

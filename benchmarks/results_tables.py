@@ -1,0 +1,178 @@
+"""Tables of what models learn: the quickstart's output, the README's results, docs/results.md."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+from benchmarks.tables import Results, Table, block, cite, known, newest
+
+_TERMS = {
+    "caption": "caption", "retrieval": "retrieval", "summary": "summary", "importance": "importance (squared error)",
+    "ranking": "ranking",
+}  # fmt: skip
+_NAMED = "captions that name every colour and shape, images / videos"
+
+
+def quickstart_output(results: Results) -> str:
+    """The end of the training, a held-out caption, and how many are right, as the quickstart printed them."""
+    result = newest(results, "quickstart")
+    if result is None:
+        return "Not recorded yet: `python benchmarks/recipes.py quickstart` runs the quickstart and records it."
+    lines: list[str] = result.figures["output"]
+    steps = [n for n, line in enumerate(lines) if line.startswith("step ") and line.endswith(" left")]
+    saved = max(n for n, line in enumerate(lines) if line.startswith("saved "))
+    images, videos = (n for n, line in enumerate(lines) if " captions name every " in line)
+    shown = [*lines[steps[-3] : saved + 1], "...", *lines[images - 3 : images + 1], "...", lines[videos]]
+    whole = known(result.figures["seconds"] and result.figures["seconds"] / 60, "{:.1f} minutes")
+    return "\n".join(
+        [
+            *(f"    {line}" for line in shown),
+            "",
+            f"Time of the training steps: {result.figures['step_seconds'] / 60:.1f} minutes; of the command: {whole}.",
+            f"Source: {cite(result)}.",
+        ]
+    )
+
+
+def results(results: Results) -> str:
+    """The README's table."""
+    table = Table("what", "figure")
+    if result := newest(results, "three_tasks"):
+        images, videos = (result.figures["scores"][folder] for folder in ("images_eval", "videos_eval"))
+        rates = [_right(scores["caption"]) for scores in (images, videos)]
+        table.row(result, f"three tasks: {_NAMED}", " / ".join(rates))
+        for medium, scores in (("images", images), ("videos", videos)):
+            table.row(result, f"three tasks: retrieval of {medium}, R@1 by picture / by text", _recall(scores))
+        scores = [f"{videos['summary'][name]:.3f}" for name in ("key_frame_f", "kendall_tau")]
+        table.row(result, "three tasks: summaries, key-frame F / Kendall tau", " / ".join(scores))
+    else:
+        table.unverified("three_tasks", "three tasks: held-out scores")
+    if result := newest(results, "quickstart"):
+        rates = [_right(result.figures["scores"][folder]["caption"]) for folder in ("images_eval", "videos_eval")]
+        table.row(result, f"quickstart: {_NAMED}", " / ".join(rates))
+        table.row(
+            result, "quickstart: tokens of its packs that are real", f"{100 * result.figures['real_tokens']:.1f} %"
+        )
+    else:
+        table.unverified("quickstart", "quickstart: held-out captions")
+    if result := newest(results, "compare"):
+        rows = result.figures["alone"]
+        better = sum(row["values"][0] > row["values"][1] for row in rows)
+        table.row(result, "three tasks together: scores above those of one task alone", f"{better} of {len(rows)}")
+        for world, title in (("catalogue", "much to remember"), ("scenes", "little to remember")):
+            sparse, _, dense = (_last_losses(variant) for variant in result.figures["variants"][world])
+            lower = sum(a < b for a, b in zip(sparse, dense, strict=True))
+            figure = f"{fmean(sparse):.3f} / {fmean(dense):.3f}, sparse lower with {lower} of {len(sparse)} seeds"
+            table.row(result, f"{title}: held-out loss, sparse / dense of equal active FLOPs", figure)
+    else:
+        table.unverified("compare", "tasks together and alone, sparse and dense")
+    return block(table)
+
+
+def catalogue(results: Results) -> str:
+    """Variants on the catalogue."""
+    return _variants(results, "catalogue")
+
+
+def scenes(results: Results) -> str:
+    """Variants on three_tasks.toml."""
+    return _variants(results, "scenes")
+
+
+def _variants(results: Results, world: str) -> str:
+    result = newest(results, "compare")
+    if result is None:
+        table = Table("variant", "held-out loss")
+        table.unverified("compare", "all")
+        return block(table)
+    variants, seeds = result.figures["variants"][world], result.figures["seeds"]
+    sizes = ("parameters", "active", "MFLOP a token")
+    losses = Table(f"after {variants[0]['steps'][-1]:,} steps", *sizes, *(f"seed {seed}" for seed in seeds), "mean")
+    terms = [term for term in _TERMS if f"eval_loss_{term}" in variants[0]["last"][0]]
+    by_term = Table("by term, mean of the seeds", *(_TERMS[term] for term in terms))
+    for variant in variants:
+        last = _last_losses(variant)
+        losses.row(
+            result, variant["name"], _millions(variant["parameters"]), _millions(variant["active"]),
+            f"{variant['flops_per_token'] / 1e6:.2f}", *(f"{loss:.4f}" for loss in last), f"**{fmean(last):.4f}**",
+        )  # fmt: skip
+        means = [fmean(found[f"eval_loss_{term}"] for found in variant["last"]) for term in terms]
+        by_term.row(result, variant["name"], *(f"{mean:.4f}" for mean in means))
+    return block(losses, by_term)
+
+
+def together_and_alone(results: Results) -> str:
+    """Scores of three_tasks.toml beside those of models for one task."""
+    table = Table("task", "score", "together", "alone", "difference", "samples together, alone")
+    result = newest(results, "compare")
+    if result is None:
+        table.unverified("compare", "all")
+        return block(table)
+    for row in result.figures["alone"]:
+        together, alone = row["values"]
+        table.row(
+            result, row["task"], row["score"], f"{together:.3f}", f"{alone:.3f}",
+            f"{100 * (together - alone):+.1f} points", " / ".join(f"{count:,}" for count in row["samples"]),
+        )  # fmt: skip
+    return block(table)
+
+
+def sizes(results: Results) -> str:
+    """Parameters of the shipped recipes."""
+    table = Table("recipe", "parameters", "active")
+    if result := newest(results, "sizes"):
+        for name, counts in result.figures.items():
+            table.row(result, f"`{name}.toml`", *(_size(count) for count in counts.values()))
+    else:
+        table.unverified("sizes", "all")
+    return block(table)
+
+
+def recipes(results: Results) -> str:
+    """What training the shipped recipes takes."""
+    table = Table(
+        "recipe", "parameters", "active", "ranks", "steps", "tokens/s", "real tokens", "steps alone", "whole command"
+    )
+    for name in ("quickstart", "three_tasks"):
+        result = newest(results, name)
+        if result is None:
+            table.unverified(name, name)
+            continue
+        found = result.figures
+        table.row(
+            result, name, _millions(found["parameters"]), _millions(found["active_parameters"]), str(found["ranks"]),
+            known(found["steps"], "{:,}"), known(found["tokens_per_second"], "{:,.0f}"),
+            known(found["real_tokens"] and 100 * found["real_tokens"], "{:.1f} %"),
+            _minutes(found["step_seconds"]), _minutes(found["seconds"]),
+        )  # fmt: skip
+    return block(table)
+
+
+def _last_losses(variant: dict[str, Any]) -> list[float]:
+    """Held-out loss of each seed after the last step."""
+    return [losses[-1] for losses in variant["losses"]]
+
+
+def _right(scores: dict[str, float]) -> str:
+    """Share of captions with every attribute right, with their number if it was recorded."""
+    number = f" of {scores['with_truth']:,}" if "with_truth" in scores else ""
+    return f"{100 * scores['attribute_accuracy']:.1f} %{number}"
+
+
+def _recall(scores: dict[str, dict[str, float]]) -> str:
+    found = scores["retrieval"]
+    number = f" among {found['samples']:,}" if "samples" in found else ""
+    return f"{found['media_to_text_r1']:.3f} / {found['text_to_media_r1']:.3f}{number}"
+
+
+def _millions(count: int | None) -> str:
+    return known(count and count / 1e6, "{:.2f} M")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else _millions(count)
+
+
+def _minutes(seconds: float | None) -> str:
+    return known(seconds and seconds / 60, "{:.1f} min")

@@ -1,0 +1,199 @@
+"""Tables of speed: the README's, docs/performance.md, and that of docs/use.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.record import Result
+from benchmarks.tables import Results, Table, block, newest
+
+_GPU = "bash benchmarks/gpu.sh"
+
+
+def speed(results: Results) -> str:
+    """The README's table."""
+    table = Table("what", "figure")
+    for result in _or_unverified(table, results, "train_step", "training: tokens/s; step / the machine's products"):
+        found = result.figures
+        rate = f"{found['tokens_per_second']:,.0f}; {found['step_over_product_rate']:.2f}"
+        table.row(result, f"training, {_setting(result)}: tokens/s; step / the machine's products", rate)
+    for result in _or_unverified(table, results, "moe_cost", "sparse / dense step; telemetry's share of a step"):
+        found = result.figures
+        share = f"{_spread(found['step_moe_over_dense'])}; {100 * found['telemetry_over_step'][0]:.1f} %"
+        table.row(result, f"{_setting(result)}: sparse / dense step; telemetry's share of a step", share)
+    for result in _or_unverified(table, results, "monitoring", "step with all that is watched by default / without"):
+        middle, low, high = result.figures["watched_over_bare"]
+        figure = f"{middle:.3f} (half of the pairs: {low:.3f} to {high:.3f})"
+        table.row(result, f"{_setting(result)}: step with all that is watched by default / without", figure)
+    if stream := newest(results, "data"):
+        rates = {name: f"{rate['samples_per_second']:,.0f}" for name, rate in stream.figures["rates"].items()}
+        table.row(stream, "photos/s: loader / plain webdataset pipeline", _pair(rates, "loader", "plain webdataset"))
+        table.row(stream, "photos/s: converter / loop of TarWriter", _pair(rates, "converter", "TarWriter loop"))
+        resume = f"{stream.figures['resume_seconds']:.3f} s"
+        table.row(stream, "first batch from the middle of a million samples", resume)
+    else:
+        table.unverified("data", "loader, converter, resuming")
+    if captions := newest(results, "generate"):
+        ratios = [f"{captions.figures['ratios'][way]['median']:.0f}" for way in ("uncached", "pictures-once")]
+        label = "captions: times as fast with the key/value cache as without / as with pictures encoded once"
+        table.row(captions, label, " / ".join(ratios))
+    else:
+        table.unverified("generate", "captions with the key/value cache")
+    _cuda(table, results, "train_step", "training on a GPU")
+    return block(table)
+
+
+def train_step(results: Results) -> str:
+    """Steps beside the machine's matrix products."""
+    table = Table(
+        "step", "tokens/s", "step, ms", "forward", "backward", "optimizer", "TFLOP/s a rank", "products, TFLOP/s",
+        "step / products", "forward and backward / products",
+    )  # fmt: skip
+    operators = Table("step", "operators with the largest shares of its time")
+    for result in _or_unverified(table, results, "train_step", "on a CPU"):
+        found = result.figures
+        table.row(
+            result, _setting(result), f"{found['tokens_per_second']:,.0f}",
+            f"{found['step_ms']:,.0f} ({found['step_ms_spread'][0]:,.0f} to {found['step_ms_spread'][1]:,.0f})",
+            *(f"{found[f'{phase}_ms']:,.0f}" for phase in ("forward", "backward", "optimizer")),
+            f"{found['tflops_per_rank']:.3g}", f"{found['product_tflops_per_rank']:.3g}",
+            f"{found['step_over_product_rate']:.2f}", f"{found['forward_backward_over_product_rate']:.2f}",
+        )  # fmt: skip
+        if shares := list(found.get("operators_percent", {}).items())[:8]:
+            text = ", ".join(f"`{name}` {share:.1f} %" for name, share in shares)
+            operators.row(result, _setting(result), text)
+    _cuda(table, results, "train_step", "on a GPU")
+    return block(table, operators) if operators.rows else block(table)
+
+
+def moe_cost(results: Results) -> str:
+    """Sparse steps beside dense ones."""
+    table = Table(
+        "step", "forward and backward, sparse / dense", "step, sparse / dense", "step, with L1 / without",
+        "router statistics, share of the step", "telemetry, share of the step", "log line, ms",
+    )  # fmt: skip
+    for result in _or_unverified(table, results, "moe_cost", "on a CPU"):
+        found = result.figures
+        ratios = ("forward_backward_moe_over_dense", "step_moe_over_dense", "step_l1_over_moe")
+        table.row(
+            result, _setting(result), *(_spread(found[name]) for name in ratios),
+            f"{100 * found['router_statistics_over_step']:.1f} %", f"{100 * found['telemetry_over_step'][0]:.1f} %",
+            f"{found['log_line_ms']:.1f}",
+        )  # fmt: skip
+    _cuda(table, results, "moe_cost", "on a GPU")
+    return block(table)
+
+
+def monitoring(results: Results) -> str:
+    """Watched steps beside bare ones."""
+    table = Table(
+        "step", "bare, ms", "watched / bare (half of the pairs)", "adding up, ms a step", "log line, ms",
+        "routers' record, ms", "these parts, share of the step",
+    )  # fmt: skip
+    for result in _or_unverified(table, results, "monitoring", "on a CPU"):
+        found = result.figures
+        table.row(
+            result, _setting(result), f"{found['step_ms']:,.0f}", _spread(found["watched_over_bare"], 3),
+            f"{found['adding_up_ms']:.2f}", f"{found['log_line_ms']:.1f}", f"{found['router_record_ms']:.1f}",
+            f"{100 * found['parts_over_step']:.2f} %",
+        )  # fmt: skip
+    _cuda(table, results, "monitoring", "on a GPU")
+    return block(table)
+
+
+def data(results: Results) -> str:
+    """Loader, converter and resuming."""
+    result = newest(results, "data")
+    if result is None:
+        table = Table("what", "photos/s")
+        table.unverified("data", "loader, converter, resuming")
+        return block(table)
+    found = result.figures
+    turns = f"median (least to most) of {found['repeats']} turns, {found['workers']} workers"
+    rates = Table("what", f"photos/s, {turns}")
+    for name, rate in found["rates"].items():
+        rates.row(result, name, f"{rate['samples_per_second']:,.0f} ({rate['least']:,.0f} to {rate['most']:,.0f})")
+    others = Table("beside it", "figure")
+    for label, name in (
+        ("loader / plain webdataset", "loader_over_webdataset"),
+        ("loader / plain webdataset, our pixels", "loader_over_webdataset_same_pixels"),
+        ("loader / decode, resize and tokenise alone", "loader_over_decoding"),
+        ("converter / TarWriter loop", "converter_over_loop"),
+    ):
+        others.row(result, label, f"{found[name]:.2f}")
+    others.row(result, "our pixels beside Pillow's, PSNR", f"{found['psnr_db']:.1f} dB")
+    others.row(result, "first batch of a million samples, from the start", f"{found['start_seconds']:.3f} s")
+    others.row(
+        result, "first batch of a million samples, from the middle of an epoch", f"{found['resume_seconds']:.3f} s"
+    )
+    return block(rates, others)
+
+
+def generate(results: Results) -> str:
+    """Captions with and without the key/value cache."""
+    result = newest(results, "generate")
+    if result is None:
+        table = Table("way", "seconds")
+        table.unverified("generate", "all")
+        return block(table)
+    found = result.figures
+    least, most = found["vision_tokens"]
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    table = Table(
+        f"{found['max_tokens']} tokens after {least} to {most} vision tokens, batch of {found['batch']}, {threads}",
+        f"seconds, median (least to most) of {found['repeats']}", "tokens/s", "times the cached",
+    )  # fmt: skip
+    names = {
+        "cached": "key/value cache",
+        "uncached": "no cache: a whole forward a token",
+        "pictures-once": "no cache, but pictures are encoded once",
+    }
+    for way, seconds in found["seconds"].items():
+        middle = median(seconds)
+        ratio = found["ratios"].get(way)
+        times = f"{ratio['median']:.1f} ({ratio['least']:.1f} to {ratio['most']:.1f})" if ratio else ""
+        table.row(
+            result, names[way], f"{middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            f"{found['batch'] * found['max_tokens'] / middle:,.0f}", times,
+        )  # fmt: skip
+    return block(table)
+
+
+def _or_unverified(table: Table, results: Results, benchmark: str, label: str) -> Sequence[Result]:
+    """All results of a benchmark; without one of a CPU, the table says so."""
+    found = results.get(benchmark, ())
+    if all(result.figures["device"] != "cpu" for result in found):
+        table.unverified(benchmark, label)
+    return found
+
+
+def _cuda(table: Table, results: Results, benchmark: str, label: str) -> None:
+    """Without a result of a GPU, the table says so."""
+    if all(result.figures["device"] == "cpu" for result in results.get(benchmark, ())):
+        table.unverified_on_cuda(label, _GPU if benchmark == "train_step" else f"python benchmarks/{benchmark}.py")
+
+
+def _setting(result: Result) -> str:
+    """What a step depends on, as far as it was recorded."""
+    found: dict[str, Any] = result.figures
+    parts = [f"{found['recipe']}.toml" if found["recipe"] else "", found["device"].upper()]
+    parts.append("1 rank" if found["ranks"] == 1 else f"{found['ranks']} ranks")
+    parts += [
+        f"{name} {found[key]}" for name, key in (("EP", "ep_size"), ("ZeRO", "zero_stage")) if found[key] is not None
+    ]
+    parts.append(found["precision"])
+    if found["micro_batch"]:
+        parts.append(f"{found['micro_batch'] * found['accumulation']} x {found['pack_length']} tokens a rank")
+    return ", ".join(part for part in parts if part)
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and the range that the benchmark reports with it."""
+    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low} to {high})"
+
+
+def _pair(rates: dict[str, str], ours: str, theirs: str) -> str:
+    return f"{rates[ours]} / {rates[theirs]}"
