@@ -1,6 +1,6 @@
 """Sparse vision-language models. `from dsmoe_vl import load` opens a trained one; see docs/use.md.
 
-What is named here is imported when it is asked for: importing the package itself costs nothing, PyTorch included.
+Names are imported lazily, on first access: `import dsmoe_vl` alone does not import PyTorch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ class DsmoeVlError(Exception):
 
 
 class ConfigError(DsmoeVlError):
-    """A recipe, a DeepSpeed JSON, an override or a world size that cannot be trained with."""
+    """An invalid recipe, DeepSpeed JSON, override or world size."""
 
 
 class DataError(DsmoeVlError):
@@ -16,8 +16,8 @@ class DataError(DsmoeVlError):
 
 
 class FetchError(DsmoeVlError):
-    """Remote storage, or the cache of what comes from there, that keeps failing; the data themselves may be sound."""
+    """Remote storage or its local cache keeps failing; the data themselves may be intact."""
 
 
 class CheckpointError(DsmoeVlError):
-    """A checkpoint that is missing, incomplete, or does not fit the model, tokenizer or topology."""
+    """A checkpoint that is missing, incomplete, or does not match the model, tokenizer or topology."""

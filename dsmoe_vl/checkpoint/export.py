@@ -1,7 +1,7 @@
-"""A trained model for use: its newest weights in a folder of their own, without experts that output nothing but zeros.
+"""Export the newest weights of a run to a folder, without experts that output only zeros.
 
 OUTPUT/
-  model.safetensors   as in a checkpoint; a layer that lost experts also has `experts.kept`, the numbers of those left
+  model.safetensors   as in a checkpoint; a layer that lost experts also has `experts.kept`, the numbers of the others
   tokenizer.model  plan.json
   manifest.json       written last: a folder without it cannot be opened
 """
@@ -24,7 +24,7 @@ from dsmoe_vl.planner.plan import recipe_from_json
 
 @dataclass(frozen=True)
 class LayerExport:
-    """What became of a sparse layer. `layer` counts the decoder's layers from 0."""
+    """Experts of a sparse layer before the export, and dropped ones. `layer`: number in the decoder, from 0."""
 
     layer: int
     experts: int
@@ -33,7 +33,7 @@ class LayerExport:
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported. Sizes of the weights in bytes."""
+    """The exported checkpoint, its sparse layers, and the size of the weights before and after."""
 
     checkpoint: Path
     layers: tuple[LayerExport, ...]
@@ -44,8 +44,8 @@ class Export:
 def export_run(run_dir: Path, output: Path) -> Export:
     """Write the newest complete checkpoint of a run to the new folder `output`, which `load_run` opens like a run.
 
-    The router keeps the rows of dropped experts, so outputs do not change. Raises CheckpointError where there is no
-    checkpoint, ConfigError for a run without a plan or an `output` that cannot be written or holds something.
+    The router keeps the rows of dropped experts, so outputs do not change. Raises CheckpointError if there is no
+    checkpoint, ConfigError if the run has no plan or `output` cannot be written or is not empty.
     """
     checkpoint, manifest = require_newest(run_dir)
     plan_file = run_dir / PLAN_NAME
@@ -74,7 +74,7 @@ def _make_folder(output: Path) -> None:
 
 
 def _drop_null_experts(weights: dict[str, Tensor], prefix: str) -> LayerExport:
-    """Remove the null experts of the layer whose tensors are named `prefix`w1, ... from `weights`, in place."""
+    """Remove the null experts of the layer with the tensors `prefix`w1, ... from `weights`, in place."""
     matrices = {name: weights[prefix + name] for name in ("w1", "w2", "w3")}
     null = null_experts(**matrices)
     if null.any():

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: which are complete, which is the newest, which may go; and who may write them.
+"""Checkpoints on disk: which are complete, which is the newest, which are removed; and the lock of a run.
 
 runs/NAME/checkpoints/
   latest                      the name of the newest complete checkpoint
   step_00000100/              DeepSpeed's files, model.safetensors, tokenizer.model, data.json, trainer.json, rng_*.pt
-    manifest.json             written last and atomically: a folder without it does not count
+    manifest.json             written last: a folder without it is incomplete and not used
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Topology:
-    """What DeepSpeed's own files depend on."""
+    """The settings that DeepSpeed's files depend on."""
 
     world_size: int
     ep_size: int
@@ -41,7 +41,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete checkpoint says of itself. `files` maps a relative path to its size in bytes."""
+    """The manifest of a complete checkpoint. `files`: size in bytes by relative path."""
 
     step: int
     topology: Topology
@@ -50,25 +50,25 @@ class Manifest:
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of an optimizer step."""
+    """The folder name of an optimizer step."""
     return f"step_{step:08d}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Declare the files of `folder` complete. `manifest.files` is filled here."""
+    """Mark `folder` as complete, with the sizes of its files in place of `manifest.files`."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(MANIFEST_NAME, None)
     write_json(folder / MANIFEST_NAME, {**asdict(manifest), "files": files})
 
 
 def complete(folder: Path, manifest: Manifest) -> None:
-    """Declare a checkpoint complete: manifest last, then `latest`."""
+    """Mark a checkpoint as complete, and as the latest."""
     write_manifest(folder, manifest)
     write_atomically(folder.parent / "latest", folder.name + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a complete checkpoint; None where it is missing, or a file is missing or cut short."""
+    """The manifest of a complete checkpoint; None if it is missing, or if a file is missing or has another size."""
     try:
         raw = json.loads((folder / MANIFEST_NAME).read_text())
         manifest = Manifest(raw["step"], Topology(**raw["topology"]), raw["tokenizer_sha256"], raw["files"])
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
-    """The newest complete checkpoint, whatever `latest` says; None where there is none."""
+    """The newest complete checkpoint, if any. Does not read `latest`."""
     for folder in sorted(checkpoints.glob("step_*"), reverse=True):
         manifest = read_manifest(folder)
         if manifest is not None:
@@ -91,9 +91,9 @@ def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
 
 
 def hold(run_dir: Path) -> TextIO:
-    """Keep other trainings out of a run while the returned file is open. Raises CheckpointError where one goes on.
+    """Lock a run while the returned file is open. Raises CheckpointError if another training has the lock.
 
-    On file systems without locks none is noticed.
+    Does nothing on file systems without locks.
     """
     file = (run_dir / "lock").open("a+")
     try:
@@ -112,7 +112,7 @@ def hold(run_dir: Path) -> TextIO:
 
 
 def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
-    """As `newest_complete` for a run; an exported model is its own checkpoint. Raises CheckpointError where none is."""
+    """The newest complete checkpoint of a run, or an exported model itself. Raises CheckpointError if there is none."""
     exported = read_manifest(run_dir)
     if exported is not None:
         return run_dir, exported
@@ -126,7 +126,7 @@ def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
 
 
 def require_fit(folder: Path, manifest: Manifest, topology: Topology, tokenizer_sha256: str) -> None:
-    """Raise CheckpointError unless a checkpoint can be resumed with this topology and tokenizer."""
+    """Raise CheckpointError if a checkpoint cannot be resumed with this topology and tokenizer."""
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise CheckpointError(
             f"{folder} was trained with another tokenizer (pieces {manifest.tokenizer_sha256[:12]}, now "
@@ -142,7 +142,7 @@ def require_fit(folder: Path, manifest: Manifest, topology: Topology, tokenizer_
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the `keep` newest complete checkpoints, and the incomplete ones that are older than these."""
+    """Remove all checkpoints that are older than the `keep` newest complete ones."""
     folders = sorted(checkpoints.glob("step_*"), reverse=True)
     kept = 0
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Saving and restoring a run: the engine, the data stream, the random state and the trainer's own numbers."""
+"""Saving and restoring a run: the engine, the position of the data, the random state and the trainer's state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 def topology_of(plan: RunPlan) -> Topology:
-    """What the engine's files of this run depend on."""
+    """The topology of a run."""
     return Topology(plan.world_size, plan.ep_size, plan.zero_stage, plan.precision)
 
 
@@ -45,10 +45,10 @@ def save(
     load_fraction: Tensor | None,
     data_state: dict[str, Any],
 ) -> Path:
-    """Write a complete checkpoint of `step`. Collective. Returns its folder."""
+    """Write the checkpoint of `step` and return its folder. Collective."""
     folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
     if ranks.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
         folder.mkdir(parents=True)
     host.barrier()
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
@@ -57,7 +57,7 @@ def save(
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
     torch.save(rng, folder / _rng_name(ranks))
-    states = host.gather(data_state)  # also the barrier behind which every file is written
+    states = host.gather(data_state)  # also a barrier: every rank has written its files
     if ranks.rank == 0:
         load = None if load_fraction is None else load_fraction.tolist()
         write_json(folder / TRAINER_NAME, {"step": step, "load_fraction": load})
@@ -72,9 +72,9 @@ def save(
 def restore(
     folder: Path, ranks: Ranks, engine: Any, device: torch.device
 ) -> tuple[int, Tensor | None, list[dict[str, Any]]]:
-    """Load the engine and the random state; returns the step, the load fractions and every rank's data state.
+    """Load the engine and the random state. Returns the step, the load fractions and the data states of all ranks.
 
-    Collective. Raises CheckpointError where DeepSpeed's files cannot be read.
+    Collective. Raises CheckpointError if DeepSpeed cannot load its files.
     """
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:

@@ -1,4 +1,4 @@
-"""The tensors of a trained model under the names of the one-process model, whatever topology holds them."""
+"""The tensors of a model that is distributed in any topology, under their names in the one-process model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ EXPERT_WEIGHTS = ("w1", "w2", "w3")
 
 
 def save_weights(model: nn.Module, zero_stage: int, folder: Path) -> None:
-    """Gather every parameter, one at a time, and write them to `folder`: the same for every topology.
-
-    Collective: every rank calls it.
-    """
+    """Gather all parameters, one at a time, and write them to `folder`: the same for every topology. Collective."""
 
     def whole(parameter: nn.Parameter) -> Tensor:
         if zero_stage < 3:
@@ -43,7 +40,10 @@ def save_weights(model: nn.Module, zero_stage: int, folder: Path) -> None:
 
 
 def require_same_model(folder: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError unless a checkpoint has the tensors of the recipe's model, before DeepSpeed loads parts."""
+    """Raise CheckpointError if the tensors of a checkpoint are not those of the recipe's model.
+
+    DeepSpeed would load some of them, so this check comes first.
+    """
     with torch.device("meta"):
         model = build_backbone(recipe)
     expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
@@ -58,12 +58,12 @@ def require_same_model(folder: Path, recipe: Recipe) -> None:
 
 
 def one_process_tensors(model: nn.Module, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What `read` gives for every parameter (its value, its gradient), under its name in the one-process model.
+    """The results of `read` (value or gradient) for all parameters, under their names in the one-process model.
 
-    Expert tensors of the ranks of one expert-parallel group are joined. Every rank gets everything. Collective.
+    Experts of the ranks in an expert-parallel group are concatenated. All ranks get all tensors. Collective.
     """
-    for name, held, group in _held(model):
-        value = torch.stack([read(one) for one in held]) if isinstance(held, list) else read(held)
+    for name, part, group in _parts(model):
+        value = torch.stack([read(one) for one in part]) if isinstance(part, list) else read(part)
         if group is not None:
             parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, value.contiguous(), group=group)
@@ -71,9 +71,11 @@ def one_process_tensors(model: nn.Module, read: Callable[[nn.Parameter], Tensor]
         yield name, value
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, nn.Parameter | list[nn.Parameter], dist.ProcessGroup | None]]:
-    """What this rank holds of every tensor of the one-process model: its name, the parameter (or one an expert), and
-    the ranks that hold the other experts, in order, where there are any."""
+def _parts(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Parameter | list[nn.Parameter], dist.ProcessGroup | None]]:
+    """This rank's part of every tensor of the one-process model: its name, the parameter (or one per expert), and the
+    group of ranks that have the other experts, if any."""
     groups: dict[str, dist.ProcessGroup] = {}
     separate: set[int] = set()
     for name, module in model.named_modules():
@@ -82,9 +84,9 @@ def _held(model: nn.Module) -> Iterator[tuple[str, nn.Parameter | list[nn.Parame
         elif isinstance(module, CapacityMoE):
             group = module.deepspeed_moe.ep_group if module.ep_size > 1 else None
             for weight in EXPERT_WEIGHTS:
-                held = [getattr(expert, weight) for expert in module.local_experts]
-                separate.update(map(id, held))
-                yield f"{name}.experts.{weight}", held, group
+                local = [getattr(expert, weight) for expert in module.local_experts]
+                separate.update(map(id, local))
+                yield f"{name}.experts.{weight}", local, group
     for name, parameter in model.named_parameters():
         if id(parameter) not in separate:
             yield one_process_name(name), parameter, groups.get(name)

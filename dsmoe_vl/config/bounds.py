@@ -1,4 +1,4 @@
-"""A setting of a recipe: its default and the values that it may have, written where the field is declared."""
+"""The default and the allowed values of a recipe setting, written where the field is declared."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def bounded(
     above: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> T:
-    """A dataclass field with bounds, both included except `above`; `choices` are the only values of a string."""
+    """A dataclass field with bounds: `least` and `most` inclusive, `above` exclusive; `choices`: allowed strings."""
     bounds = {"least": least, "most": most, "above": above, "choices": choices}
     return field(default=default, metadata={_BOUNDS: bounds})  # type: ignore[return-value]
 
 
 def out_of_bounds(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Dotted key, value and rule of every setting that breaks its bounds, in nested dataclasses too."""
+    """Dotted key, value and rule of every setting that is out of bounds, nested dataclasses included."""
     for item in fields(settings):
         key, value = f"{prefix}{item.name}", getattr(settings, item.name)
         if is_dataclass(value):
@@ -41,7 +41,7 @@ def _broken_rule(value: Any, bounds: dict[str, Any]) -> str:
     if above is not None and value <= above:
         return f"must be above {above}"
     if most is not None and value > most:
-        return f"is a fraction, at most {most}"
+        return f"must be at most {most}"
     if bounds.get("choices") and value not in bounds["choices"]:
         return f"must be one of {', '.join(bounds['choices'])}"
     return ""

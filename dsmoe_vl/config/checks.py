@@ -1,4 +1,4 @@
-"""The rules between a recipe's fields, and between the recipe and the number of ranks."""
+"""Constraints between fields of a recipe, and between the recipe and the number of ranks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learn
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
 
-# Settings of moe.backend = "capacity"; of these, the ones that say what is dropped.
+# Settings that need moe.backend = "capacity"; _DROPPING also need moe.drop_tokens.
 _DROPPING = ("moe.capacity_factor", "moe.eval_capacity_factor", "moe.min_capacity", "moe.random_token_selection")
 _CAPACITY = ("moe.drop_tokens", *_DROPPING, "moe.noisy_gate", "moe.residual")
 
-Rule = tuple[bool, str, str]  # holds, key, what to do where it does not
+Rule = tuple[bool, str, str]  # whether the recipe satisfies it, its key, the fix
 
 
 def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
-    """Raises ConfigError for the first constraint that does not hold, naming the value, the key, `file` and the fix."""
+    """Raises ConfigError for the first violated constraint, with the value, the key, `file` and the fix."""
     for key, value, rule in out_of_bounds(recipe):
         raise ConfigError(f"{key} = {value!r} in {file}: {rule}")
     for rules in (
@@ -28,8 +28,8 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
         _data(recipe, world_size),
         _run(recipe),
     ):
-        for holds, key, fix in rules:
-            if not holds:
+        for satisfied, key, fix in rules:
+            if not satisfied:
                 raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
     learned = tuple(spec.name for spec in learned_tasks(recipe))
     for key in ("data.sources", "data.evaluation"):
@@ -44,12 +44,12 @@ def _model(recipe: Recipe) -> Iterator[Rule]:
     model, vision = recipe.model, recipe.model.vision
     yield model.width % model.heads == 0, "model.width", f"must be a multiple of model.heads = {model.heads}"
     head = model.width // model.heads
-    yield head % 2 == 0, "model.heads", f"leaves {head} features a head; rotary positions need an even number"
+    yield head % 2 == 0, "model.heads", f"gives a head width of {head}; rotary embeddings need an even one"
     yield model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {model.heads}"
     yield (
         vision.width % (4 * vision.heads) == 0,
         "model.vision.width",
-        f"must be a multiple of 4 x model.vision.heads = {4 * vision.heads}: rows and columns are rotated in pairs",
+        f"must be a multiple of 4 x model.vision.heads = {4 * vision.heads}: the 2D rotary embedding needs it",
     )
 
 
@@ -62,8 +62,8 @@ def _moe(recipe: Recipe) -> Iterator[Rule]:
         yield (
             len(pyramid) == sparse,
             "moe.experts_per_layer",
-            f"has {len(pyramid)} numbers; model.layers = {layers} less moe.first_dense_layers = "
-            f"{moe.first_dense_layers} are {sparse} layers: give one number for each",
+            f"has {len(pyramid)} numbers; model.layers = {layers} minus moe.first_dense_layers = "
+            f"{moe.first_dense_layers} leaves {sparse} layers: give one number per layer",
         )
         yield (
             moe.experts == max(pyramid),
@@ -71,7 +71,7 @@ def _moe(recipe: Recipe) -> Iterator[Rule]:
             f"must be the largest of moe.experts_per_layer: set it to {max(pyramid)}",
         )
     fewest = min(pyramid or (moe.experts,))
-    yield fewest >= 1, "moe.experts_per_layer", "must be at least 1 everywhere"
+    yield fewest >= 1, "moe.experts_per_layer", "every number must be at least 1"
     where = f"at most moe.experts = {moe.experts}"
     if pyramid:
         where = f"at most {fewest}, the smallest of moe.experts_per_layer = {list(pyramid)}"
@@ -79,8 +79,8 @@ def _moe(recipe: Recipe) -> Iterator[Rule]:
     yield (
         moe.routing != "isolated" or moe.top_k <= fewest // 3,
         "moe.routing",
-        f"gives each of three modalities {fewest // 3} of {fewest} experts of a layer (moe.experts, "
-        f"moe.experts_per_layer); moe.top_k = {moe.top_k} needs more",
+        f"gives each of three modalities {fewest // 3} of {fewest} experts per layer (moe.experts, "
+        f"moe.experts_per_layer), fewer than moe.top_k = {moe.top_k}",
     )
 
 
@@ -99,7 +99,7 @@ def _capacity(recipe: Recipe) -> Iterator[Rule]:
         yield (
             moe.drop_tokens or _value(recipe, key) == default,
             key,
-            f"has no effect with moe.drop_tokens = false: set that to true, or leave {key} at {default!r}",
+            f"has no effect with moe.drop_tokens = false: set moe.drop_tokens to true, or leave {key} at {default!r}",
         )
     yield moe.noisy_gate in ("", "RSample", "Jitter"), "moe.noisy_gate", 'must be "", "RSample" or "Jitter"'
     only_one = f"works with moe.top_k = 1 only, not {moe.top_k}"
@@ -111,7 +111,7 @@ def _capacity(recipe: Recipe) -> Iterator[Rule]:
         or moe.backend == "dropless"
         or not (noisy or (moe.drop_tokens and moe.capacity_factor != moe.eval_capacity_factor)),
         "tasks.retrieval.gradient_cache",
-        "runs every forward twice, once as in evaluation, and both must route alike: set moe.eval_capacity_factor to "
+        "runs every forward twice, once in eval mode, and both must route the same: set moe.eval_capacity_factor to "
         f'moe.capacity_factor = {moe.capacity_factor}, moe.random_token_selection to false and moe.noisy_gate to ""',
     )
 
@@ -128,34 +128,34 @@ def _data(recipe: Recipe, world_size: int) -> Iterator[Rule]:
     yield (
         data.image_max_patches <= data.pack_patches,
         "data.image_max_patches",
-        f"must be at most data.pack_patches = {data.pack_patches}: an image is not cut in two",
+        f"must be at most data.pack_patches = {data.pack_patches}: an image must fit into one pack",
     )
     yield (
         data.image_max_patches // cell < data.pack_length,
         "data.image_max_patches",
-        f"makes {data.image_max_patches // cell} tokens; no text fits beside them in "
+        f"gives {data.image_max_patches // cell} tokens per image, no room for text in "
         f"data.pack_length = {data.pack_length}",
     )
     video_patches = data.video_frames * data.frame_max_patches
     yield (
         video_patches <= data.pack_patches,
         "data.frame_max_patches",
-        f"with data.video_frames = {data.video_frames} makes {video_patches} patches a video; at most "
-        f"data.pack_patches = {data.pack_patches} fit",
+        f"with data.video_frames = {data.video_frames} gives {video_patches} patches per video; must be at most "
+        f"data.pack_patches = {data.pack_patches}",
     )
     video_tokens = video_patches // (cell * data.frame_pool**2)
     yield (
         video_tokens < data.pack_length,
         "data.video_frames",
-        f"makes {video_tokens} tokens a video; no text fits beside them in data.pack_length = {data.pack_length}",
+        f"gives {video_tokens} tokens per video, no room for text in data.pack_length = {data.pack_length}",
     )
     yield data.cache != "", "data.cache", "must name a folder on a local disk"
     readers = world_size * max(data.workers, 1)
     yield (
         data.lanes % readers == 0,
         "data.lanes",
-        f"must be a multiple of {world_size} ranks x {max(data.workers, 1)} workers = {readers}; lanes stay fixed for "
-        "the life of a run, so change data.workers or the number of ranks, or choose lanes for the largest of them",
+        f"must be a multiple of {world_size} ranks x {max(data.workers, 1)} workers = {readers}; data.lanes is fixed "
+        "for the whole run: change data.workers or the number of ranks, or set data.lanes for the largest run",
     )
 
 
@@ -166,11 +166,11 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
     yield (
         not window or (len(window) == 2 and 1 <= window[0] <= window[1]),
         "run.profile_steps",
-        "must be the first and the last step of a trace, such as [20, 25], or [] for none",
+        "must be the first and last step of the profiler trace, such as [20, 25], or [] for no trace",
     )
     yield recipe.run.directory != "", "run.directory", 'must name a folder, such as "runs"'
     first = f"tasks.{TASKS[0].name}.weight"
-    yield bool(learned_tasks(recipe)), first, "and those of the other tasks are 0: there is nothing to learn"
+    yield bool(learned_tasks(recipe)), first, "the weights of all tasks are 0: set one of them above 0"
     yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model file"
 
 
@@ -182,15 +182,15 @@ def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: s
     for index, source in enumerate(sources):
         place = f"{key}[{index}] in {file}"
         if not source.name or source.name in names:
-            raise ConfigError(f'{place}: name = "{source.name}" must be given and differ from the others')
+            raise ConfigError(f'{place}: name = "{source.name}" must be set, and different for every source')
         if not source.path:
             raise ConfigError(f'{place}: path of source "{source.name}" must name a folder of shards')
         _check_pipe(source, data.allow_pipe, place)
         for task in source.tasks:
             if task not in learned:
                 raise ConfigError(
-                    f'{place}: tasks of source "{source.name}" name "{task}"; the recipe learns {", ".join(learned)} '
-                    f"(a weight above 0 in [tasks.NAME])"
+                    f'{place}: tasks of source "{source.name}" name "{task}"; the recipe trains {", ".join(learned)} '
+                    f"(weight above 0 in [tasks.NAME])"
                 )
         if source.weight <= 0:
             raise ConfigError(f'{place}: weight = {source.weight} of source "{source.name}" must be above 0')
@@ -204,4 +204,4 @@ def _check_pipe(source: SourceConfig, allowed: bool, place: str) -> None:
     if not allowed:
         raise ConfigError(f"{what} runs a shell command: set data.allow_pipe = true, or name a folder or a URL")
     if "{}" not in source.path:
-        raise ConfigError(f'{what} has no {{}} where the name of a file goes, as in "{PIPE}cat shards/{{}}"')
+        raise ConfigError(f'{what} needs {{}} in place of the file name, as in "{PIPE}cat shards/{{}}"')

@@ -1,4 +1,4 @@
-"""An ordinary DeepSpeed JSON, read strictly: what DeepSpeed would ignore, or what we cannot honour, is an error."""
+"""Strict reading of a DeepSpeed JSON: a key that DeepSpeed would ignore, or that we do not support, is an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_deepspeed(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"DeepSpeed JSON {path} cannot be read: {error.strerror}. ds_configs/ holds the shipped ones."
+            f"DeepSpeed JSON {path} cannot be read: {error.strerror}. ds_configs/ contains the shipped ones."
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"DeepSpeed JSON {path} is not UTF-8 text: {error.reason}") from None
@@ -43,13 +43,13 @@ def load_deepspeed(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"DeepSpeed JSON {path}: {error}") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"DeepSpeed JSON {path} must hold one object: {{ ... }}")
+        raise ConfigError(f"DeepSpeed JSON {path} must contain one object: {{ ... }}")
     check_deepspeed(config, str(path))
     return config
 
 
 def check_deepspeed(config: dict[str, Any], file: str) -> None:
-    """Raises ConfigError, naming `file`, for a key or value of `config` that would be ignored or cannot be honoured."""
+    """Raises ConfigError, with `file`, for a key or value of `config` that DeepSpeed ignores or we do not support."""
     for path, value in _walk(config):
         _check_key(path, value, file)
     _check_types(config, file)
@@ -59,7 +59,7 @@ def check_deepspeed(config: dict[str, Any], file: str) -> None:
 
 
 def setting(config: dict[str, Any], path: str, default: Any = None) -> Any:
-    """The value at a dotted path, `default` where it or a section above it is absent or null."""
+    """The value at a dotted path; `default` if it or a parent section is absent or null."""
     value: Any = config
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -70,7 +70,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise ValueError(f'the key "{key}" stands twice in one section. Remove one of them.')
+            raise ValueError(f'the key "{key}" is given twice in one section. Remove one of them.')
         seen[key] = value
     return seen
 
@@ -89,7 +89,7 @@ def _parse_error(path: Path, text: str, error: json.JSONDecodeError) -> str:
 
 
 def _walk(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted path with its value, sections before what they hold."""
+    """Every dotted path with its value, each section before its own keys."""
     for key, value in config.items():
         yield prefix + key, value
         if isinstance(value, dict):
@@ -99,11 +99,11 @@ def _walk(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _check_key(path: str, value: Any, file: str) -> None:
     section, _, key = path.rpartition(".")
     if value == "auto":
-        raise ConfigError(f'{path} = "auto" in {file}: nothing fills it in here. Write the value itself.')
+        raise ConfigError(f'{path} = "auto" in {file} is not supported. Write the value itself.')
     if path in REMOVED:
-        raise ConfigError(f"{path} in {file}: DeepSpeed 0.19 has no such feature any more. Remove the key.")
+        raise ConfigError(f"{path} in {file}: DeepSpeed 0.19 has removed this feature. Remove the key.")
     if path == "optimizer.params.max_grad_norm":
-        raise ConfigError(f"{path} in {file}: DeepSpeed clips by the top-level key. Set gradient_clipping.")
+        raise ConfigError(f"{path} in {file}: DeepSpeed reads the top-level key instead. Set gradient_clipping.")
     if section in SECTIONS and key not in SECTIONS[section]:
         where = f"in section {section} of {file}" if section else f"at the top level of {file}"
         raise ConfigError(f"{key} {where} is not a DeepSpeed key. {did_you_mean(key, SECTIONS[section])}")
@@ -178,6 +178,6 @@ def _check_zero(config: dict[str, Any], file: str) -> None:
         device = setting(config, f"zero_optimization.{section}.device", "none")
         place = f'zero_optimization.{section}.device = "{device}" in {file}'
         if device not in ("none", "cpu"):
-            raise ConfigError(f'{place}: checkpoints of experts cannot be read back from there. Set it to "cpu".')
+            raise ConfigError(f'{place}: checkpoints of experts cannot be loaded with it. Set it to "cpu".')
         if device == "cpu" and stage < lowest:
             raise ConfigError(f"{place} needs zero_optimization.stage of at least {lowest}, not {stage}")

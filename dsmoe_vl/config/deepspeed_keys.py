@@ -1,7 +1,7 @@
-"""The keys of a DeepSpeed 0.19 configuration, and those that a run of this package cannot honour.
+"""The keys of a DeepSpeed 0.19 configuration, and those that this package does not support.
 
-DeepSpeed ignores an unknown key at the top level and in several sections without a word, so the names are listed here;
-a test holds the lists against DeepSpeed's source.
+DeepSpeed silently ignores unknown keys at the top level and in several sections, so the names are listed here; a test
+compares the lists with DeepSpeed's source.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ZERO_3 = _names("""
     allgather_sequential
     """)
 
-# Keys by section; a section is named by its dotted path.
+# Keys by section; sections are dotted paths.
 SECTIONS: dict[str, frozenset[str]] = {
     "": TOP_LEVEL,
     "optimizer": frozenset({"type", "params", "legacy_fusion"}),
@@ -95,35 +95,35 @@ SCHEDULERS: dict[str, frozenset[str]] = {
         """),
 }
 
-# DeepSpeed itself stops at these, whatever their value, but only after every process has started.
+# DeepSpeed refuses these with any value, but only after every process has started.
 REMOVED = _names("""
     amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
     quantize_training sparse_attention sparse_gradients
     """)
 
-_MODEL_OWNS = "the model itself declares its experts; only enabled and autoep_size are set here. Remove the key"
-_NO_OTHER_PARALLELISM = "the ranks form data and expert parallel groups only. Remove the key"
-_OWN_METRICS = "metrics go to TensorBoard and metrics.jsonl. Remove the section, or set enabled to false"
+_MODEL_OWNS = "the recipe defines the experts; set only enabled and autoep_size here. Remove the key"
+_NO_OTHER_PARALLELISM = "only data and expert parallelism are available. Remove the key"
+_OWN_METRICS = "metrics are written to TensorBoard and metrics.jsonl. Remove the section, or set enabled to false"
 _OWN_RECOMPUTATION = (
-    "layers are recomputed one by one by PyTorch; an empty activation_checkpointing section turns that on"
+    "PyTorch recomputes whole layers. Remove the key; an empty activation_checkpointing section turns recomputation on"
 )
 
-# Refused unless switched off: false, null, a size of 0 or 1, or a section with enabled = false.
+# Refused unless disabled by false, null, a size of 0 or 1, or enabled = false in the section.
 UNSUPPORTED: dict[str, str] = {
     "fp16": "float16 needs loss scaling, which the objective does not have. Use the bf16 section",
     "bfloat16": "this is the old name of the section. Call it bf16",
-    "torch_autocast": "precision is chosen by the bf16 section. Remove the section",
+    "torch_autocast": "the bf16 section sets the precision. Remove the section",
     "pipeline": _NO_OTHER_PARALLELISM,
     "tensor_parallel": _NO_OTHER_PARALLELISM,
     "sequence_parallel_size": _NO_OTHER_PARALLELISM,
-    "data_parallel_size": "it follows from the number of ranks. Remove the key",
-    "use_data_before_expert_parallelism": "expert groups are made of consecutive ranks. Remove the key",
-    "hybrid_engine": "generation does not run inside the training engine. Remove the section",
-    "data_efficiency": "the recipe's data section owns the order of the data. Remove the section",
-    "dataloader_drop_last": "packs have fixed shapes and streams do not end. Remove the key",
-    "autotuning": "the launcher's tuner starts scripts of its own. Use --dry-run to compare settings",
-    "weight_quantization": "it is for inference. Remove the section",
-    "compile": "compiled collectives do not know expert parallelism. Remove the section",
+    "data_parallel_size": "it is the number of ranks. Remove the key",
+    "use_data_before_expert_parallelism": "expert parallel groups are always consecutive ranks. Remove the key",
+    "hybrid_engine": "generation does not use the training engine. Remove the section",
+    "data_efficiency": "the data section of the recipe defines the data order. Remove the section",
+    "dataloader_drop_last": "batches have a fixed shape and the data stream has no end. Remove the key",
+    "autotuning": "DeepSpeed's autotuner starts its own scripts. Use --dry-run to compare settings",
+    "weight_quantization": "it is for inference only. Remove the section",
+    "compile": "DeepCompile does not support expert parallelism. Remove the section",
     "wandb": _OWN_METRICS,
     "csv_monitor": _OWN_METRICS,
     "comet": _OWN_METRICS,
@@ -134,8 +134,8 @@ UNSUPPORTED: dict[str, str] = {
     "activation_checkpointing.synchronize_checkpoint_boundary": _OWN_RECOMPUTATION,
     "activation_checkpointing.profile": _OWN_RECOMPUTATION,
     "activation_checkpointing.cpu_checkpointing": _OWN_RECOMPUTATION,
-    "zero_optimization.zenflow": "its optimizer does not know expert parameters. Remove the key",
-    "zero_optimization.zero_hpz_partition_size": "ZeRO-3 with experts has no secondary partition. Remove the key",
+    "zero_optimization.zenflow": "its optimizer does not support expert parameters. Remove the key",
+    "zero_optimization.zero_hpz_partition_size": "not available for ZeRO-3 with experts. Remove the key",
     "zero_optimization.zero_quantized_gradients": "not available with experts. Remove the key",
     "zero_optimization.zero_quantized_weights": "not tested with experts. Remove the key",
     "zero_optimization.zero_quantized_nontrainable_weights": "not tested with experts. Remove the key",
@@ -148,7 +148,7 @@ UNSUPPORTED: dict[str, str] = {
     "expert_parallel.expert_tensor_parallel_size": _NO_OTHER_PARALLELISM,
 }
 
-# The one value that works, with the reason.
+# The only supported value, with the reason.
 FIXED: dict[str, tuple[Any, str]] = {
     "gradient_allreduce_op": ("mean", "the objective is scaled for averaged gradients"),
     "managed_gradient_accumulation": (True, "the objective is scaled for the engine's own accumulation"),

@@ -1,4 +1,4 @@
-"""TOML recipes, and overrides from the command line, into the frozen dataclasses of `recipe.py`."""
+"""Reads TOML recipes and command-line overrides into the frozen dataclasses of `recipe.py`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", b
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, changed by overrides of the form `section.key=value`.
+    """The recipe in a TOML file, with overrides of the form `section.key=value` applied in order.
 
-    A value is read as TOML; what is not TOML is a string, so that `run.name=first` needs no quotes. Raises ConfigError
-    for a file that cannot be read, an unknown key or a value of the wrong type.
+    A value that is not valid TOML is taken as a string, so `run.name=first` needs no quotes. Raises ConfigError for a
+    file that cannot be read, an unknown key or a value of the wrong type.
     """
     table = _read(path)
     recipe = recipe_from_table(table, str(path))
@@ -35,7 +35,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from_table(table: dict[str, Any], place: str) -> Recipe:
-    """A Recipe from nested dicts. `place` (a file or an override) appears in the ConfigError of a bad key or value."""
+    """A Recipe from nested dicts. `place` (a file or an override) appears in ConfigErrors."""
     return _dataclass(Recipe, table, "", place)
 
 
@@ -52,7 +52,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
-    """Sets one dotted key of `table` in place."""
+    """Apply one override to `table`, in place."""
     dotted, equals, text = override.partition("=")
     parts = dotted.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -60,7 +60,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"override {override!r}: {part} is not a table. Set it whole, or change the recipe file.")
+            raise ConfigError(f"override {override!r}: {part} is not a table. Override all of it, or edit the recipe.")
     table[parts[-1]] = _override_value(text.strip(), override)
 
 
@@ -111,7 +111,7 @@ def _shown(value: Any) -> str:
 
 
 def _advice(key: str, path: str, prefix: str, siblings: dict[str, Any]) -> str:
-    """The nearest key of the same table; else the same key in another table; else the owner of DeepSpeed's keys."""
+    """Suggests a similar key of the same table, else the same key in another table, else the DeepSpeed JSON."""
     if get_close_matches(key, siblings, n=1, cutoff=0.75):
         return did_you_mean(prefix + key, [prefix + name for name in siblings])
     elsewhere = [known for known in _all_keys(Recipe) if known.rpartition(".")[2] == key]
@@ -123,7 +123,7 @@ def _advice(key: str, path: str, prefix: str, siblings: dict[str, Any]) -> str:
 
 
 def _all_keys(kind: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe, tables included; the keys of arrays of tables are left out."""
+    """Every dotted key of a recipe, tables included; without the keys inside arrays of tables."""
     hints = get_type_hints(kind)
     keys: list[str] = []
     for name in (item.name for item in fields(kind)):

@@ -1,8 +1,7 @@
 """The recipe: every setting that DeepSpeed does not know, as frozen dataclasses read from TOML.
 
-Batch sizes, optimizer, scheduler, precision, ZeRO and expert parallelism belong to the DeepSpeed JSON and have no
-field here. A field's comment gives its unit. Bounds of one field stand beside it, rules between fields in
-`checks.py`.
+Batch sizes, optimizer, scheduler, precision, ZeRO and expert parallelism are set in the DeepSpeed JSON, not here. A
+field's comment gives its unit. Bounds of one field are in its declaration, constraints between fields in `checks.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any
 from dsmoe_vl.config.bounds import bounded
 from dsmoe_vl.config.task_table import TASKS, TaskSpec
 
-PIPE = "pipe:"  # begins the path of a source that a shell command reads
+PIPE = "pipe:"  # prefix of a source path that is a shell command
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """The vision encoder: a bidirectional transformer over the patches of one image or one frame."""
 
-    patch_size: int = bounded(16, least=1)  # pixels, side of a square patch
+    patch_size: int = bounded(16, least=1)  # pixels; side of a square patch
     merge: int = bounded(2, least=1)  # merge x merge neighbouring patches become one vision token in the decoder
     width: int = bounded(1024, least=1)  # model width of the encoder
     layers: int = bounded(24, least=1)
@@ -47,36 +46,34 @@ class MoEConfig:
 
     # "dropless": every assignment is computed; "capacity": DeepSpeed's classic MoE, ZeRO 0-2
     backend: str = bounded("dropless", choices=("dropless", "capacity"))
-    experts: int = bounded(8, least=1)  # E; routed experts a layer
-    experts_per_layer: tuple[int, ...] = ()  # E of every MoE layer, the largest being `experts`; none: all alike
-    top_k: int = bounded(2, least=1)  # K; experts a token
+    experts: int = bounded(8, least=1)  # E; routed experts per layer
+    experts_per_layer: tuple[int, ...] = ()  # E of each MoE layer, maximum `experts`; empty: all layers equal
+    top_k: int = bounded(2, least=1)  # K; experts per token
     ffn_width: int = bounded(1408, least=1)  # F; hidden width of one expert
-    shared_ffn_width: int = bounded(0, least=0)  # hidden width of the always-on shared expert; 0: none
-    first_dense_layers: int = bounded(1, least=0)  # the first decoder layers that stay dense
-    # What the gate reads: "token" (token, task and modality), "plain" (token), "task", or "isolated" (by modality).
+    shared_ffn_width: int = bounded(0, least=0)  # hidden width of the shared expert of every token; 0: none
+    first_dense_layers: int = bounded(1, least=0)  # number of dense decoder layers before the MoE layers
+    # Router input: "token" (token, task, modality), "plain" (token), "task"; "isolated": "token", experts by modality.
     routing: str = bounded("token", choices=("token", "plain", "task", "isolated"))
     balance_weight: float = bounded(0.01, least=0)  # coefficient of the load-balance loss; 0: off, as for all below
-    # tokens among which load is balanced: "all", those of a "task", or of a "modality"
+    # balance the load over "all" tokens, per "task" or per "modality"
     balance_over: str = bounded("all", choices=("all", "task", "modality"))
     z_weight: float = bounded(0.001, least=0)  # coefficient of the router z-loss
-    local_entropy_weight: float = bounded(0.0, least=0)  # of LIMoE's local loss: sure routing of every token
-    global_entropy_weight: float = bounded(0.0, least=0)  # of LIMoE's global loss: many experts for every modality
-    # experts that a modality should use at least; where the global loss ends
+    local_entropy_weight: float = bounded(0.0, least=0)  # of LIMoE's local entropy loss: low entropy per token
+    global_entropy_weight: float = bounded(0.0, least=0)  # of LIMoE's global entropy loss: many experts per modality
+    # experts that each modality should use at least; the global entropy loss is 0 from there
     global_entropy_experts: float = bounded(4.0, least=1)
-    # of minus the mutual information between tasks and experts
+    # of the negative mutual information between tasks and experts
     mutual_information_weight: float = bounded(0.0, least=0)
     bias_rate: float = bounded(0.0, least=0)  # step of the aux-loss-free balancing bias, in probability; 0: no bias
     # With backend "capacity" only:
-    drop_tokens: bool = True  # an expert computes so many assignments of a rank's micro-step; false: all of them
-    # that many, relative to an even share K T / E of the T tokens, padding included
+    drop_tokens: bool = True  # limit the assignments per expert, rank and micro-step; false: no limit
+    # that limit, relative to the even share K T / E of T tokens, padding included
     capacity_factor: float = bounded(1.25, above=0)
-    eval_capacity_factor: float = bounded(2.0, above=0)  # the same outside training
-    min_capacity: int = bounded(4, least=0)  # assignments; an expert takes as many at least
-    random_token_selection: bool = False  # who is dropped in training is random, not the last; needs top_k = 1
-    noisy_gate: str = (
-        ""  # noise on routing in training: "RSample" (Gumbel on z, top_k = 1), "Jitter" (1 % of x), or none
-    )
-    residual: bool = False  # PR-MoE: every token also goes through one more expert, with a learned share
+    eval_capacity_factor: float = bounded(2.0, above=0)  # the same in evaluation
+    min_capacity: int = bounded(4, least=0)  # assignments; the limit is at least this
+    random_token_selection: bool = False  # in training, drop random tokens, not the last ones; needs top_k = 1
+    noisy_gate: str = ""  # routing noise in training: "RSample" (Gumbel on z, top_k = 1), "Jitter" (1 % of x), "": none
+    residual: bool = False  # PR-MoE: one more expert for every token, with a learned weight
 
 
 _TaskSettings: Any = make_dataclass(
@@ -87,14 +84,14 @@ _TaskSettings: Any = make_dataclass(
 
 
 class TasksConfig(_TaskSettings):
-    """The tasks that the model learns: a table [tasks.NAME] for each row of the task table."""
+    """The tasks: one table [tasks.NAME] per row of the task table."""
 
 
 @dataclass(frozen=True)
 class L1Config:
     """The term lambda Omega(theta), Omega = sum_g c_g ||theta_g||_1; Omega over all parameters: every c_g = 1."""
 
-    # lambda; a weight stays 0 while |m / sqrt(v)| of AdamW is below lambda c_g; 0: no term
+    # lambda; a weight stays 0 while AdamW's |m / sqrt(v)| is below lambda c_g; 0: no L1 term
     weight: float = bounded(0.0, least=0)
     experts: float = bounded(1.0, least=0)  # c_g of the routed experts
     matrices: float = bounded(0.0, least=0)  # c_g of every other weight matrix, embeddings and routers included
@@ -103,53 +100,53 @@ class L1Config:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised besides the tasks' losses and the balancing terms."""
+    """Terms of the objective besides the task losses and the balancing terms."""
 
     l1: L1Config = field(default_factory=L1Config)
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One stream of shards: a folder with an `index.json`, here or elsewhere."""
+    """One stream of shards: a local or remote folder with an `index.json`."""
 
     name: str = ""
-    # A folder, relative to the working directory; the URL of one (http, https, and what fsspec knows: s3, gs, ...); or
-    # "pipe:COMMAND", a shell command that writes the file {} of a folder to its standard output.
+    # A folder, relative to the working directory; the URL of a folder (http, https, or fsspec's: s3, gs, ...); or
+    # "pipe:COMMAND", a shell command that writes the file {} of a folder to standard output.
     path: str = ""
     weight: float = 1.0  # relative sampling weight, in samples
-    tasks: tuple[str, ...] = ()  # that its samples are used for; none: every task of the recipe that they can serve
+    tasks: tuple[str, ...] = ()  # tasks to use its samples for; empty: every task of the recipe that they qualify for
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the packs are made of."""
+    """Data sources, and the size and content of packs."""
 
     sources: tuple[SourceConfig, ...] = ()
     evaluation: tuple[SourceConfig, ...] = ()  # held-out shards; weights are ignored
-    # of the mixture: sources are drawn in proportion to weight ** (1 / temperature)
+    # sources are sampled in proportion to weight ** (1 / temperature)
     temperature: float = bounded(1.0, above=0)
-    pack_length: int = bounded(4096, least=1)  # L; tokens in a pack
-    pack_patches: int = bounded(8192, least=1)  # P; image patches in a pack
-    image_max_patches: int = bounded(1024, least=1)  # patches of one image, aspect ratio kept
-    frame_max_patches: int = bounded(256, least=1)  # patches of one video frame
-    video_frames: int = bounded(8, least=1)  # frames of a video, at most
-    # Which: "uniform" in time; "fps": `video_fps`, as long as video_frames are enough; "keyframes" of the codec.
+    pack_length: int = bounded(4096, least=1)  # L; tokens per pack
+    pack_patches: int = bounded(8192, least=1)  # P; image patches per pack
+    image_max_patches: int = bounded(1024, least=1)  # patches per image, at most; aspect ratio kept
+    frame_max_patches: int = bounded(256, least=1)  # patches per video frame, at most
+    video_frames: int = bounded(8, least=1)  # frames per video, at most
+    # Which frames: "uniform" in time; "fps": at `video_fps` if video_frames allow it; "keyframes" of the codec.
     video_sampling: str = bounded("uniform", choices=("uniform", "fps", "keyframes"))
-    video_fps: float = bounded(1.0, above=0)  # frames a second, with "fps"
+    video_fps: float = bounded(1.0, above=0)  # frames per second, for "fps"
     frame_pool: int = bounded(2, least=1)  # frame_pool x frame_pool vision tokens of a frame are averaged into one
-    # virtual readers; a multiple of (data-parallel ranks x workers); fixed for the life of a run
+    # virtual readers; a multiple of (data-parallel ranks x workers); fixed for the whole run
     lanes: int = bounded(64, least=1)
-    lookahead: int = bounded(32, least=1)  # samples among which the packer looks for the best fit
+    lookahead: int = bounded(32, least=1)  # samples from which the packer chooses the best fit
     shuffle_block: int = bounded(256, least=1)  # samples read and shuffled together
-    workers: int = bounded(2, least=0)  # loader processes a rank; 0: in the training process
-    max_bad_fraction: float = bounded(0.01, least=0, most=1)  # error budget: bad samples over samples read, per source
-    # Of sources whose path is not a local folder:
-    cache: str = "~/.cache/dsmoe_vl/shards"  # folder on a local disk; processes and runs of a host share its shards
-    # GiB; beyond it the least recently used shards are removed from the cache; 0: no limit
+    workers: int = bounded(2, least=0)  # loader processes per rank; 0: load in the training process
+    max_bad_fraction: float = bounded(0.01, least=0, most=1)  # error budget per source: bad samples / samples read
+    # For sources whose path is not a local folder:
+    cache: str = "~/.cache/dsmoe_vl/shards"  # folder on a local disk, shared by all processes and runs of a host
+    # GiB; above it the least recently used shards are removed from the cache; 0: no limit
     cache_gib: float = bounded(200.0, least=0)
-    # seconds for which storage that fails is tried again; then the run ends
+    # seconds of retries while storage fails; then the run ends
     fetch_patience_seconds: float = bounded(300.0, above=0)
-    allow_pipe: bool = False  # a path may be "pipe:COMMAND", which runs a shell
+    allow_pipe: bool = False  # allow "pipe:COMMAND" as a path, which runs a shell command
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class TokenizerConfig:
     """The SentencePiece model."""
 
     path: str = ""  # a tokenizer.model file
-    vocab_size: int = bounded(32000, least=1)  # rows of the embedding table; at least the tokenizer's own size
+    vocab_size: int = bounded(32000, least=1)  # rows of the embedding table; at least the tokenizer's size
 
 
 @dataclass(frozen=True)
@@ -172,17 +169,17 @@ class RunConfig:
     evaluate_every: int = bounded(500, least=0)  # optimizer steps; 0: only at the end
     evaluate_packs: int = bounded(64, least=1)  # packs of held-out data per evaluation, over all ranks
     checkpoint_every: int = bounded(500, least=1)  # optimizer steps
-    keep_checkpoints: int = bounded(2, least=1)  # newest complete checkpoints that stay on disk
-    # optimizer steps at least between pictures of held-out samples, at checkpoints; 0: none
+    keep_checkpoints: int = bounded(2, least=1)  # newest complete checkpoints to keep on disk
+    # minimum optimizer steps between images of held-out samples, drawn at checkpoints; 0: none
     samples_every: int = bounded(500, least=0)
-    # optimizer steps between records of the routers (router.npz, heat maps); 0: none
+    # optimizer steps between router records (router.npz, heat maps); 0: none
     router_every: int = bounded(100, least=0)
-    profile_steps: tuple[int, ...] = ()  # the first and the last optimizer step of a profiler's trace; none: no trace
+    profile_steps: tuple[int, ...] = ()  # first and last optimizer step of the profiler trace; empty: no trace
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe file. One TOML table a field."""
+    """A whole recipe file: one TOML table per field."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -199,5 +196,5 @@ def learned_tasks(recipe: Recipe) -> tuple[TaskSpec, ...]:
 
 
 def term_weights(recipe: Recipe) -> dict[str, float]:
-    """w_i of every term of every task's loss."""
+    """The weight w_i of each loss term of every task."""
     return {term.name: getattr(getattr(recipe.tasks, spec.name), term.weight) for spec in TASKS for term in spec.terms}

@@ -1,4 +1,4 @@
-"""The nearest valid name to a mistyped one."""
+"""Suggests a valid name for a mistyped one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`Did you mean "x"?` with the nearest of `valid`, or the whole list where nothing is near."""
+    """`Did you mean "x"?` with the most similar of `valid`; the whole list if none is similar."""
     names = sorted(valid)
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     return f'Did you mean "{near[0]}"?' if near else f"Valid here: {', '.join(names)}."

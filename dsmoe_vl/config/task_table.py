@@ -1,7 +1,7 @@
-"""The tasks that a model can learn, one row each. Whatever counts, names, lists, scores or draws tasks starts here.
+"""The tasks that a model can learn, one row each. All code that lists or counts tasks reads this table.
 
-A new task is a settings class, a row of `TASKS`, and the two classes that the row names. Without torch: the recipe, the
-planner and the data tools read this table too.
+A new task needs a settings class, a row in `TASKS`, and the two classes that the row names. This file does not import
+torch, because the recipe, the planner and the data tools read it too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from dsmoe_vl.config.bounds import bounded
 
-# What is counted as a term's targets in a segment: positions with a language-model target, retrieval pairs, frames with
-# an importance, or compared pairs of frames. `data/pack.py` counts them.
+# The targets of a term, counted per segment by `data/pack.py`: positions with a language-model label, retrieval pairs,
+# frames with an importance, or compared pairs of frames.
 Targets = Literal["labels", "pairs", "frames", "comparisons"]
 
 
@@ -23,8 +23,8 @@ Targets = Literal["labels", "pairs", "frames", "comparisons"]
 class CaptionConfig:
     """Captioning of images and videos."""
 
-    weight: float = bounded(1.0, least=0)  # w_i; 0: the task is not learned
-    # share of a caption's tokens that training hides from the words that follow them
+    weight: float = bounded(1.0, least=0)  # w_i; 0: the task is not trained
+    # fraction of a caption's tokens that are hidden from later tokens, in training only
     word_dropout: float = bounded(0.0, least=0, most=1)
 
 
@@ -32,20 +32,20 @@ class CaptionConfig:
 class RetrievalConfig:
     """Image-text and video-text retrieval."""
 
-    weight: float = bounded(0.0, least=0)  # w_i; 0: the task is not learned
+    weight: float = bounded(0.0, least=0)  # w_i; 0: the task is not trained
     loss: str = bounded("info_nce", choices=("info_nce", "sigmoid"))
     embedding_width: int = bounded(512, least=1)
-    gradient_cache: bool = False  # contrast over all accumulation steps together, at the cost of a second forward
+    gradient_cache: bool = False  # contrast over all accumulation steps; costs a second forward
 
 
 @dataclass(frozen=True)
 class SummaryConfig:
-    """Video summarization: the text, and how much each frame matters."""
+    """Video summarization: the text, and the importance of each frame."""
 
-    weight: float = bounded(0.0, least=0)  # w_i of the text; 0: the task is not learned
-    importance_weight: float = bounded(1.0, least=0)  # of the regression to the annotators' mean
-    ranking_weight: float = bounded(1.0, least=0)  # of the comparison of pairs of frames
-    # difference in importance, 0 to 1, from which two frames are compared
+    weight: float = bounded(0.0, least=0)  # w_i of the text; 0: the task is not trained
+    importance_weight: float = bounded(1.0, least=0)  # of the regression to the annotators' mean importance
+    ranking_weight: float = bounded(1.0, least=0)  # of the pairwise ranking loss over frames
+    # smallest difference in importance, 0 to 1, at which two frames are compared
     ranking_margin: float = bounded(0.1, least=0)
 
 
@@ -55,7 +55,7 @@ class Term:
 
     name: str
     targets: Targets
-    weight: str = "weight"  # the task's setting that weighs it
+    weight: str = "weight"  # the field of the task's settings with its weight
 
 
 def _no_heads(settings: Any, width: int) -> int:
@@ -64,19 +64,19 @@ def _no_heads(settings: Any, width: int) -> int:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task. `settings` is the dataclass of its table [tasks.NAME] in a recipe; its field `weight` is 0 where the
-    task is not learned."""
+    """One task. `settings` is the dataclass of the recipe table [tasks.NAME]; its field `weight` is 0 if the task is
+    not trained."""
 
-    name: str  # in recipes, in KEY.json's `tasks`, in metrics
-    title: str  # for people, in the plural
+    name: str  # used in recipes, in `tasks` of KEY.json, in metrics
+    title: str  # shown to users, in the plural
     symbol: str  # the control symbol after which the task's text is generated
     settings: type[Any]
     terms: tuple[Term, ...]
-    # Whether a sample can serve the task: its kind ("image" or "video"), its captions and its KEY.json.
+    # Whether a sample can be used for the task, from its kind ("image" or "video"), captions and KEY.json.
     qualifies: Callable[[str, Sequence[str], Mapping[str, Any]], bool]
     task: str  # "module:class" of its `tasks.task.Task`
     evaluation: str  # "module:class" of its `evaluation.task_evaluation.TaskEvaluation`
-    # Parameters of its heads, from its settings and the decoder's width.
+    # Number of parameters of its heads, from its settings and the decoder width.
     head_parameters: Callable[[Any, int], int] = field(default=_no_heads)
 
 
@@ -89,7 +89,7 @@ def _has_summary(kind: str, captions: Sequence[str], meta: Mapping[str, Any]) ->
     return kind == "video" and (scored or bool(meta.get("summary")))
 
 
-# A task's number is its place here: the row of the router's task bias. New tasks go to the end.
+# A task's number is its index here, and its row in the router's task bias. Append new tasks at the end.
 TASKS: list[TaskSpec] = [
     TaskSpec(
         name="caption",
@@ -132,21 +132,21 @@ TASKS: list[TaskSpec] = [
 
 
 def register(spec: TaskSpec) -> None:
-    """Add a task of another package. To be called before any other module of this one is imported: the recipe's
-    settings, the tokenizer's symbols and the counts of a batch are made from the table once."""
+    """Add a task of another package. Call it before importing any other module of this package: the recipe's settings,
+    the tokenizer's symbols and the counts of a batch are built from the table once, at import."""
     assert "dsmoe_vl.config.recipe" not in sys.modules, f"register {spec.name} before the recipe is imported"
     assert spec.name not in {known.name for known in TASKS}, f"two tasks are called {spec.name}"
     TASKS.append(spec)
 
 
 def named(path: str) -> Any:
-    """The class "module:class" of a row, imported now."""
+    """Import and return the class that "module:class" names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
 
 
 def task_number(name: str) -> int:
-    """The number of a task of the table: its row of the router's task bias, and `Segment.task`."""
+    """The index of a task in the table: its row in the router's task bias, and `Segment.task`."""
     return [spec.name for spec in TASKS].index(name)
 
 

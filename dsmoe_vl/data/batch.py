@@ -1,4 +1,4 @@
-"""What the model takes. Letters as in `segment.py`."""
+"""The input of the model. Letters as in `segment.py`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 class Batch:
     """B packs, flattened: every index is into T = B * L tokens, the used patches of all packs, and their cells.
 
-    The number of tokens is fixed, so that every rank routes and exchanges equally many; patches that hold nothing are
-    left out, since no collective depends on their number (at least one cell stays). cu_segments int32 [S + 1] and
-    cu_pictures int32 [N + 1] are cumulative lengths of segments, a pack's padding tail being one of them, and of
-    pictures. max_segment, max_picture: longest length, a python int. cell_position and cell_frame are in 0..T, T
-    meaning padding. Retrieval pairs and frames are those of all packs; `pairs_of_ranks` is the number of pairs that
-    each rank has in this micro-step, since embeddings are compared across ranks.
+    The number of tokens is fixed: every rank routes and exchanges equally many. Unused patches are left out, because no
+    collective depends on their number; at least one cell stays. cu_segments int32 [S + 1] and cu_pictures int32 [N + 1]
+    are cumulative lengths of segments and pictures; the padding at the end of a pack counts as a segment. max_segment,
+    max_picture: the greatest length, a python int. cell_position and cell_frame are in 0..T; T means padding. Retrieval
+    pairs and frames are those of all packs. `pairs_of_ranks`: the number of pairs of each rank in this micro-step,
+    because embeddings are compared across ranks.
     """
 
     tokens: torch.Tensor

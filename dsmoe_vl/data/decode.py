@@ -20,11 +20,11 @@ from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 
-MAX_PIXELS = 100_000_000  # of one image or frame; more is refused as a decompression bomb
+MAX_PIXELS = 100_000_000  # of an image or frame; a larger one is refused as a decompression bomb
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION_TAG = 0x0112
-# What makes a picture upright, by its orientation.
+# How to turn a picture upright, by its EXIF orientation.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -37,10 +37,10 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def decode_image(data: bytes, enough_pixels: int = 0) -> np.ndarray:
-    """The picture in `data`, upright: pixels [h, w, 3]; transparency becomes white.
+    """Decode an image, turned upright, transparent parts in white: pixels [h, w, 3].
 
-    With `enough_pixels`, a larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides, never to fewer pixels than that.
-    Raises DataError where `data` is no JPEG, PNG or WebP, is cut, or holds more than MAX_PIXELS.
+    With `enough_pixels`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides, but never to fewer pixels than that.
+    Raises DataError if `data` is not a JPEG, PNG or WebP, is truncated, or has more than MAX_PIXELS.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -61,24 +61,24 @@ def decode_image(data: bytes, enough_pixels: int = 0) -> np.ndarray:
         return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
     except DataError:
         raise
-    except UnidentifiedImageError:  # whose own message is the address of a buffer
-        raise DataError("image cannot be decoded: it is no JPEG, PNG or WebP") from None
-    except Exception as error:  # whatever a decoder throws at malformed bytes
+    except UnidentifiedImageError:  # its message is the address of a buffer
+        raise DataError("image cannot be decoded: not a JPEG, PNG or WebP") from None
+    except Exception as error:  # decoders raise anything for malformed bytes
         raise DataError(f"image cannot be decoded: {error}") from error
 
 
 def decode_video(
     data: bytes, frames: int, sampling: str = "uniform", per_second: float = 1.0
 ) -> list[tuple[float, np.ndarray]]:
-    """At most `frames` upright frames: seconds since the first frame, and pixels [h, w, 3].
+    """Decode up to `frames` frames, turned upright: seconds since the first frame, and pixels [h, w, 3].
 
     Args:
-        sampling: "uniform": every frame stands for an equal part of the video and is taken from the middle of it.
-            "fps": the same, with `per_second` parts a second as long as `frames` are enough for the whole. "keyframes":
-            of the frames that are coded for themselves, as evenly as may be; nothing else is decoded. "first": the
-            first frame alone.
+        sampling: "uniform": the middle frames of equal parts of the video.
+            "fps": the same with `per_second` parts per second, at most `frames`.
+            "keyframes": keyframes only, evenly chosen; nothing else is decoded.
+            "first": the first frame.
 
-    Raises DataError where `data` holds no video, is damaged, or has frames of more than MAX_PIXELS.
+    Raises DataError if `data` is not a video, is damaged, or has frames of more than MAX_PIXELS.
     """
     return list(iterate_video(data, frames, sampling, per_second))
 
@@ -86,7 +86,7 @@ def decode_video(
 def iterate_video(
     data: bytes, frames: int, sampling: str = "uniform", per_second: float = 1.0
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """As `decode_video`, one frame after another: hundreds of large ones need not be in memory together."""
+    """As `decode_video`, one frame at a time, for videos whose frames would fill the memory."""
     try:
         with av.open(io.BytesIO(data), "r", format=_container(data)) as container:
             if not container.streams.video:
@@ -100,7 +100,7 @@ def iterate_video(
             packets, left = [], 4 * len(data)
             for packet in container.demux(stream):
                 left -= packet.size
-                if left < 0:  # an index that names the same bytes again and again fills the memory
+                if left < 0:  # an index that repeats the same bytes would fill the memory
                     raise DataError("video cannot be decoded: its frames are larger than the file")
                 if packet.size:
                     packets.append(packet)
@@ -117,7 +117,7 @@ def iterate_video(
                 if sampling == "fps":
                     frames = min(frames, max(1, round(_duration(ticks) * second * per_second)))
                 targets = _uniform(ticks, frames)
-            converter = VideoReformatter()  # one for all: setting it up costs more than converting a small frame
+            converter = VideoReformatter()  # creating one costs more than converting a small frame
             found = False
             for frame in _decode_at(stream, packets, targets):
                 found = True
@@ -126,7 +126,7 @@ def iterate_video(
                 raise DataError("video cannot be decoded: no frames")
     except DataError:
         raise
-    except Exception as error:  # whatever FFmpeg throws at malformed bytes
+    except Exception as error:  # FFmpeg raises anything for malformed bytes
         raise DataError(f"video cannot be decoded: {error}") from error
 
 
@@ -148,8 +148,10 @@ def pictures_of(sample: Sample, frames: int, enough_pixels: int = 0) -> list[np.
 
 
 def fit_grid(width: int, height: int, patch_size: int, merge: int, max_patches: int) -> tuple[int, int]:
-    """Patch (rows, columns) for a picture of `width` x `height` pixels: both multiples of `merge`, product at most
-    `max_patches`, the aspect ratio kept as nearly as whole cells allow, never larger than the picture itself.
+    """Patch (rows, columns) for a picture of `width` x `height` pixels.
+
+    Both are multiples of `merge`, their product is at most `max_patches`, and the grid is not larger than the picture.
+    The aspect ratio is kept as nearly as whole cells allow.
     """
     cell = patch_size * merge
     budget = max_patches // merge**2
@@ -157,7 +159,7 @@ def fit_grid(width: int, height: int, patch_size: int, merge: int, max_patches: 
     shrink = min(1.0, math.sqrt(budget * cell**2 / (width * height)))
     rows = max(1, round(height * shrink / cell))
     columns = max(1, round(width * shrink / cell))
-    if rows * columns > budget:  # rounding went up: cut the side that hurts the aspect ratio less
+    if rows * columns > budget:  # rounded up: reduce the side that changes the aspect ratio less
         cuts = [(budget // columns, columns), (rows, budget // rows)]
         rows, columns = min(
             (cut for cut in cuts if min(cut) >= 1),
@@ -167,9 +169,9 @@ def fit_grid(width: int, height: int, patch_size: int, merge: int, max_patches: 
 
 
 def to_patches(pixels: np.ndarray, grid: tuple[int, int], patch_size: int, merge: int) -> np.ndarray:
-    """Resize pixels [h, w, 3] to `grid` (patch rows, columns) and cut them up: uint8 [p, C].
+    """Resize pixels [h, w, 3] to `grid` (patch rows, columns) and cut them into patches: uint8 [p, C].
 
-    Cells of merge x merge patches run row by row, and so do the patches inside a cell.
+    Cells of merge x merge patches are ordered row by row, and so are the patches in a cell.
     """
     rows, columns = grid
     pixels = resized(pixels, rows * patch_size, columns * patch_size)
@@ -181,11 +183,11 @@ def to_patches(pixels: np.ndarray, grid: tuple[int, int], patch_size: int, merge
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing: [h, w, 3] -> [height, width, 3].
 
-    PyTorch's is four times as fast as Pillow's, and differs from it by rounding (benchmarks/data.py prints how much).
+    PyTorch is four times as fast as Pillow here; results differ by rounding (benchmarks/data.py prints how much).
     """
     if pixels.shape[:2] == (height, width):
         return pixels
-    import torch  # whose import takes seconds; the data tools only decode
+    import torch  # takes seconds, and the data tools only decode
 
     with torch.inference_mode():
         planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0)
@@ -194,7 +196,7 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _jpeg_pixels(data: bytes, least: tuple[int, int]) -> np.ndarray | None:
-    """A JPEG as Pillow decodes it, sooner, at least `least` pixels wide and high; None for what libjpeg warns of."""
+    """A JPEG as Pillow decodes it, but faster, at least `least` pixels wide and high; None if libjpeg warns."""
     try:
         return simplejpeg.decode_jpeg(data, "RGB", min_width=least[0], min_height=least[1])
     except ValueError:
@@ -204,7 +206,7 @@ def _jpeg_pixels(data: bytes, least: tuple[int, int]) -> np.ndarray | None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+    if image.mode.startswith("I"):  # 16 bits per pixel: convert() would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
@@ -214,7 +216,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _container(data: bytes) -> str:
-    """FFmpeg's name of the container. It would open what it guesses, and a playlist names files of this machine."""
+    """FFmpeg's name of the container. FFmpeg must not guess: it would open a playlist, which can name local files."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
         return "mov"
     if data[:4] == b"\x1aE\xdf\xa3":
@@ -225,7 +227,7 @@ def _container(data: bytes) -> str:
 
 
 def _ticks(timed: av.Packet | av.VideoFrame) -> int:
-    """Presentation time in the stream's time base; AVI knows decoding times only."""
+    """Presentation time in the stream's time base; in AVI, which has none, the decoding time."""
     ticks = timed.pts if timed.pts is not None else timed.dts
     if ticks is None:
         raise DataError("video cannot be decoded: frames without a time")
@@ -233,7 +235,7 @@ def _ticks(timed: av.Packet | av.VideoFrame) -> int:
 
 
 def _uniform(ticks: list[int], frames: int) -> list[int]:
-    """For the middle of each of `frames` equal parts of the time span, the last of the sorted `ticks` not after it."""
+    """The frame shown in the middle of each of `frames` equal parts of the video; `ticks` are sorted."""
     if len(ticks) <= frames:
         return ticks
     middles = ticks[0] + (np.arange(frames) + 0.5) * float(_duration(ticks)) / frames
@@ -241,19 +243,17 @@ def _uniform(ticks: list[int], frames: int) -> list[int]:
 
 
 def _duration(ticks: list[int]) -> Fraction:
-    """In ticks; the last frame is shown as long as the others, on average."""
+    """In ticks. The last frame is assumed to be shown for the mean time of the others."""
     return Fraction((ticks[-1] - ticks[0]) * len(ticks), max(1, len(ticks) - 1))
 
 
 def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[int]) -> Iterator[av.VideoFrame]:
-    """For each of the sorted `targets` the first frame that is not before it, without decoding the groups of pictures
-    between targets.
-    """
+    """For each of the sorted `targets` the first frame at or after it. Skips groups of pictures between targets."""
     decoder = stream.codec_context
     keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe] or [0]
     last: av.VideoFrame | None = None
     fed = 0  # packets given to the decoder or skipped
-    waiting: list[av.VideoFrame] = []  # decoded, later than the last target
+    waiting: list[av.VideoFrame] = []  # decoded, after the last target
     for target in targets:
         key = max((i for i in keyframes if _ticks(packets[i]) <= target), default=0)
         if key > fed:
@@ -263,7 +263,7 @@ def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[i
             waiting = [frame for frame in waiting if _ticks(frame) >= target]
             if waiting or fed > len(packets):
                 break
-            # One past the last packet, None drains the frames that the decoder still holds.
+            # After the last packet, None returns the frames that are left in the decoder.
             waiting = list(decoder.decode(packets[fed] if fed < len(packets) else None))
             fed += 1
         if waiting and waiting[0] is not last:
@@ -272,6 +272,6 @@ def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[i
 
 
 def _upright_frame(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
-    # One thread: by default every converter starts one for each of the machine's cores.
+    # By default every converter starts one thread per core.
     pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels

@@ -1,4 +1,4 @@
-"""The one handler of bad samples: counts them, names them, and stops a run that has too many."""
+"""Bad samples are counted and listed, and too many of them end the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from dsmoe_vl.errors import DataError
 
-_PATIENCE = 100  # samples; the budget of a source is never less than its share of this many
-_EPOCH = "/epoch"  # ends the name of the one value of a report that does not add up
+_MIN_SAMPLES = 100  # the error budget of a source is computed for at least so many samples
+_EPOCH = "/epoch"  # suffix of the only value in a report that is not a count
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that was skipped. `reason` is a DataError's message, its category before the first colon."""
+    """A sample that was skipped. `reason` is the message of a DataError; it begins with a category and a colon."""
 
     source: str
     shard: str
@@ -28,7 +28,7 @@ class BadSample:
 
 @dataclass
 class ReadCounts:
-    """What was read: samples per source, those that were bad, and the newest epoch of each source."""
+    """Samples that were read, per source; the bad ones among them; the newest epoch of each source."""
 
     samples: Counter[str] = field(default_factory=Counter)
     bad: list[BadSample] = field(default_factory=list)
@@ -36,10 +36,10 @@ class ReadCounts:
 
 
 class ErrorLog:
-    """Counts the samples read in this process since `drain` and enforces the error budget of the whole run."""
+    """Counts the samples that this process reads and enforces the error budget of the run."""
 
     def __init__(self, max_bad_fraction: float, part: str = "data.sources") -> None:
-        """`part` of the recipe has the sources."""
+        """`part`: the recipe's table of the sources, for messages."""
         self._part = part
         self._max_bad_fraction = max_bad_fraction
         self._read: Counter[str] = Counter()
@@ -47,7 +47,7 @@ class ErrorLog:
         self._fresh = ReadCounts()
 
     def resume(self, read: Mapping[str, int], bad: Mapping[str, int]) -> None:
-        """Charge the budget with what was read before the run was continued; `drain` does not give it."""
+        """Count what was read before the run was continued towards the budget, but not in `drain`."""
         self._read.update(read)
         self._bad.update(bad)
 
@@ -56,13 +56,13 @@ class ErrorLog:
         self._count(source, epoch)
 
     def bad(self, sample: BadSample) -> None:
-        """Count a sample that was skipped. Raises DataError where its source is over budget."""
+        """Count a sample that was skipped. Raises DataError if its source is over budget."""
         source = sample.source
         self._count(source, sample.epoch)
         self._bad[source] += 1
         self._fresh.bad.append(sample)
         read, bad = self._read[source], self._bad[source]
-        if bad > self._max_bad_fraction * max(read, _PATIENCE) or (bad == read and read >= _PATIENCE):
+        if bad > self._max_bad_fraction * max(read, _MIN_SAMPLES) or (bad == read and read >= _MIN_SAMPLES):
             raise DataError(
                 f"{self._part}, {source}: {bad} of {read} samples are bad, more than data.max_bad_fraction = "
                 f"{self._max_bad_fraction}; the last is number {sample.sample} of {sample.shard}: {sample.reason}; "
@@ -70,7 +70,7 @@ class ErrorLog:
             )
 
     def drain(self) -> ReadCounts:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         fresh, self._fresh = self._fresh, ReadCounts()
         return fresh
 
@@ -81,17 +81,17 @@ class ErrorLog:
 
 
 class ReadReport:
-    """Counts since the start as the main process sees them, the run's epochs, and the quarantine list."""
+    """In the rank: counts since its start, the epochs of the run, and the list of bad samples."""
 
     def __init__(self, quarantine: Path | None) -> None:
         """Bad samples are appended to the file `quarantine`, one JSON object a line."""
         self._quarantine = quarantine
         self._samples: Counter[str] = Counter()
         self._reasons: dict[str, Counter[str]] = {}
-        self.epochs: dict[str, int] = {}  # by source, the newest that has begun; 0 is the first
+        self.epochs: dict[str, int] = {}  # by source, the newest that has begun, from 0
 
     def add(self, counts: ReadCounts) -> None:
-        """Add what was read for one pack."""
+        """Add the counts of one pack."""
         self._samples.update(counts.samples)
         self.epochs = newest_epochs([self.epochs, counts.epochs])
         for bad in counts.bad:
@@ -105,7 +105,7 @@ class ReadReport:
                 file.write(lines.encode("utf-8", "replace"))
 
     def values(self) -> dict[str, int]:
-        """Of each source: SOURCE/samples read, SOURCE/errors among them, SOURCE/errors/REASON, and SOURCE/epoch."""
+        """For each source: SOURCE/samples, SOURCE/errors (bad samples), SOURCE/errors/REASON and SOURCE/epoch."""
         values: dict[str, int] = {}
         for source in sorted(self.epochs):
             reasons = self._reasons.get(source, Counter())
@@ -117,7 +117,7 @@ class ReadReport:
 
 
 def merge_reports(reports: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The `ReadReport.values` of all ranks as one: counts add up, an epoch is the newest that any rank has begun."""
+    """The `ReadReport.values` of all ranks in one: sums of counts, and the newest epoch of any rank."""
     merged: dict[str, int] = {}
     for report in reports:
         for name, value in report.items():

@@ -19,7 +19,8 @@ from dsmoe_vl.data.segment import COUNTS, IGNORE, TOKENS_OF, Modality, Pack, Seg
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
 
-_LAST = 2.2  # times the longest sample: what is left then is filled by two
+_LAST = 2.2  # times the longest sample: up to this length the rest of a pack is filled by two samples
+_FULL = 0.985  # share of tokens or patches from which a pack counts as full
 # How many targets a segment has, by the kind of target that a term of its task counts.
 _TARGETS: dict[Targets, Callable[[Segment], int]] = {
     "labels": lambda segment: int(np.count_nonzero(segment.labels != IGNORE)),
@@ -27,12 +28,11 @@ _TARGETS: dict[Targets, Callable[[Segment], int]] = {
     "frames": lambda segment: sum(picture.frame_token >= 0 for picture in segment.pictures),
     "comparisons": lambda segment: len(segment.ranked),
 }
-_FULL = 0.985  # a pack with this share of its tokens or patches used is not worth waiting for a better fit
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """The fixed sizes of a pack: tokens, patches, pixels along a patch, patches along a cell."""
+    """The fixed sizes of a pack: tokens, patches, pixels of a patch's side, patches of a cell's side."""
 
     length: int
     patches: int
@@ -42,7 +42,7 @@ class PackShape:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A sample's segments, which go into one pack together."""
+    """The segments of a sample, which stay together in one pack."""
 
     ref: SampleRef
     key: str
@@ -52,7 +52,7 @@ class Encoded:
 
 
 def encoded(ref: SampleRef, key: str, segments: list[Segment], shape: PackShape) -> Encoded:
-    """Measure a sample. Raises DataError where it has no tokens or exceeds a whole pack."""
+    """Measure a sample. Raises DataError if it has no tokens or does not fit into a pack."""
     length = sum(segment.length for segment in segments)
     patches = sum(segment.patch_count for segment in segments)
     if length == 0:
@@ -66,20 +66,20 @@ def encoded(ref: SampleRef, key: str, segments: list[Segment], shape: PackShape)
 
 
 class Packer:
-    """Best fit in tokens and patches over the samples that wait; a function of the samples' order and sizes alone."""
+    """Best-fit packing in tokens and patches. Depends on nothing but the order and sizes of the samples."""
 
     def __init__(self, shape: PackShape, lookahead: int) -> None:
-        """At most `lookahead` samples wait between packs."""
+        """At most `lookahead` samples are kept for later packs."""
         self._shape = shape
         self._lookahead = lookahead
         self.pending: list[Encoded] = []  # oldest first
 
     def fill(self, draw: Callable[[], Encoded | None]) -> list[Encoded]:
-        """The samples of the next pack; [] when `draw` has ended (None) and nothing waits.
+        """The samples of the next pack; [] when none is pending and `draw` returns None.
 
-        The oldest sample that waits always goes in, so none waits forever. Then a long one that leaves tokens and
-        patches for each other, at the end the one or two that fill the pack best. Where none fits, new samples are
-        drawn until one does or `lookahead` of them wait.
+        The oldest pending sample always goes in, so none waits for ever. Then long samples follow that use tokens and
+        patches evenly, and at the end the one or two that fill the pack best. While no sample fits, new ones are drawn,
+        until `lookahead` are pending.
         """
         chosen: list[Encoded] = []
         length, patches = self._shape.length, self._shape.patches
@@ -99,7 +99,7 @@ class Packer:
         return chosen
 
     def _choice(self, fitting: list[Encoded], length: int, patches: int) -> list[Encoded]:
-        """Of the samples that fit into what is left, in tokens and patches, the next one, or the last two."""
+        """The next sample, or the last two, of those that fit. `length` tokens and `patches` are left in the pack."""
         longest = max(fitting, key=lambda item: item.length)
         if len(fitting) >= self._lookahead // 2 and length <= _LAST * longest.length:
             pairs = (
@@ -108,7 +108,7 @@ class Packer:
                 if one.length + other.length <= length and one.patches + other.patches <= patches
             )
             return max([[longest], *pairs], key=lambda items: sum(item.length for item in items))
-        # Patches that go with a share of the tokens that are left. A sample that has as many keeps the balance.
+        # Patches per token that are left, as shares of a pack. A sample of the same density uses both evenly.
         density = (patches / self._shape.patches) / (length / self._shape.length)
 
         def worth(item: Encoded) -> float:
@@ -119,9 +119,9 @@ class Packer:
 
 
 def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] = ()) -> Pack:
-    """Lay `segments` one after another into a pack; without any, a pack of padding that has no labels.
+    """Place `segments` one after another in a pack. Without segments it is padding without labels.
 
-    `keys` names the samples that they come from.
+    `keys`: names of their samples.
     """
     length, cells = shape.length, shape.patches // shape.merge**2
     tokens = np.zeros(length, np.int64)
@@ -201,7 +201,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
 def collate(packs: Sequence[Pack]) -> Batch:
     """Flatten packs of one shape into a batch, without their unused patches.
 
-    Where no pack holds a picture, the patches of one cell stay: the encoder runs on every rank at every step.
+    If no pack has a picture, the patches of one cell stay, because the encoder runs on every rank at every step.
     """
     length = len(packs[0].tokens)
     cell_size = len(packs[0].patch_positions) // len(packs[0].cell_position)
@@ -214,20 +214,20 @@ def collate(packs: Sequence[Pack]) -> Batch:
     counts = {name: sum(pack.counts[name] for pack in packs) for name in packs[0].counts}
 
     def placed(name: str) -> torch.Tensor:
-        """Tokens that cells go to."""
+        """Token indices of cells."""
         positions = [getattr(pack, name)[: n // cell_size] for pack, n in zip(packs, used, strict=True)]
         moved = [np.where(at < length, at + b * length, len(packs) * length) for b, at in enumerate(positions)]
         return torch.from_numpy(np.concatenate(moved))
 
     def listed(name: str, offsets: Sequence[int]) -> torch.Tensor:
-        """Lists of any length, as they follow one another."""
+        """Lists of different lengths, concatenated."""
         parts = [getattr(pack, name) + offset for pack, offset in zip(packs, offsets, strict=True)]
         return torch.from_numpy(np.concatenate(parts))
 
     starts, none = range(0, len(packs) * length, length), [0] * len(packs)
 
     def flat(name: str, unit: int = 0) -> torch.Tensor:
-        """Tokens, or with a `unit` the used patches in units of that many."""
+        """Values per token; with `unit`, values per `unit` patches, of the used patches."""
         cuts = [n // unit if unit else length for n in used]
         return torch.from_numpy(
             np.concatenate([getattr(pack, name)[:cut] for pack, cut in zip(packs, cuts, strict=True)])
@@ -265,7 +265,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
 
 @lru_cache(maxsize=4096)
 def grid_positions(grid: tuple[int, int], merge: int) -> np.ndarray:
-    """(row, column) of every patch of a picture in the order of `to_patches`: int64 [p, 2], read-only."""
+    """(row, column) of each patch of a picture, ordered as by `to_patches`: int64 [p, 2], read-only."""
     rows, columns = grid
     row, column = np.mgrid[:rows, :columns]
     place = np.stack([row, column], axis=-1).reshape(rows // merge, merge, columns // merge, merge, 2)
@@ -275,7 +275,7 @@ def grid_positions(grid: tuple[int, int], merge: int) -> np.ndarray:
 
 
 def _shares(token_of_cell: np.ndarray, length: int) -> np.ndarray:
-    """1 / (cells on the same token), 0 for cells that go nowhere (`length`): float32 [Q]."""
+    """1 / (cells on the same token), and 0 for padding (`length`): float32 [Q]."""
     shares = (1.0 / np.bincount(token_of_cell, minlength=length + 1)[token_of_cell]).astype(np.float32)
     shares[token_of_cell == length] = 0
     return shares

@@ -1,10 +1,10 @@
 """The position of the data stream in a checkpoint.
 
-    {"order": what the order is a function of, "packs": packs consumed by all ranks, "lanes": {lane: its state},
-     "epochs": {source: the newest that has begun}}
+    {"order": `order_identity`, "packs": packs consumed by all ranks, "lanes": {lane: its state},
+     "epochs": {source: its newest epoch}}
 
-A rank's state holds the lanes and epochs that it reads. A checkpoint holds every rank's, and any number of ranks can
-continue.
+The state of a rank has the lanes and epochs that it reads. A checkpoint has the states of all ranks; any number of
+ranks can continue from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsmoe_vl.errors import CheckpointError
 
 
 def order_identity(lanes: int, shuffle_block: int, seed: int, indexes: dict[str, ShardIndex]) -> dict[str, Any]:
-    """Everything that the order of samples depends on, `indexes` by source name; JSON."""
+    """Everything that the order of samples depends on, as JSON. `indexes`: by source name."""
     return {
         "data.lanes": lanes,
         "data.shuffle_block": shuffle_block,
@@ -28,9 +28,9 @@ def order_identity(lanes: int, shuffle_block: int, seed: int, indexes: dict[str,
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks at one step as one. Raises CheckpointError where they are not of one step and run."""
+    """Merge the states of all ranks. Raises CheckpointError if they are not of the same step and run."""
     if not states:
-        raise CheckpointError("the checkpoint holds no data state; load an older checkpoint")
+        raise CheckpointError("the checkpoint has no data state; load an older checkpoint")
     first = states[0]
     lanes: dict[str, Any] = {}
     for state in states:
@@ -41,12 +41,12 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 f"lanes {sorted(repeated)} occur in the data states of two ranks; merge each rank once"
             )
         lanes |= state["lanes"]
-    epochs = newest_epochs(state.get("epochs", {}) for state in states)  # older checkpoints have none
+    epochs = newest_epochs(state.get("epochs", {}) for state in states)  # missing in older checkpoints
     return {"order": first["order"], "packs": first["packs"], "lanes": lanes, "epochs": epochs}
 
 
 def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
-    """Raise CheckpointError where the stream of `order` cannot continue `state` without losing or repeating samples."""
+    """Raise CheckpointError if a stream of this `order` would lose or repeat samples when it continues `state`."""
     for name, value in order.items():
         before = state["order"].get(name)
         if before != value:

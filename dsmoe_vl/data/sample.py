@@ -11,13 +11,13 @@ VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
 
 @dataclass(frozen=True)
 class Sample:
-    """One dict from a tar, media still encoded. `text` is KEY.txt, `meta` KEY.json ({} where there is none)."""
+    """One sample of a tar, its media still encoded. `text` is KEY.txt, `meta` is KEY.json ({} if absent)."""
 
     key: str
     source: str
     epoch: int  # of its source
     media: bytes | None
-    media_type: str  # extension: "jpg", "mp4", ...; "" where there is no media
+    media_type: str  # extension: "jpg", "mp4", ...; "" without media
     text: str
     meta: dict[str, Any]
 

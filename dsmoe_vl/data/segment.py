@@ -1,10 +1,10 @@
-"""What flows from samples to the model: segments -> pack, and in `batch.py` -> batch.
+"""The data types from samples to the model: segments -> pack -> batch (in `batch.py`).
 
 Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes a patch, L tokens a pack, P patches a pack,
 Q = P / merge**2 cells a pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
-Patches are ordered so that the merge**2 patches of a cell are adjacent; cells run row by row.
+The merge**2 patches of a cell are adjacent; cells are ordered row by row.
 
-Without torch, whose import takes seconds that the data tools' processes can do without.
+Does not import torch: that takes seconds, and the data tools do not need it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Modality(IntEnum):
     VIDEO = 2
 
 
-# What a batch counts: real tokens, in all and by modality, language-model targets, and the targets of every loss term.
+# Counts of a batch: real tokens, in total and by modality, language-model targets, and the targets of every loss term.
 TOKENS_OF = {modality: f"tokens_{modality.name.lower()}" for modality in Modality}
 COUNTS = ("tokens", *TOKENS_OF.values(), "labels", *(term.name for term in all_terms()))
 
 
 @dataclass
 class Picture:
-    """One image or one frame, cut into patches.
+    """An image or a frame, cut into patches.
 
-    `patches` uint8 [p, C]; `grid` patch rows and columns, both multiples of merge; `time_seconds` is -1 for a still
-    image; `cell_token` int32 [p / merge**2]: the token of the segment that receives each cell (several cells on one
-    token are averaged). `frame_token`: the token that receives the mean of all cells once more, -1 for none.
+    `patches` uint8 [p, C]; `grid`: patch rows and columns, multiples of merge; `time_seconds`: -1 for an image;
+    `cell_token` int32 [p / merge**2]: the token in the segment that receives each cell (cells of one token are
+    averaged); `frame_token`: the token that also receives the mean of all cells, -1 for none.
     """
 
     patches: np.ndarray
@@ -54,12 +54,11 @@ class Segment:
     """A run of tokens that attend only to each other: `tokens`, `labels`, `modality` int32 [n].
 
     `task`: its number, see `config/task_table.py`.
-
-    `labels[i]` is the target that is predicted *at* position i (already shifted), or IGNORE.
-    `pair`: the id of a retrieval pair of which this is one side, with pictures or without; its last token is the
-    embedding token. -1 for none.
-    `importance` float32 [f]: the truth in [0, 1] at the frame token of each picture; empty without frame tokens.
-    `ranked` int32 [r, 2]: pairs of frames to be compared, the more important one first.
+    `labels[i]`: the target predicted at position i (already shifted), or IGNORE.
+    `pair`: id of the retrieval pair; the segment is its image or video if it has pictures, else its text. The last
+    token is the embedding token. -1 for other segments.
+    `importance` float32 [f]: annotated importance in [0, 1] of each picture with a frame token.
+    `ranked` int32 [r, 2]: pairs of frames to compare, the more important one first.
     """
 
     task: int
@@ -84,14 +83,14 @@ class Segment:
 class Pack:
     """One fixed-shape row of a batch, as numpy arrays.
 
-    tokens, labels, positions, task_ids, modality_ids int64 [L]; real bool [L]; segment_lengths: their sum <= L, the
-    tail is padding. picture_lengths: patches of each picture, their sum <= P. patches: uint8 [p, C] of each picture, or
-    where there is none one cell of zeros; patch_positions int64 [P, 2] (row, column).
-    cell_position int64 [Q] in 0..L, L meaning "padding, goes nowhere"; cell_weight float32 [Q] (1 / cells on the same
-    token, 0 in padding); cell_time float32 [Q] seconds, -1 for still images and padding. cell_frame int64 [Q] in 0..L
-    and cell_frame_weight float32 [Q]: the same for the frame tokens.
-    media_embedding, text_embedding, pair_ids int64 [n]: the embedding tokens of each retrieval pair and its id.
-    frame_tokens int64 [f], importance float32 [f], ranked int64 [r, 2] (rows of these two): of the video summaries.
+    tokens, labels, positions, task_ids, modality_ids int64 [L]; real bool [L]; segment_lengths: their sum is <= L, the
+    rest is padding. picture_lengths: patches of each picture, their sum is <= P. patches: uint8 [p, C] of each picture;
+    without pictures one cell of zeros. patch_positions int64 [P, 2] (row, column).
+    cell_position int64 [Q] in 0..L, L for padding; cell_weight float32 [Q]: 1 / cells on the same token, 0 for padding;
+    cell_time float32 [Q]: seconds, -1 for images and padding. cell_frame int64 [Q] in 0..L and cell_frame_weight
+    float32 [Q]: the same for frame tokens.
+    media_embedding, text_embedding, pair_ids int64 [n]: the embedding tokens and the id of each retrieval pair.
+    frame_tokens int64 [f], importance float32 [f], ranked int64 [r, 2] (indices into these two): of video summaries.
     counts: COUNTS, python ints, for the global normalisation.
     """
 

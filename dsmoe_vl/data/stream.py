@@ -1,9 +1,9 @@
-"""The order of training samples: a pure function of (seed, lane, position), whatever the number of ranks or workers.
+"""The order of training samples: a pure function of (seed, lane, position) for any number of ranks and workers.
 
-The data is dealt to virtual readers, the lanes, whose number is fixed for the life of a run. Every source is an endless
-sequence of blocks of nearby samples: epoch 0's blocks, permuted, then epoch 1's, permuted anew, and so on. Block g of
-that sequence belongs to lane g % lanes. So every sample occurs once an epoch, and a lane starves in no source, however
-small.
+The data is divided among lanes, virtual readers whose number is fixed for a run. Every source is an endless sequence of
+blocks of neighbouring samples: those of epoch 0 in random order, those of epoch 1 in another, and so on. Block g of the
+sequence belongs to lane g % lanes. So every sample occurs once per epoch, and every lane gets samples of every source,
+even of a small one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 class SampleRef(NamedTuple):
-    """Where a sample lies, and in which epoch of its source it is drawn."""
+    """The place of a sample, and the epoch of its source in which it is drawn."""
 
     source: int
     epoch: int
@@ -30,19 +30,19 @@ class SampleRef(NamedTuple):
 
 
 class SourceOrder:
-    """The endless sequence of one source's blocks; shared by the lanes of a process, has no state."""
+    """The endless sequence of blocks of one source. Has no state; the lanes of a process share it."""
 
     def __init__(self, name: str, index: ShardIndex, lanes: int, shuffle_block: int, seed: int) -> None:
-        """Blocks hold `shuffle_block` samples of one shard, fewer where an epoch could not give each lane a block."""
+        """A block is `shuffle_block` samples of one shard, or fewer if an epoch had less than one block per lane."""
         self._size = max(1, min(shuffle_block, index.samples // lanes))
         self._samples = [shard.samples for shard in index.shards]
         blocks = [-(-samples // self._size) for samples in self._samples]
-        self._ends = np.cumsum(blocks)  # block b of an epoch lies in the first shard whose end is beyond b
+        self._ends = np.cumsum(blocks)  # block b of an epoch is in the first shard whose end is greater than b
         self._blocks = int(self._ends[-1])
         self._seed = (seed, zlib.crc32(name.encode()))
 
     def block(self, number: int) -> tuple[int, list[tuple[int, int]]]:
-        """Block `number` of the sequence: its epoch, and its shuffled (shard, sample) pairs."""
+        """Block `number` of the sequence: its epoch, and its (shard, sample) pairs in random order."""
         epoch, position = divmod(number, self._blocks)
         block = int(_permutation((*self._seed, epoch), self._blocks)[position])
         shard = int(np.searchsorted(self._ends, block, side="right"))
@@ -54,7 +54,7 @@ class SourceOrder:
 
 
 class Lane:
-    """One virtual reader: the endless, weighted mixture of its blocks of every source."""
+    """A virtual reader: an endless weighted mixture of its blocks of all sources."""
 
     def __init__(
         self,
@@ -64,22 +64,22 @@ class Lane:
         weights: Sequence[float],
         announce: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`announce(source, shard)` is told, when a block begins, what the source's next block will read."""
+        """`announce(source, shard)` is called when a block begins, with the shard of the source's next block."""
         total = sum(weights)
         self._lane, self._lanes = lane, lanes
         self._orders = orders
         self._announce = announce
         self._weights = [weight / total for weight in weights]
         self._fingerprint = zlib.crc32(" ".join(f"{weight:.9g}" for weight in self._weights).encode())
-        # Lanes start out of phase, so that the packs of one step do not all draw a rare source together.
+        # Lanes start at different phases, so that not all packs of a step draw from a rare source together.
         self._phases = [(lane * (i + 1) * _GOLDEN_RATIO) % 1.0 if weight else 0.0 for i, weight in enumerate(weights)]
         self._taken = [0] * len(orders)
-        self._taken_before = [0] * len(orders)  # before the present weights
-        self._cursors = [(0, 0)] * len(orders)  # blocks finished by this lane, samples taken of the next
+        self._taken_before = [0] * len(orders)  # under earlier weights
+        self._cursors = [(0, 0)] * len(orders)  # finished blocks of this lane, samples taken from the next one
         self._open: list[tuple[int, list[tuple[int, int]]] | None] = [None] * len(orders)
 
     def next(self) -> SampleRef:
-        """The next sample, of the source that is furthest behind its weight."""
+        """The next sample, from the source that is furthest behind its weight."""
         taken = [now - before for now, before in zip(self._taken, self._taken_before, strict=True)]
         draws = sum(taken) + 1
         behind = [
@@ -103,7 +103,7 @@ class Lane:
         return order.block(self._lane + turn * self._lanes)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to continue with the next sample; JSON."""
+        """The position after the last sample, for `restore`; JSON."""
         return {
             "taken": list(self._taken),
             "cursors": [list(cursor) for cursor in self._cursors],
@@ -112,12 +112,12 @@ class Lane:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where the lane was when `state` was taken.
+        """Continue at the position `state`.
 
-        Weights that have changed since hold from here on: what was drawn by the old ones is not made up for.
+        New weights apply from here on. Samples drawn under the old weights do not count towards them.
         """
         self._taken = list(state["taken"])
-        is_same = state.get("weights") == self._fingerprint  # older checkpoints do not say
+        is_same = state.get("weights") == self._fingerprint  # missing in older checkpoints
         self._taken_before = list(state["taken_before"] if is_same else self._taken)
         self._cursors = [(turn, offset) for turn, offset in state["cursors"]]
         self._open = [None] * len(self._orders)

@@ -1,4 +1,4 @@
-"""Text <-> token ids through a SentencePiece model that was trained with this project's control symbols."""
+"""Text <-> token ids, with a SentencePiece model that has the control symbols of this project."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _TRAIN_HINT = "train one with `python -m data_tools.tokenizer train --data SHARD
 
 
 class Tokenizer:
-    """A SentencePiece model file. Pickles as its path: a worker process reads the file again.
+    """A SentencePiece model file. Pickled as its path; a worker process reads the file again.
 
-    Raises ConfigError where the file is missing, is not a model, or lacks the reserved ids or a control symbol.
+    Raises ConfigError if the file is missing, is not a model, or lacks a reserved id or a control symbol.
     """
 
     pad = _RESERVED_IDS["pad"]
@@ -44,16 +44,16 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Rows of the vocabulary, control symbols included."""
+        """Pieces of the vocabulary, control symbols included."""
         return self._model.get_piece_size()
 
     @property
     def spoken(self) -> list[int]:
-        """Ids that text consists of: all but control symbols."""
+        """All ids except control symbols: those that text consists of."""
         return [row for row in range(self.size) if row not in self._silent]
 
     def require_fit(self, vocab_size: int) -> None:
-        """Raise ConfigError unless an embedding table of `vocab_size` rows has one for every piece."""
+        """Raise ConfigError if an embedding table of `vocab_size` rows is too small."""
         if self.size > vocab_size:
             raise ConfigError(
                 f"tokenizer.vocab_size = {vocab_size} in the recipe, but {self.path} has {self.size} pieces: "
@@ -61,12 +61,12 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; a literal "<image>" in it becomes ordinary pieces, never a control id."""
-        well_formed = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8 form
+        """Ids of `text`. A literal "<image>" in it becomes ordinary pieces, never a control id."""
+        well_formed = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be UTF-8
         return self._model.encode(well_formed)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; control ids and rows of a padded embedding table beyond `size` are silent."""
+        """Text of `ids`. Control ids and ids from `size` on, the padding of the embedding table, are left out."""
         return self._model.decode([row for row in map(int, ids) if 0 <= row < self.size and row not in self._silent])
 
     def control(self, symbol: str) -> int:
@@ -89,7 +89,7 @@ def _load(path: str | Path) -> SentencePieceProcessor:
 
 
 def _hash_pieces(model: SentencePieceProcessor) -> str:
-    """Hex sha256 over the ordered (type, piece) rows: what each embedding row means."""
+    """Hex sha256 of the type and text of every piece, in order: of the meaning of each embedding row."""
     digest = hashlib.sha256()
     for row in range(model.get_piece_size()):
         kind = (model.IsControl(row), model.IsUnknown(row), model.IsByte(row), model.IsUnused(row))

@@ -1,11 +1,11 @@
-"""Captions against human ones: BLEU 1 to 4, ROUGE-L and CIDEr-D, equal to coco-caption's (Chen et al. 2015).
+"""Caption metrics: BLEU 1 to 4, ROUGE-L and CIDEr-D, with the same values as coco-caption (Chen et al. 2015).
 
-A caption is tokenized by `ptb_tokenizer`, and is a list of words here. coco-caption passes sentences on as one string,
-which is why an empty caption is one empty word to ROUGE-L and no word to the others, and why a no-break space within a
-word splits it for all but ROUGE-L. Fractions are 0 to 1, and CIDEr-D, times 10 as there, is 0 to 10. Papers often print
-100 times either.
+Captions are tokenized by `ptb_tokenizer` and are lists of words here. As in coco-caption, which joins the words into
+one string, an empty caption is one empty word for ROUGE-L and no word for the others, and a no-break space splits a
+word for all but ROUGE-L. Values are 0 to 1; CIDEr-D is 0 to 10 (times 10, as there). Papers often print 100 times these
+values.
 
-Shapes: N captions, one for each image, and each image's references, at least one.
+Shapes: N captions, one per image, and at least one reference per image.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Words = Sequence[str]
 Ngrams = Counter[tuple[str, ...]]
 
 LONGEST = 4  # n-grams of 1 to 4 words
-# coco-caption's, against divisions by zero: no n-gram and none right gives 1e-6, not 0 / 0.
+# As in coco-caption, against division by zero: without any n-gram the precision is 1e-6, not 0 / 0.
 _TINY, _SMALL = 1e-15, 1e-9
 
 
 def caption_metrics(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """`bleu1` to `bleu4` and `rouge_l`, 0 to 1, and `cider_d`, 0 to 10, of N generated captions of N images.
 
-    BLEU is of all captions as one text, the others are means over captions. CIDEr-D takes the frequency of n-grams from
-    these N images: values of different sets do not compare, and of a single image it is 0. Time and memory are linear
-    in the number of words.
+    BLEU is over the whole corpus, the others are means over captions. CIDEr-D takes n-gram frequencies from these N
+    images: values of different sets are not comparable, and for a single image it is 0. Time and memory are linear in
+    the number of words.
 
-    Raises ValueError for no captions, another number of references, and an image without any.
+    Raises ValueError if there are no captions, a different number of references, or an image without references.
     """
     sentences, truths = tokenized(generated, references)
     scores = {f"bleu{n}": value for n, value in enumerate(bleu(sentences, truths), 1)}
@@ -43,7 +43,7 @@ def caption_metrics(generated: Sequence[str], references: Sequence[Sequence[str]
 def tokenized(
     generated: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """The words of N captions and of their references, which the metrics of single captions are given.
+    """The words of N captions and of their references, as the single metrics take them.
 
     Raises ValueError as `caption_metrics` does.
     """
@@ -59,11 +59,11 @@ def tokenized(
 
 
 def bleu(generated: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of all captions as one text (Papineni et al. 2002, section 2.3): four fractions.
+    """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002, section 2.3): four fractions.
 
-    `BP * (p_1 * ... * p_n) ** (1 / n)`. p_n is the share of the generated n-grams that are right; an n-gram is right as
-    often as it is in the one reference that has most of it. `BP = min(1, exp(1 - r / c))`, with c generated words, and
-    r summed over captions: the length of the reference closest in length, the shorter of two equally close.
+    `BP * (p_1 * ... * p_n) ** (1 / n)`. p_n is the fraction of generated n-grams that match, with counts clipped to the
+    largest count in one reference. `BP = min(1, exp(1 - r / c))`: c is the number of generated words, r is the sum over
+    captions of the length of the reference closest in length (of two equally close, the shorter).
     """
     right, made = [0] * LONGEST, [0] * LONGEST
     words, wanted = 0, 0
@@ -84,7 +84,7 @@ def bleu(generated: Sequence[Words], references: Sequence[Sequence[Words]]) -> l
 
 
 def bleu_of_counts(right: Sequence[int], made: Sequence[int], words: int, wanted: int) -> list[float]:
-    """`bleu` from its sums: n-grams right and generated, by n from 1, and the words generated (c) and wanted (r)."""
+    """`bleu` from its sums: matching and generated n-grams, by n from 1; generated words (c), reference words (r)."""
     ratio = (words + _TINY) / (wanted + _SMALL)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, values = 1.0, []
@@ -97,8 +97,8 @@ def bleu_of_counts(right: Sequence[int], made: Sequence[int], words: int, wanted
 def rouge_l(generated: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> list[float]:
     """ROUGE-L of each caption, 0 to 1 (Lin 2004, section 3): `(1 + beta^2) P R / (R + beta^2 P)`.
 
-    P is the longest common subsequence with a reference by the caption's length, R the same by the reference's length.
-    coco-caption takes the largest P and the largest R, which may be of different references.
+    P is the length of the longest common subsequence with a reference divided by the caption's length, R the same
+    divided by the reference's length. As in coco-caption, P and R are maxima over references, maybe of different ones.
     """
     scores = []
     for sentence, own in zip(generated, references, strict=True):
@@ -115,9 +115,9 @@ def cider_d(generated: Sequence[Words], references: Sequence[Sequence[Words]], s
     """CIDEr-D of each caption, 0 to 10 (Vedantam et al. 2015).
 
     `10 * mean over references s and n of exp(-d^2 / (2 sigma^2)) * (min(g_c, g_s) . g_s) / (|g_c| |g_s|)`.
-    g_c and g_s weigh each n-gram of caption and reference by `count * log(N / images with a reference that has it)`,
-    d is the difference of their lengths, and min is taken for each n-gram. As in coco-caption a length is the number of
-    pairs of words, and an n-gram of no reference counts as one of a single image.
+    g_c and g_s are the n-gram vectors of caption and reference, `count * log(N / images with a reference that has it)`.
+    d is the difference of their lengths, and min is elementwise. As in coco-caption a length is the number of bigrams,
+    and an n-gram that is in no reference counts as in one image.
     """
     frequency: Ngrams = Counter()
     for own in references:
@@ -133,7 +133,7 @@ def cider_d(generated: Sequence[Words], references: Sequence[Sequence[Words]], s
 
 
 class _Weighted:
-    """The n-grams of one sentence with their weights, by n, and the lengths of these vectors."""
+    """The weighted n-grams of one sentence, by n, and the norms of these vectors."""
 
     def __init__(self, words: Words, frequency: Ngrams, images: int) -> None:
         grams, length = _ngrams(words)
@@ -144,7 +144,7 @@ class _Weighted:
         self.norms = [math.sqrt(sum(value * value for value in weights.values())) for weights in self.weights]
 
     def similarity(self, reference: _Weighted, sigma: float) -> float:
-        """The mean over n of the clipped cosine, less for another length: 0 to 1."""
+        """The mean over n of the clipped cosine, with the length penalty: 0 to 1."""
         total = 0.0
         for own, others, norm, other in zip(self.weights, reference.weights, self.norms, reference.norms, strict=True):
             if norm and other:
@@ -154,7 +154,7 @@ class _Weighted:
 
 
 def _ngrams(words: Words) -> tuple[Ngrams, int]:
-    """How often each run of 1 to 4 words is there, and the number of words."""
+    """Counts of all n-grams of 1 to 4 words, and the number of words."""
     split = " ".join(words).split()
     grams: Ngrams = Counter()
     for n in range(1, LONGEST + 1):
@@ -163,9 +163,9 @@ def _ngrams(words: Words) -> tuple[Ngrams, int]:
 
 
 def _common_length(first: Words, second: Words) -> int:
-    """The length of the longest common subsequence, a row of the table at a time as one number (Hyyro 2004).
+    """The length of the longest common subsequence, bit-parallel (Hyyro 2004): one row of the table is one integer.
 
-    A zero at bit i of the row says that the common part grows with word i of `first`.
+    A zero at bit i of the row means that the subsequence grows with word i of `first`.
     """
     places: dict[str, int] = {}
     for place, word in enumerate(first):

@@ -1,7 +1,7 @@
-"""Do predicted frame scores of one video agree with one annotator's? Overlap of the key frames, and rank correlation.
+"""Agreement of predicted frame scores with one annotator's, for one video: key-frame overlap and rank correlations.
 
-Random scores come near the state of the art in overlap (Otani et al. 2019), so it is reported with both correlations.
-Every function takes two arrays [F] of finite scores, higher is more important, and raises ValueError on anything else.
+Random scores are near the state of the art in overlap (Otani et al. 2019), so it is reported with both correlations.
+Every function takes two arrays [F] of finite scores, higher is more important, and raises ValueError otherwise.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 
 
 def key_frame_f(predicted: np.ndarray, truth: np.ndarray, fraction: float = 0.15) -> float:
-    """F between the k = ceil(fraction * F) most important frames of both, in 0 to 1.
+    """F score between the k = ceil(fraction * F) most important frames of both, 0 to 1.
 
-    Among equal predictions the earlier frame is chosen. Every frame whose truth is at least the k-th largest is right,
-    so every choice scores 1 where that is also the smallest: a constant truth, or 0 and 1 with fewer than k ones.
-    Precision and recall are both hits / k, hence so is their harmonic mean.
+    Among equal predictions the earlier frame is chosen. A frame is correct if its truth is at least the k-th largest.
+    If that is also the smallest (a constant truth, or 0 and 1 with fewer than k ones), any choice scores 1. Precision
+    and recall are both hits / k, so F is too.
     """
     predicted, truth = _checked(predicted, truth)
     if not 0 < fraction <= 1:
@@ -30,7 +30,7 @@ def key_frame_f(predicted: np.ndarray, truth: np.ndarray, fraction: float = 0.15
 def kendall_tau_b(predicted: np.ndarray, truth: np.ndarray) -> float:
     """`(concordant - discordant) / sqrt(pairs untied in predicted * pairs untied in truth)` (Kendall 1945), -1 to 1.
 
-    0.0 where one side is constant. O(F) memory, O(F^2) time.
+    0.0 if one side is constant. O(F) memory, O(F^2) time.
     """
     predicted, truth = _checked(predicted, truth)
     concordance, untied_predicted, untied_truth = 0, 0, 0
@@ -45,9 +45,9 @@ def kendall_tau_b(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def spearman_rho(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Pearson's correlation of the ranks, equal scores sharing their average rank (Spearman 1904), -1 to 1.
+    """Pearson correlation of the ranks; equal scores get their average rank (Spearman 1904), -1 to 1.
 
-    0.0 where one side is constant.
+    0.0 if one side is constant.
     """
     predicted, truth = _checked(predicted, truth)
     a, b = _centred_ranks(predicted), _centred_ranks(truth)
@@ -56,7 +56,7 @@ def spearman_rho(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _centred_ranks(scores: np.ndarray) -> np.ndarray:
-    """Average ranks minus their mean: whole numbers and halves, so a constant gives exact zeros."""
+    """Average ranks minus their mean: multiples of 0.5, so constant scores give exact zeros."""
     _, level, counts = np.unique(scores, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[level] - (len(scores) + 1) / 2

@@ -1,8 +1,8 @@
-"""What the Penn Treebank tokenizer of coco-caption takes for a letter, a digit, a mark and a sign.
+"""Character classes of coco-caption's Penn Treebank tokenizer: letters, digits, marks and symbols.
 
-Found by giving it every character of the basic plane, alone and between letters, digits and spaces. Each constant is
-the inside of a class [...] of a regular expression. A character in none of them is no token and separates words: those
-beyond the basic plane (most emoji), control characters, and whatever Unicode got after version 6.
+Found by testing every character of the basic plane, alone and between letters, digits and spaces. Each constant is the
+inside of a regular expression's class [...]. A character in none of them is no token and separates words: characters
+beyond the basic plane (most emoji), control characters, and those added after Unicode 6.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# Letters and digits that Unicode knows by now, and the reference does not.
+# Letters and digits of current Unicode that the reference does not know.
 _LATER = (
     r"\u037f\u0528-\u052f\u0560\u0588\u05ef\u0860-\u086a\u0870-\u0887\u0889-\u088e\u08a1\u08ad-\u08c9\u0978\u0980\u09fc"
     r"\u0af9\u0c34\u0c5a\u0c5d\u0c80\u0cdd\u0d04\u0d54-\u0d56\u0d5f\u0de6-\u0def\u0e86\u0e89\u0e8c\u0e8e-\u0e93\u0e98"
@@ -19,7 +19,7 @@ _LATER = (
     r"\u4db6-\u4dbf\u9fcd-\u9fff\ua698-\ua69d\ua78f\ua794-\ua79f\ua7ab-\ua7f7\ua8fd\ua8fe\ua9e0-\ua9fe\uaa7e\uaa7f"
     r"\uab30-\uabbf"
 )
-# Within a word as good as a letter, but not next to a digit.
+# Like a letter within a word, but not next to a digit.
 MARKS = (
     r"\u00ad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6\u0483-\u0487"
     r"\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06e4"
@@ -28,7 +28,7 @@ MARKS = (
     r"\u0a3c\u0a3e-\u0a4f\u0a81-\u0a83\u0abc\u0abe-\u0acf\u0b82\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd\u0c01-\u0c03"
     r"\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd"
 )
-# Signs that are a token on their own.
+# Characters that are a token by themselves.
 SYMBOLS = (
     r"!#-'*-/:-@\\^-`|~\u00a1\u00a5-\u00a9\u00ac\u00ae-\u00b4\u00b6-\u00b9\u00bf\u00d7\u00f7\u037e\u0387\u0589\u05be"
     r"\u05c0\u05c3\u05c6\u05f3\u05f4\u0600-\u0603\u0606-\u060c\u0614\u061b\u061e\u061f\u066a\u066d\u06d4\u0700-\u070d"
@@ -40,7 +40,7 @@ SYMBOLS = (
 
 
 def _class_of(category: str) -> str:
-    """The characters of the basic plane of a category of Unicode, without the later ones."""
+    """The basic-plane characters of a Unicode category, without `_LATER`."""
     later = re.compile(f"[{_LATER}]")
     runs: list[list[int]] = []
     for code in range(1 << 16):

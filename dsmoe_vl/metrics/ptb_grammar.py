@@ -1,11 +1,11 @@
-"""The kinds of tokens that the Penn Treebank tokenizer of coco-caption knows, as regular expressions.
+"""Token rules of coco-caption's Penn Treebank tokenizer, as regular expressions.
 
-Fitted to what the reference (release 3.4.1 with `-preserveLines -lowerCase`) gives for every word of up to five letters
-before a full stop and next to an apostrophe, for every character of the basic plane, and for random strings made of the
-parts of words, numbers, addresses and signs. `tests/parity/test_caption_metrics.py` repeats some of the comparison.
+Fitted to the output of the reference (release 3.4.1 with `-preserveLines -lowerCase`) for every word of up to five
+letters before a full stop and next to an apostrophe, for every character of the basic plane, and for random strings of
+parts of words, numbers, addresses and symbols. `tests/parity/test_caption_metrics.py` repeats some of the comparison.
 
-A rule is a token and what must come after it. As in a scanner generator, the rule that sees the most text wins, its
-context included, and the earlier one among equals. So a context consumes, `(token)context`, and is no look-ahead.
+A rule is a token and the context after it. As in a scanner generator, the rule with the longest match wins, context
+included; among equals, the first. So the context is part of the match, `(token)context`, and not a look-ahead.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Rule:
 
 
 def _any(words: str) -> str:
-    """Any of the words, in either case; the longest that is there."""
+    """A pattern for any of the words, ignoring case, longest first."""
     return "(?i:" + "|".join(sorted(map(re.escape, words.split()), key=len, reverse=True)) + ")"
 
 
-# Abbreviations keep their full stop. The first of these lists may end a sentence.
+# Abbreviations keep their full stop. Those in the first list may end a sentence.
 _ENDING = (
     "al ala apr ariz assn aug bancorp bhd bldg blvd bros calif colo conn co corp cos ct dak dec esq est etc ext feb fla"
     " fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn plc rd"
@@ -53,7 +53,7 @@ _FILES = (
     "bat bmp c cgi cpp dll doc docx exe gif gz h htm html jar java jpeg jpg mov pdf php pl png ppt ps py sql tar txt"
     " wav x xml zip"
 )
-# Words that are more than a run of letters: those cut in two, and those that may keep a full stop.
+# Words that are not simple runs of letters: they are split in two, or may keep a full stop.
 SPECIAL = frozenset(
     f"{_ENDING} {_ENDING_CAPITAL} {_INNER} {_BEFORE_NUMBER} mfg mtg pte pty ppte ppty ptes ptys pptes pptys"
     " cannot gonna wanna gotta lemme gimme".lower().split()
@@ -62,7 +62,7 @@ SPECIAL = frozenset(
 _SPACE = r"[ \t\u00a0\u2000-\u200a\u3000]"
 _GAP = r"[ \t\n\u00a0\u2000-\u200a\u3000]"  # or a new line
 _APOSTROPHE = r"(?:['\u0092\u2019]|&apos;)"
-_STROKE = r"(?:['`\u0091\u0092\u2018\u2019\u201b]|&apos;)"  # whatever is written for an apostrophe
+_STROKE = r"(?:['`\u0091\u0092\u2018\u2019\u201b]|&apos;)"  # any character written as an apostrophe
 _HYPHEN = r"[-_\u058a\u2010\u2011]"
 _D, _ALNUM = f"[{DIGITS}]", f"[{LETTERS}{DIGITS}]"
 _ENTITY = "&[aeiouAEIOU](?i:acute|grave|uml);"
@@ -87,7 +87,7 @@ _HOSTS = (
     (r'(?i:www)\.(?:[^\t\n -"(),.<>?{-}]+\.)', "[A-Za-z]{2,4}"),
     (r"""(?:[^\t\n -"$'-),-`{-}]+\.)""", "(?i:com|net|org|edu)"),
 )
-_MAIL = r'[^\t\n "(){-}<>\u00a0'  # the class is still open: names may hold full stops, parts of a host may not
+_MAIL = r'[^\t\n "(){-}<>\u00a0'  # the class is left open: names may contain full stops, parts of a host may not
 _DIAL = r"[- \u00a0]"
 _FACE = "[-^x=~<>']"
 
@@ -101,7 +101,7 @@ def _escaped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without soft hyphens; nothing else is a hyphen."""
+    """Without soft hyphens; "-" if nothing is left."""
     return text.replace("\u00ad", "").replace("&apos;", "'").replace("&amp;", "&") or "-"
 
 
@@ -129,7 +129,7 @@ _Table = tuple[tuple[str, str, Callable[[str], str]], ...]
 
 _WORDS: _Table = (
     (f"{_SPACE}+", "", _form("")),
-    # Words made of two. The second half is read on its own.
+    # Words that are split in two. The second half is matched by itself.
     ("(?i:can)", "(?i:not)", str),
     ("(?i:gon|wan)", "(?i:na)", str),
     ("(?i:got)", "(?i:ta)", str),
@@ -154,7 +154,7 @@ _WORDS: _Table = (
 )
 _ADDRESSES: _Table = (
     (rf'(?i:https?)://[^\t\n "(){{-}}<>]{{2,}}{_NO_STOP}', "", str),
-    # Alone, a host's name goes on as long as it can; before a path it ends at the first slash.
+    # Without a path, a host name is as long as possible; before a path it ends at the first slash.
     *((rf"{start}+{end}", "", str) for start, end in _HOSTS),
     *((rf"{start}+?{end}{_PATH}", "", str) for start, end in _HOSTS),
     (rf"(?:<|&lt;)?[A-Za-z0-9]{_MAIL}]*@{_MAIL}.]+(?:\.{_MAIL}.]+)*(?:>|&gt;)?", "", str),

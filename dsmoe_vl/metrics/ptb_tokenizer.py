@@ -1,7 +1,7 @@
-"""Captions to words as coco-caption counts them: Penn Treebank tokens, in lower case, without punctuation.
+"""Splits captions into words as coco-caption does: Penn Treebank tokens, in lower case, without punctuation.
 
-The reference runs a Java program over all captions at once, one a line. So does this: where a caption ends in a letter
-and a full stop, whether these are one token depends on the next caption, there as here.
+The reference runs a Java program over all captions at once, one per line, and so does this file: if a caption ends in a
+letter and a full stop, the next caption decides whether these are one token.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 
 from dsmoe_vl.metrics.ptb_grammar import SPECIAL, Rule, rules
 
-# Tokens that coco-caption removes. It looks for brackets as "-LRB-", but they are "-lrb-" by then, and stay.
+# Tokens that coco-caption removes. It looks for "-LRB-", but brackets are "-lrb-" by then, and stay.
 PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 
 
 def tokenize(captions: Sequence[str]) -> list[list[str]]:
     """The words of every caption. A line break inside a caption counts as a space.
 
-    A word may hold no-break spaces, as "1 1/2" does. coco-caption's BLEU and CIDEr split there, its ROUGE does not.
+    A word may contain no-break spaces, as "1 1/2" does. coco-caption's BLEU and CIDEr split there, its ROUGE does not.
     """
     lines: list[list[str]] = [[]]
     kept = False
@@ -34,12 +34,12 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
 
 
 _LINE_BREAK = re.compile("[\n\r\x0b\x0c\x85\u2028\u2029]")
-# Most tokens need no rule: letters, then a space or a stop; or the stop.
+# Most tokens need no rule: letters before a space or a stop, or the stop itself.
 _SIMPLE = re.compile(r"[A-Za-z]{2,}(?=,?[ \n]|\.(?:\n| [A-Za-z]))|[,.](?=\n| [A-Za-z])")
 
 
 def _tokens(text: str) -> Iterator[str]:
-    """All tokens of a text that ends in a line break. What fits no rule is left out."""
+    """All tokens of a text that ends in a line break. What matches no rule is skipped."""
     grammar = rules()
     position = 0
     while position < len(text):
@@ -61,7 +61,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _longest(grammar: tuple[Rule, ...], text: str, position: int) -> tuple[Rule, int] | None:
-    """The first of the rules that see the most text from here, and the end of its token."""
+    """The rule with the longest match at `position`, the first among equals, and the end of its token."""
     best, seen = None, position
     for rule in grammar:
         match = rule.pattern.match(text, position)

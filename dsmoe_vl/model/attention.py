@@ -1,8 +1,8 @@
 """Attention inside the segments of a packed sequence, never across them.
 
 Shapes: T tokens of all packs, S segments, H query heads, G key/value heads, d head width, D width.
-On CUDA one variable-length kernel serves a whole batch. On a CPU segments of similar length are padded into a few dense
-batches, which PyTorch's fused attention takes; `tests/parity/test_attention.py` holds both to a masked reference.
+On CUDA one variable-length kernel computes the whole batch. On a CPU segments of similar length are padded into a few
+dense batches for PyTorch's fused attention. `tests/parity/test_attention.py` compares both with a masked reference.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class _Bucket:
     longest: int
     rows: Tensor
     valid: Tensor
-    key_mask: Tensor | None  # bool [S, 1, 1, longest], None where all lengths are equal
+    key_mask: Tensor | None  # bool [S, 1, 1, longest], None if all lengths are equal
 
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """Where segments begin and end; made once a batch and used by every layer."""
+    """Segment boundaries, built once per batch and used by every layer."""
 
     cumulative: Tensor  # int32 [S + 1]
     longest: int
     buckets: tuple[_Bucket, ...] = ()
-    inverse: Tensor | None = None  # int64 [T]: from bucket order back to packed order; None: they are the same
+    inverse: Tensor | None = None  # int64 [T]: from bucket order back to packed order; None: the orders are equal
 
     @classmethod
     def build(cls, cumulative: Tensor, longest: int) -> SegmentLayout:
@@ -46,7 +46,7 @@ class SegmentLayout:
             return cls(cumulative, longest)
         starts = cumulative[:-1].numpy().astype(np.int64)
         lengths = np.diff(cumulative.numpy()).astype(np.int64)
-        # Lengths of one bucket differ by less than a quarter, so that little of the dense batch is padding.
+        # Lengths above 8 differ by about a quarter at most within a bucket, so the dense batch has little padding.
         bucket_of = np.ceil(np.log2(np.maximum(lengths, 8)) * 3).astype(np.int64)
         buckets, order = [], []
         for bucket_id in np.unique(bucket_of):
@@ -70,17 +70,17 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
     if q.device.type == "cuda":
         return _varlen_attention(q, k, v, layout, causal)
     heads, groups = q.shape[1], k.shape[1]
-    # Gathered once: three gathers and their backwards cost more. In fp32, whose backward is four times as fast.
+    # One gather is cheaper than three, in the backward pass too. In fp32, because its backward is four times as fast.
     packed = torch.cat((q, k, v), dim=1).float()
     only, *others = layout.buckets
-    in_place = not others and only.key_mask is None  # all segments of one length: the packed order is dense already
+    in_place = not others and only.key_mask is None  # all lengths are equal: packed rows are a dense batch already
     outputs = []
     for bucket in layout.buckets:
         dense = packed if in_place else packed.index_select(0, bucket.rows)
         dense = dense.view(bucket.segments, bucket.longest, heads + 2 * groups, -1).transpose(1, 2)
         queries, keys, values = dense.split((heads, groups, groups), dim=1)
         keys, values = (x.repeat_interleave(heads // groups, dim=1) for x in (keys, values))
-        # Padding stands behind the real tokens: a causal mask alone keeps it out of every real token's view.
+        # Padding comes after the real tokens, so a causal mask alone hides it from them.
         mask = None if causal else bucket.key_mask
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
         out = out.transpose(1, 2).reshape(bucket.segments * bucket.longest, heads, -1)
@@ -116,8 +116,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, layout: SegmentLayout | None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x [T, D] -> [T, D]. A cache stores the prompts that `layout` describes; without a layout, the next token of
-        each of its sequences."""
+        """x [T, D] -> [T, D]. With a layout, a cache stores the prompts that the layout describes; without one, x has
+        the next token of each cached sequence."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_width)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)

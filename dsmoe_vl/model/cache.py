@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read, so that one token more costs one token and not the whole text again.
+"""Key/value cache for generation: a new token costs one token, not a forward over the whole text.
 
 Shapes: T tokens of all prompts, S sequences of at most C tokens, H query heads, G key/value heads, d head width.
 """
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """What S sequences, each begun with a prompt, have stored; `layers[i]` belongs to the decoder's layer i."""
+    """Keys and values of S sequences, each starting with a prompt; `layers[i]` is for decoder layer i."""
 
     def __init__(
         self, layers: int, prompt_lengths: list[int], room: int, kv_heads: int, head_width: int, like: Tensor
     ) -> None:
-        """Empty, for prompts of these lengths and up to `room` tokens after each; on the device of `like`, in its
-        dtype. The first forward must fill it with the prompts."""
+        """An empty cache for prompts of these lengths and up to `room` tokens after each, with the device and dtype of
+        `like`. The first forward must fill it with the prompts."""
         shape = (len(prompt_lengths), kv_heads, max(prompt_lengths) + room, head_width)
         self.lengths = torch.tensor(prompt_lengths, device=like.device)  # int64 [S], tokens of each sequence
-        self.longest = max(prompt_lengths)  # on the host: reading it from the device would wait for the device
+        self.longest = max(prompt_lengths)  # kept on the host, to avoid a synchronisation with the device
         self.layers = [
             LayerCache(self, prompt_lengths, like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)
         ]
@@ -33,14 +33,14 @@ class KeyValueCache:
         self.visible = self._visible()
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences `rows`, int64 [S'], of these; one may be taken several times."""
+        """Keep only the sequences `rows`, int64 [S']; a sequence may be given several times."""
         self.lengths = self.lengths.index_select(0, rows)
         self.visible = self._visible()
         for layer in self.layers:
             layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
 
     def _visible(self) -> Tensor:
-        """What the next token of each sequence sees, itself included: bool [S, 1, 1, longest + 1]."""
+        """Attention mask of the next token of each sequence, itself included: bool [S, 1, 1, longest + 1]."""
         places = torch.arange(self.longest + 1, device=self.lengths.device)
         return (places <= self.lengths.unsqueeze(-1))[:, None, None]
 
@@ -58,7 +58,7 @@ class LayerCache:
                 cached[row, :, : len(prompt)] = prompt.transpose(0, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the next token of every sequence, and its attention to all tokens before it and to itself.
+        """Store the next token of every sequence and return its attention over all tokens so far, itself included.
 
         q [S, H, d], k and v [S, G, d] -> [S, H, d].
         """
@@ -66,7 +66,7 @@ class LayerCache:
         self.keys[rows, :, self.shared.lengths] = k
         self.values[rows, :, self.shared.lengths] = v
         used = self.shared.longest + 1
-        # The query heads that share a key head stand where a sequence's queries would: nothing is repeated.
+        # Query heads that share a key head take the place of query positions, so keys and values are not repeated.
         queries = q.view(len(q), k.shape[1], -1, q.shape[-1])
         out = F.scaled_dot_product_attention(
             queries, self.keys[:, :, :used], self.values[:, :, :used], attn_mask=self.shared.visible

@@ -1,4 +1,4 @@
-"""The one place that gives parameters their first values."""
+"""Initial values of all parameters."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def initialise(model: VisionLanguageModel, seed: int) -> None:
     """Fill every parameter. Matrices: normal with variance 1 / fan-in; those that write into the residual stream are
     divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3). Biases zero, norm weights one.
 
-    A parameter's values depend on the seed and its name alone, not on what else the model holds.
+    A parameter's values depend only on the seed and its name. Those in a module's OWN_START are left as they are.
     """
     depth = {"vision": len(model.vision.layers), "layers": len(model.layers)}
     gates = [m for m in model.modules() if isinstance(m, Router)]
-    # Where the task alone decides, equal biases would send every task to the same experts.
+    # In mode "task", equal biases would send every task to the same experts.
     routers = {id(m.task_bias if m.mode == "task" else m.weight) for m in gates} | {id(m.weight) for m in gates}
     own_start = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "OWN_START", ())}
     for name, parameter in model.named_parameters():

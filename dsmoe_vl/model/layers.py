@@ -1,4 +1,4 @@
-"""Layers that both the vision encoder and the decoder are made of.
+"""Layers used by both the vision encoder and the decoder.
 
 Shapes: T tokens (or patches), D width, H heads, d head width, F hidden width.
 """
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm in few passes over memory.
+    """RMSNorm with few passes over memory.
 
-    PyTorch composes `rms_norm` from elementwise operations on a CPU; there this is three times as fast, forward and
-    backward together (2,048 rows of 192, one core), and RMSNorm is called five times a layer.
+    On a CPU PyTorch composes `rms_norm` from elementwise operations; this is three times as fast, forward and backward
+    together (2,048 rows of 192, one core). Every layer calls RMSNorm four times.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Dense feed-forward `w2(silu(w1 x) * w3 x)` (Shazeer 2020, section 2); w1 and w3 are one matrix."""
+    """Dense feed-forward `w2(silu(w1 x) * w3 x)` (Shazeer 2020, section 2); w1 and w3 are stored as one matrix."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -64,13 +64,13 @@ class SwiGLU(nn.Module):
 
 
 def rotary_1d(positions: Tensor, head_width: int, base: float) -> Tensor:
-    """Rotations of a sequence (Su et al. 2021, eq. 34). positions int64 [T] -> complex64 [T, 1, d / 2]."""
+    """Rotary embedding of a sequence (Su et al. 2021, eq. 34). positions int64 [T] -> complex64 [T, 1, d / 2]."""
     angles = positions.float().unsqueeze(-1) * _frequencies(head_width // 2, base, positions.device)
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
 
 
 def rotary_2d(positions: Tensor, head_width: int, base: float = 100.0) -> Tensor:
-    """Rotations of a grid: the first half of the pairs turns with the row, the second with the column.
+    """Rotary embedding of a grid: the first half of the pairs rotates with the row, the second with the column.
 
     positions int64 [T, 2] -> complex64 [T, 1, d / 2]. The base is small because a grid has tens of rows, not thousands.
     """
@@ -80,7 +80,7 @@ def rotary_2d(positions: Tensor, head_width: int, base: float = 100.0) -> Tensor
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring pairs of features. x [T, H, d], rotation complex64 [T, 1, d / 2] -> [T, H, d]."""
+    """Rotate neighbouring pairs of features. x [T, H, d], rotation complex64 [T, 1, d / 2] -> [T, H, d]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 

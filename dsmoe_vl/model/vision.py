@@ -17,7 +17,7 @@ from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_2d
 
 _TIME_PERIODS = 16
 _SECONDS = (0.5, 1024.0)  # shortest and longest period
-_PLACE_PERIODS = 8  # for the row and for the column
+_PLACE_PERIODS = 8  # each for row and column
 _CELLS = (2.0, 256.0)
 
 
@@ -58,9 +58,9 @@ class VisionEncoder(nn.Module):
 
 
 class Connector(nn.Module):
-    """Turns each cell of merge x merge patches into one vector of the decoder's width; adds its place and its time.
+    """Maps each cell of merge x merge patches to one vector of the decoder's width, and adds its place and time.
 
-    The encoder's rotations know distances only, and the decoder's the order of cells: neither says where a cell stands.
+    Rotary embeddings encode only distances in the encoder and the order of cells in the decoder, not a cell's place.
     """
 
     def __init__(self, config: VisionConfig, width: int) -> None:

@@ -29,18 +29,18 @@ from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.planner.parameters import experts_of_layers
 
-_LOSS_CHUNK_TOKENS = 2048  # targets whose logits exist at one time
+_LOSS_CHUNK_TOKENS = 2048  # targets whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class TokenContext:
-    """What every decoder layer must know of the tokens. int64 [T], except rotation complex64 and real bool."""
+    """Token metadata for the decoder layers. int64 [T], except rotation complex64 and real bool."""
 
     rotation: Tensor
     task_ids: Tensor
     modality_ids: Tensor
     real: Tensor
-    layout: SegmentLayout | None  # None: one new token a sequence, from the cache
+    layout: SegmentLayout | None  # None: one new token per cached sequence
 
 
 class DecoderLayer(nn.Module):
@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, context: TokenContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """x [T, D] -> ([T, D], this layer's routing; None where dense)."""
+        """x [T, D] -> ([T, D], this layer's statistics; None if dense)."""
         x = x + self.attention(self.attention_norm(x), context.rotation, context.layout, cache)
         inner = self.feed_forward_norm(x)
         if not self.sparse:
@@ -82,7 +82,7 @@ def _sparse_feed_forward(recipe: Recipe, expert_count: int) -> nn.Module:
 
 
 class LanguageHead(nn.Module):
-    """The output projection, tied to the token embedding, and its loss. Chunked: all logits never exist at once."""
+    """The output projection, tied to the token embedding, and its loss, in chunks: all logits never exist at once."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class LanguageHead(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision encoder, connector, decoder, and the tasks' heads, which `tasks/registry.py` brings."""
+    """Vision encoder, connector, decoder, and the task heads from `tasks/registry.py`."""
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class VisionLanguageModel(nn.Module):
             self.add_module(name, head)
 
     def forward(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, RouterStats | None]:
-        """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers. A cache, one
-        sequence a segment, makes it possible to `extend` them.
+        """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers. With a cache
+        (one sequence per segment) `extend` can continue the segments.
 
-        Every parameter takes part whatever the batch holds, so that collectives are the same on every rank.
+        Every batch uses every parameter, so all ranks run the same collectives.
         """
         context = TokenContext(
             rotation=rotary_1d(batch.positions, self.head_width, self.rope_base),
@@ -142,7 +142,7 @@ class VisionLanguageModel(nn.Module):
         return self._decode(self.embedding(batch.tokens) + self._embed_pictures(batch), context, cache)
 
     def extend(self, tokens: Tensor, task_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """One text token more for each of the cache's S sequences: int64 [S] each -> hidden states [S, D]."""
+        """One more text token for each of the S cached sequences: int64 [S] each -> hidden states [S, D]."""
         context = TokenContext(
             rotation=rotary_1d(cache.lengths, self.head_width, self.rope_base),
             task_ids=task_ids,
@@ -155,11 +155,11 @@ class VisionLanguageModel(nn.Module):
         return hidden
 
     def _embed_pictures(self, batch: Batch) -> Tensor:
-        """What the pictures add to the token embeddings: [T, D], zero where there is no vision token."""
+        """Picture features to add to the token embeddings: [T, D], zero for text tokens."""
         layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
         features = self.vision(batch.patches, batch.patch_positions, layout)
         cells = self.connector(features, batch.patch_positions, batch.cell_time)
-        placed = cells.new_zeros(len(batch.tokens) + 1, cells.shape[-1])  # the last row takes the padding cells
+        placed = cells.new_zeros(len(batch.tokens) + 1, cells.shape[-1])  # the last row receives the padding cells
         placed = placed.index_add(0, batch.cell_position, cells * batch.cell_weight.unsqueeze(-1).type_as(cells))
         if len(batch.frame_tokens):
             shares = batch.cell_frame_weight.unsqueeze(-1).type_as(cells)

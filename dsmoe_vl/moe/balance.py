@@ -1,9 +1,11 @@
 """Balancing terms as pure functions of `RouterStats`.
 
-Two kinds, by what makes them exact under any split of a step's tokens into ranks and micro-steps:
+There are two kinds:
 
 - Linear terms are sums over this rank's tokens, divided by the *global* number of real tokens of the optimizer step.
-- Coupled terms are functions of sums over the global *micro-step*, which the caller has added up over ranks.
+  They are exact for any split of a step's tokens into ranks and micro-steps.
+- Coupled terms are functions of sums over the global *micro-step*, which the caller has all-reduced. They are exact for
+  any split of a micro-step into ranks.
 
 Shapes: N MoE layers, E experts, J tasks, M modalities, G groups of tokens (one, the tasks, or the modalities).
 Entropies and mutual information are in nats.
@@ -18,13 +20,12 @@ from torch import Tensor
 def load_balance_loss(
     probability_sum: Tensor, load_fraction: Tensor, global_tokens: float, experts: Tensor | None = None
 ) -> Tensor:
-    """`E sum_e f_e P_e`, summed over layers (Fedus et al. 2021, eq. 4); 1 a layer where routing is even.
+    """`E sum_e f_e P_e`, summed over layers (Fedus et al. 2021, eq. 4); 1 per layer if routing is even.
 
-    probability_sum [N, G, E]: sums of router probabilities over real tokens of a group. load_fraction [N, G, E]: each
-    expert's share of the group's assignments, rows sum to 1. It is taken from the *previous* optimizer step's global
-    counts (uniform at step 0), which makes the term linear in this step's tokens. With several groups it is their mean,
-    weighted by tokens. experts [N, 1, 1]: E of each layer, where some have fewer than there are columns. Returns a
-    scalar.
+    probability_sum [N, G, E]: sums of router probabilities over a group's real tokens. load_fraction [N, G, E]: each
+    expert's share of the group's assignments, rows sum to 1. It is computed from the *previous* optimizer step's global
+    counts (uniform at step 0), so the term is linear in this step's tokens. Returns a scalar; with several groups it
+    is their mean, weighted by tokens. experts [N, 1, 1]: E of each layer, if layers differ.
     """
     factor = probability_sum.shape[-1] if experts is None else experts
     return (factor * load_fraction * probability_sum).sum() / global_tokens
@@ -36,7 +37,7 @@ def router_z_loss(z_sum: Tensor, global_tokens: float) -> Tensor:
 
 
 def local_entropy_loss(entropy_sum: Tensor, global_tokens: Tensor) -> Tensor:
-    """Mean entropy of single tokens' routing (Mustafa et al. 2022, eq. 4): small where every token is sure.
+    """Mean entropy of single tokens' routing (Mustafa et al. 2022, eq. 4): small if every token's routing is confident.
 
     entropy_sum [N, M], global_tokens [M] -> the sum over layers and modalities, a scalar. Linear.
     """
@@ -44,8 +45,8 @@ def local_entropy_loss(entropy_sum: Tensor, global_tokens: Tensor) -> Tensor:
 
 
 def global_entropy_loss(probability_sum: Tensor, tokens: Tensor, threshold: float) -> Tensor:
-    """`max(0, threshold - H(mean p))` of each modality (Mustafa et al. 2022, eq. 5 and its threshold): small where a
-    modality uses at least exp(threshold) experts.
+    """`max(0, threshold - H(mean p))` of each modality (Mustafa et al. 2022, eq. 5 and its threshold): 0 if the
+    modality uses at least exp(threshold) experts evenly.
 
     probability_sum [N, M, E] and tokens [M] of the global micro-step -> the sum over layers and modalities that have
     tokens, a scalar. Coupled.
@@ -58,17 +59,17 @@ def global_entropy_loss(probability_sum: Tensor, tokens: Tensor, threshold: floa
 def mutual_information(probability_sum: Tensor) -> Tensor:
     """`sum_t sum_e P(t, e) log(P(t, e) / (P(t) P(e)))` of every layer (Chen et al. 2023, Mod-Squad, eq. 4).
 
-    probability_sum [N, J, E] of the global micro-step, P(t, e) being its share of the whole. 0 where every task uses
-    the experts alike, at most log(min(J, E)). Returns [N]. Coupled; the loss is its negative, summed over layers.
+    probability_sum [N, J, E] of the global micro-step; P(t, e) is its share of the total. 0 if all tasks use the
+    experts in the same way, at most log(min(J, E)). Returns [N]. Coupled; the loss is its negative, summed over layers.
     """
-    sums = probability_sum.double()  # a small difference of large entropies
+    sums = probability_sum.double()  # float64: a small difference of large entropies
     joint = sums / sums.sum((-2, -1), keepdim=True).clamp(min=1)
     information = entropy(joint.sum(-1)) + entropy(joint.sum(-2)) - entropy(joint.flatten(-2))
     return information.to(probability_sum.dtype)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """`-sum p log p` over the last dimension; 0 log 0 is 0, and its gradient finite."""
+    """`-sum p log p` over the last dimension; 0 log 0 is 0, with a finite gradient."""
     return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum(-1)
 
 

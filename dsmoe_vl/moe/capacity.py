@@ -1,10 +1,10 @@
-"""The sparse feed-forward with bounded experts over ranks: DeepSpeed's classic MoE layer, decided by our router.
+"""The sparse feed-forward with expert capacity, over ranks: DeepSpeed's classic MoE layer with our router.
 
-From DeepSpeed come the gating functions, which give assignments their slots, the buffers, the all-to-all of equal
-splits, the residual branch, the process groups and the marks on expert parameters. Which experts a token wants, the
-gates and the statistics are ours; `l_aux` is not used. Kept private names: `tests/unit/test_deepspeed_contract.py`.
+DeepSpeed provides the gating functions, which assign slots, the buffers, the equal-split all-to-all, the residual
+branch, the process groups and the marks on expert parameters. The choice of experts, the gates and the statistics are
+ours; `l_aux` is not used. `tests/unit/test_deepspeed_contract.py` checks the private names used here.
 
-Shapes: T tokens, D width, E experts, K experts a token.
+Shapes: T tokens, D width, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 class CapacityGate(TopKGate):
-    """Our router, its decisions put into the form of logits that DeepSpeed's gating functions read."""
+    """Our router. It passes its decision to DeepSpeed's gating functions as logits."""
 
     def __init__(self, source: CapacityFeedForward, width: int, expert_count: int) -> None:
         super().__init__(width, expert_count, source.router.top_k)
@@ -45,18 +45,18 @@ class CapacityGate(TopKGate):
     ) -> tuple[RouterStats, int, int, Tensor, Tensor, Tensor, None]:
         """x [T, D]; tokens int64 [3, T]: task, modality, 1 where real.
 
-        Returns what `MOELayer` expects (statistics in the place of its loss): capacity, E, and by choice and token the
-        expert or -1 int32 [K, T], its slot int32 [K, T], the gate float32 [K, T].
+        Returns what `MOELayer` expects, with statistics in place of its loss: capacity, E, and per choice and token the
+        expert or -1 int32 [K, T], its slot int32 [K, T] and the gate float32 [K, T].
         """
         task_ids, modality_ids, real = tokens[0], tokens[1], tokens[2].bool()
         with phase("route"):
             routing = self._route(x, task_ids, modality_ids)
-        with phase("dispatch"):  # what follows carries the names of DeepSpeed's own functions
+        with phase("dispatch"):  # a trace shows the rest under DeepSpeed's own names
             slots = self._slots(routing, real)
             _, _, _, experts, places, gates, _ = self._assign(_offered(routing, real), slots)
         computed = (experts >= 0) & (experts < self.expert_count)
         if self.router.top_k == 1:
-            gates = routing.gates.t() * computed  # DeepSpeed's is 1
+            gates = routing.gates.t() * computed  # DeepSpeed's gate is 1
         routing = _in_order_of(routing, experts.long().clamp(0, self.expert_count - 1).t())
         stats = RouterStats.of(
             routing, task_ids, modality_ids, real, self.router.tasks, self.router.modalities, computed.t()
@@ -64,7 +64,7 @@ class CapacityGate(TopKGate):
         return stats, slots, self.expert_count, experts.masked_fill(~computed, -1), places, gates, None
 
     def _route(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor) -> Routing:
-        """The router's decision, with noise where the recipe wants it, in training only."""
+        """The router's decision; in training with the recipe's noise."""
         noise = None
         if self.training and self.moe.noisy_gate == "Jitter":
             x = multiplicative_jitter(x.float(), device=x.device)
@@ -73,7 +73,7 @@ class CapacityGate(TopKGate):
         return self.router(x, task_ids, modality_ids, noise)
 
     def _slots(self, routing: Routing, real: Tensor) -> int:
-        """Slots of every expert, the same on all ranks that exchange. Collective where nothing is dropped."""
+        """Slots per expert, the same on all ranks of the expert-parallel group. Collective if drop_tokens is false."""
         if self.moe.drop_tokens:
             return expert_slots(self.moe, len(real), self.expert_count, self.training)
         wanted = torch.bincount(routing.experts[real].flatten(), minlength=self.expert_count).max().clamp(min=1)
@@ -82,19 +82,19 @@ class CapacityGate(TopKGate):
         return int(wanted)
 
     def _assign(self, offered: Tensor, slots: int) -> Any:
-        """DeepSpeed's function for this K, its sampling off. A factor of 0 leaves `slots`, its minimum, as capacity."""
+        """DeepSpeed's function for this K, without sampling. With factor 0 the capacity is `slots`, its minimum."""
         if self.router.top_k == 2:
             return top2gating(offered, 0.0, slots, top2_2nd_expert_sampling=False, sparse_routes=True)
         if self.router.top_k > 2:
             return topkgating(offered, self.router.top_k, 0.0, slots, sparse_routes=True)
         if self.training and self.moe.random_token_selection:
             return top1gating(offered, 0.0, slots, use_rts=True, sparse_routes=True)
-        # Without random selection top1gating keeps arbitrary ones of equals; this keeps the first.
+        # Without random selection, top1gating keeps arbitrary tokens among equals; topkgating keeps the first.
         return topkgating(offered, 1, 0.0, slots, drop_policy="position", sparse_routes=True)
 
 
 class CapacityMoE(MoE):
-    """`CapacityFeedForward` whose experts are divided among the ranks of an expert-parallel group. Same results."""
+    """`CapacityFeedForward` with its experts sharded over an expert-parallel group. Same results."""
 
     def __init__(self, source: CapacityFeedForward, plan: RunPlan, ep_rank: int) -> None:
         expert_count, width, hidden_width = source.experts.w2.shape
@@ -105,7 +105,7 @@ class CapacityMoE(MoE):
         self.deepspeed_moe.gate = CapacityGate(source, width, expert_count)
         with torch.no_grad():
             for index, expert in enumerate(self.local_experts, ep_rank * self.num_local_experts):
-                for name, parameter in expert.named_parameters():  # those that DeepSpeed has marked
+                for name, parameter in expert.named_parameters():  # already marked by DeepSpeed
                     parameter.copy_(getattr(source.experts, name)[index])
         self.mlp, self.coefficient, self.shared = source.mlp, source.coefficient, source.shared
         self.pack_length, self.micro_batch = plan.recipe.data.pack_length, plan.micro_batch
@@ -119,21 +119,21 @@ class CapacityMoE(MoE):
         self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor
     ) -> tuple[Tensor, RouterStats]:
         """As `CapacityFeedForward.forward`."""
-        # The capacity follows from this rank's tokens, and the all-to-all splits equally: ranks must have as many.
+        # Capacity depends on this rank's tokens, and the all-to-all has equal splits: all ranks need the same number.
         packs = self.micro_batch if self.training else 1
         assert len(x) == packs * self.pack_length, f"{len(x)} tokens, not {packs} x {self.pack_length}"
         out, stats, _ = super().forward(x, torch.stack((task_ids, modality_ids, real.long())))
-        self.deepspeed_moe.l_aux = None  # the statistics, whose graph it would keep alive
+        self.deepspeed_moe.l_aux = None  # it is our statistics, and would keep their graph alive
         return (out if self.shared is None else out + self.shared(x)), stats
 
 
 def one_process_name(name: str) -> str:
-    """The name in `CapacityFeedForward` of a parameter or buffer, the experts' excepted."""
+    """The name of a parameter or buffer in `CapacityFeedForward`; not for expert parameters."""
     return name.replace(".deepspeed_moe.gate.", ".")
 
 
 def _in_order_of(routing: Routing, experts: Tensor) -> Routing:
-    """The same decision with a token's choices in another order: experts int64 [T, K], anything where not computed."""
+    """The same decision, choices in the order of `experts` int64 [T, K], which is arbitrary where not computed."""
     gates = routing.probabilities.gather(1, experts)
     if experts.shape[1] > 1:
         chosen = routing.probabilities.gather(1, routing.experts)
@@ -142,10 +142,10 @@ def _in_order_of(routing: Routing, experts: Tensor) -> Routing:
 
 
 def _offered(routing: Routing, real: Tensor) -> Tensor:
-    """Logits [T, E + K] under which a gating function must choose the router's experts, with the router's gates.
+    """Logits [T, E + K] that make a gating function choose the router's experts, with the router's gates.
 
-    Experts that were not chosen have -inf. Padding chooses the last K columns, which no expert stands behind, so that
-    it takes no slot; real tokens have -inf there.
+    Experts that were not chosen have -inf. Padding chooses the last K columns, which belong to no expert, so it takes
+    no slot; real tokens have -inf there.
     """
     chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter_(1, routing.experts, True)
     experts = routing.logits.masked_fill(~(chosen & real.unsqueeze(-1)), float("-inf"))

@@ -1,9 +1,9 @@
-"""The sparse feed-forward whose experts compute a bounded number of tokens, on one process and without DeepSpeed.
+"""The sparse feed-forward with expert capacity, on one process and without DeepSpeed.
 
-`capacity.py` is the same computation on DeepSpeed's classic MoE layer. Here the experts are those of the dropless
-form, under the same names, and an assignment that finds no slot is weighed by 0.
+`capacity.py` is the same computation on DeepSpeed's classic MoE layer. Here the experts are the dropless module, with
+the same parameter names, and a dropped assignment gets gate 0.
 
-Shapes: T tokens, D width, F hidden width, E experts, K experts a token.
+Shapes: T tokens, D width, F hidden width, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsmoe_vl.moe.stats import RouterStats
 
 
 class Expert(nn.Module):
-    """One expert of `Experts`, its matrices under the same names."""
+    """One expert of `Experts`, with the same parameter names."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Expert(nn.Module):
 class CapacityFeedForward(nn.Module):
     """Router, experts with a capacity, and an optional shared expert.
 
-    With `moe.residual` there is one more expert, through which every token goes; a learned softmax of two numbers
-    weighs it against the routed ones (Rajbhandari et al. 2022, DeepSpeed-MoE, section 4.1). Names as in DeepSpeed.
+    With `moe.residual` one more expert processes every token; a learned softmax of two numbers weights it against the
+    routed ones (Rajbhandari et al. 2022, DeepSpeed-MoE, section 4.1). Names as in DeepSpeed.
     """
 
     def __init__(self, moe: MoEConfig, width: int, router: Router, experts: Experts, shared: nn.Module | None) -> None:
@@ -52,7 +52,7 @@ class CapacityFeedForward(nn.Module):
         self.coefficient = nn.Linear(width, 2) if moe.residual else None
 
     def forward(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor) -> tuple[Tensor, RouterStats]:
-        """As `MoEFeedForward.forward`. Padding is not computed; its rows are those of the other branches, or 0."""
+        """As `MoEFeedForward.forward`. Padding gets gate 0: its rows are the shared and residual branches only."""
         routing = self.router(x, task_ids, modality_ids)
         expert_count = routing.logits.shape[-1]
         kept = real.unsqueeze(-1).expand_as(routing.experts)
@@ -71,18 +71,18 @@ class CapacityFeedForward(nn.Module):
 
 
 def expert_slots(moe: MoEConfig, tokens: int, experts: int, training: bool) -> int:
-    """Assignments of `tokens` that one expert computes at most: `ceil(factor K T / E)` (Lepikhin et al. 2020, GShard,
-    section 2.2), at least `moe.min_capacity`, at most T, since an expert gets a token once."""
+    """Maximum number of assignments per expert, for T = `tokens`: `ceil(factor K T / E)` (Lepikhin et al. 2020, GShard,
+    section 2.2), at least `moe.min_capacity`, at most T, because an expert gets a token only once."""
     factor = moe.capacity_factor if training else moe.eval_capacity_factor
     return min(max(math.ceil(factor * moe.top_k * tokens / experts), moe.min_capacity), tokens)
 
 
 def within_capacity(experts: Tensor, gates: Tensor, real: Tensor, expert_count: int, slots: int) -> Tensor:
-    """Which assignments find a slot: bool [T, K]. experts int64 and gates float32 [T, K], real bool [T].
+    """Which assignments get a slot: bool [T, K]. experts int64 and gates float32 [T, K], real bool [T].
 
-    Each expert takes the first `slots` of its assignments, in the order of DeepSpeed's gating functions. Up to K = 2
-    every token's larger gate goes before any token's smaller one, then earlier tokens before later ones (top2gating);
-    with more, larger gates go first (topkgating). Padding finds none.
+    Each expert takes the first `slots` of its assignments, in the order of DeepSpeed's gating functions. Up to K = 2:
+    first choices of all tokens before second choices, then earlier tokens before later ones (top2gating). For larger K:
+    larger gates first (topkgating). Padding gets no slot.
     """
     tokens, top_k = experts.shape
     if top_k <= 2:

@@ -1,4 +1,4 @@
-"""The experts' matrix products: E SwiGLU feed-forwards over tokens that are sorted by expert.
+"""The experts' matrix products: E SwiGLU feed-forwards over tokens sorted by expert.
 
 Shapes: R rows (token-expert assignments, sorted by expert), D width, F hidden width, E experts of this rank.
 """
@@ -15,7 +15,7 @@ _GROUP_ALIGNMENT = 8  # rows; a group's start must be 16-byte aligned in bf16 fo
 
 
 class _GroupedLinearOnCPU(torch.autograd.Function):
-    """`y[i] = x[i] W[e(i)]^T` by one product a group, written in place.
+    """`y[i] = x[i] W[e(i)]^T` with one matrix product per group, written in place.
 
     torch._grouped_mm runs on a CPU, but its fp32 backward there is 4.5 times slower than these products (4,096 rows,
     192 x 256, eight experts, one core: 15 against 67 GFLOP/s).
@@ -43,7 +43,7 @@ class _GroupedLinearOnCPU(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """E experts `w2(silu(w1 x) * w3 x)`. The names w1, w2, w3 are those of DeepSpeed's grouped experts."""
+    """E experts `w2(silu(w1 x) * w3 x)`. w1, w2, w3 are the names in DeepSpeed's grouped experts."""
 
     def __init__(self, expert_count: int, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -70,10 +70,10 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows moved apart so that every group starts at a multiple of the alignment; zeros in between.
+    """Rows with zeros inserted, so that every group starts at a multiple of the alignment.
 
-    Returns rows [R + E * alignment, D], the new row of every old one int64 [R], group ends int32 [E]. The size bound
-    does not depend on the counts, so that no value is read back from the device.
+    Returns rows [R + E * alignment, D], the new index of every row int64 [R], group ends int32 [E]. The size does not
+    depend on the counts, so nothing is read back from the device.
     """
     padded = (counts + _GROUP_ALIGNMENT - 1) // _GROUP_ALIGNMENT * _GROUP_ALIGNMENT
     shift = (padded - counts).cumsum(0) - (padded - counts)
@@ -85,9 +85,9 @@ def _aligned(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RemainingExperts(Experts):
-    """Experts of an exported model, without the null ones: those output zeros, at no cost. For inference."""
+    """Experts of an exported model, for inference. Null experts are left out: they output zeros at no cost."""
 
-    kept: Tensor  # int64 [E'], the numbers of the experts whose weights are here, ascending
+    kept: Tensor  # int64 [E'], indices of the experts whose weights are stored, ascending
 
     def __init__(self, expert_count: int, width: int, hidden_width: int) -> None:
         super().__init__(expert_count, width, hidden_width)
@@ -104,5 +104,5 @@ class RemainingExperts(Experts):
 
 
 def null_experts(w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """Which experts output zeros whatever comes in: bool [E]. Any of the three matrices, [E, ...], is all zero."""
+    """Which experts output zeros for any input: bool [E]. At least one of the three matrices, [E, ...], is all zero."""
     return torch.stack([(weight == 0).flatten(1).all(1) for weight in (w1, w2, w3)]).any(0)

@@ -1,13 +1,13 @@
 """The sparse feed-forward of a decoder layer on one process; `layer.py` spreads the same computation over ranks.
 
-    1. route      x [T, D] -> K experts and gates a token
+    1. route      x [T, D] -> K experts and gates per token
     2. sort       T * K assignments by expert:   experts  [1 0, 0 2, 1 2]  (three tokens, K = 2)
                                                  order    [1 2, 0 4, 3 5]  -> expert 0: tokens 0, 1; 1: 0, 2; 2: 1, 2
-    3. compute    every expert on its run of rows
+    3. compute    every expert on its rows
     4. combine    back to token order, weighted by the gates, summed over K
-    5. shared     plus the always-on expert, where there is one
+    5. shared     add the shared expert, if there is one
 
-Shapes: T tokens, D width, E experts, K experts a token, R = T * K.
+Shapes: T tokens, D width, E experts, K experts per token, R = T * K.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sparse_forward(
     modality_ids: Tensor,
     real: Tensor,
 ) -> tuple[Tensor, RouterStats]:
-    """The five steps. `run_experts(rows [R, D] sorted by expert, counts int64 [E]) -> [R, D]` may cross ranks."""
+    """The five steps. `run_experts(rows [R, D] sorted by expert, counts int64 [E]) -> [R, D]` may use other ranks."""
     with phase("route"):
         routing = router(x, task_ids, modality_ids)
         stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)

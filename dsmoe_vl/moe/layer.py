@@ -1,8 +1,8 @@
 """The sparse feed-forward over ranks: DeepSpeed's AutoEP layer with our own forward.
 
-From DeepSpeed come the process groups, the marking of expert parameters (which decides how their gradients are reduced,
+DeepSpeed provides the process groups, the marks on expert parameters (they decide how gradients are reduced,
 partitioned by ZeRO and saved), and the differentiable all-to-all. The router, the statistics and the products are ours.
-The private names that this file leans on are checked by `tests/unit/test_deepspeed_contract.py`.
+`tests/unit/test_deepspeed_contract.py` checks the private names used here.
 
 Shapes: T tokens, D width, E experts, L = E / ep_size experts of this rank, R = T * K rows.
 """
@@ -26,11 +26,11 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 class ExpertParallelMoE(AutoEPMoELayer):
-    """`MoEFeedForward` whose experts are divided among `ep_size` ranks. Same parameters' names, same results."""
+    """`MoEFeedForward` with its experts sharded over `ep_size` ranks. Same parameter names, same results."""
 
     def __init__(self, source: MoEFeedForward, ep_size: int, ep_rank: int) -> None:
         super().__init__(_spec(source), source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size))
-        del self.tokens_per_expert  # counts that evaluation and recomputation would distort: RouterStats replaces them
+        del self.tokens_per_expert  # evaluation and recomputation would distort it; RouterStats replaces it
         ours, marked = source.experts, self.get_submodule("experts")
         ours.w1, ours.w2, ours.w3 = marked.w1, marked.w2, marked.w3  # this rank's slices, with DeepSpeed's marks
         self.experts = ours
@@ -46,7 +46,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
         return sparse_forward(self.router, self._exchange, self.shared, x, task_ids, modality_ids, real)
 
     def _exchange(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Send each row to its expert's rank, compute there, bring it back. rows [R, D] by expert, counts int64 [E]."""
+        """Send each row to its expert's rank, compute there, send it back. rows [R, D] by expert, counts int64 [E]."""
         if self.ep_size == 1:
             with phase("experts"):
                 return self.experts(rows, counts)
@@ -56,7 +56,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
             )
             received = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
         with phase("experts"):
-            # Arrivals stand by source rank, then by expert; the products want them by expert.
+            # Received rows are sorted by source rank, then expert; the experts need them sorted by expert.
             by_source = plan.local_counts_by_source.long()
             local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
             owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
@@ -70,7 +70,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
 def spread_experts(model: nn.Module, plan: RunPlan, ep_rank: int) -> None:
     """Replace every sparse feed-forward of `model` by its expert-parallel form, in place, before the engine is built.
 
-    Holds the invariant that exactly the expert tensors are marked: an unmarked one is reduced like a dense one.
+    Asserts that exactly the expert tensors are marked: DeepSpeed reduces an unmarked one like a dense parameter.
     """
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
@@ -84,14 +84,14 @@ def spread_experts(model: nn.Module, plan: RunPlan, ep_rank: int) -> None:
 
 
 def _mark_replicated(parameter: Any) -> None:
-    """As DeepSpeed marks the router that it would have built: its gradient is averaged over all ranks."""
+    """Mark it as DeepSpeed marks its own router: the gradient is averaged over all ranks."""
     parameter.allreduce = True
     parameter.ds_zero_placement_family = "replicated"
     mark_autoep_folding_router_parameter(parameter)
 
 
 def _spec(source: MoEFeedForward) -> MoELayerSpec:
-    """What DeepSpeed's detection would have found; written down, since we know our own layer."""
+    """The description of our layer that DeepSpeed's detection would return."""
     experts, width, hidden = source.experts.w2.shape
     return MoELayerSpec(
         moe_module_name="feed_forward",

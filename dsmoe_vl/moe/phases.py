@@ -10,6 +10,6 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[object]:
-    """What runs inside is shown as `moe/NAME`. Without a profiler this costs a tenth of a microsecond, where
-    `record_function` alone would cost several for every layer."""
+    """Record the enclosed operations as `moe/NAME`. Without a profiler this costs a tenth of a microsecond;
+    `record_function` alone would cost several per layer."""
     return torch.profiler.record_function(f"moe/{name}") if torch.autograd._profiler_enabled() else _NOTHING

@@ -1,6 +1,6 @@
-"""The router: which experts a token goes to, knowing its task and its modality.
+"""The router: chooses the experts of a token from the token, its task and its modality.
 
-Shapes: T tokens, D width, E experts, K experts a token, M modalities.
+Shapes: T tokens, D width, E experts, K experts per token, M modalities.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """`z = W x + b[task] + u[modality]`, softmax in fp32, the K largest of `p + beta`, their p renormalised to sum 1.
 
-    With K = 1 the gate is p itself (Fedus et al. 2021, eq. 2): renormalised it would be 1, and no task's loss would
-    reach the router.
+    With K = 1 the gate is p itself (Fedus et al. 2021, eq. 2): renormalised it would always be 1, and the router
+    would get no gradient from the task losses.
 
-    b and u start at zero: before they learn, this is the plain softmax gate (Shazeer et al. 2017). beta is the
-    aux-loss-free balancing bias (Wang et al. 2024, eq. 3): it chooses experts and never weighs them; the trainer moves
-    it. Modes:
+    b and u start at zero (b not in mode "task"), so at first this is the plain softmax gate (Shazeer et al. 2017).
+    beta is the aux-loss-free balancing bias (Wang et al. 2024, eq. 3): it affects the choice of experts, never the
+    gates; the trainer updates it. Modes:
 
     - "token": all three terms of z.
-    - "plain": z = W x alone, the gate that knows neither task nor modality; to compare with.
-    - "task": z = b[task] alone, so that all tokens of a task go to the same experts.
+    - "plain": z = W x, without task and modality; a baseline.
+    - "task": z = b[task], so all tokens of a task go to the same experts.
     - "isolated": as "token", within the experts of the token's modality: expert e belongs to modality e * M // E.
     """
 
@@ -45,7 +45,7 @@ class Router(nn.Module):
         self, width: int, expert_count: int, top_k: int, tasks: int, modalities: int, mode: str = "token"
     ) -> None:
         super().__init__()
-        self.top_k, self.tasks, self.modalities = top_k, tasks, modalities  # ZeRO-3 empties shapes between calls
+        self.top_k, self.tasks, self.modalities = top_k, tasks, modalities  # ZeRO-3 empties parameters between calls
         self.mode = mode
         self.weight = nn.Parameter(torch.empty(expert_count, width))
         self.task_bias = nn.Parameter(torch.zeros(tasks, expert_count))
@@ -53,12 +53,12 @@ class Router(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(expert_count, dtype=torch.float32))
 
     def forward(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, noise: Tensor | None = None) -> Routing:
-        """x [T, D], task_ids and modality_ids int64 [T]; noise [T, E] is added to the z that choose, not weigh."""
+        """x [T, D], task_ids and modality_ids int64 [T]; noise [T, E] is added to z for the choice only."""
         logits = self._logits(x, task_ids, modality_ids)
         probabilities = logits.softmax(dim=-1)
         choosing = probabilities if noise is None else (logits + noise).softmax(dim=-1)
         scores = choosing.detach() + self.selection_bias
-        if self.mode == "isolated":  # no bias may lift another modality's expert, whose p is 0, over one of its own
+        if self.mode == "isolated":  # beta must not make another modality's expert (p = 0) win
             scores = scores.masked_fill(logits.isinf(), float("-inf"))
         experts = scores.topk(self.top_k, dim=-1).indices
         gates = probabilities.gather(-1, experts)
@@ -70,7 +70,7 @@ class Router(nn.Module):
         from_task = _rows(self.task_bias, task_ids, self.tasks)
         from_modality = _rows(self.modality_bias, modality_ids, self.modalities)
         from_token = F.linear(x.float(), self.weight.float())
-        # What a mode does not use stays in the graph: every rank reduces the same gradients.
+        # Unused terms stay in the graph, so that every parameter has a gradient on every rank.
         if self.mode == "task":
             return from_task + 0 * (from_token + from_modality)
         if self.mode == "plain":
@@ -82,7 +82,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def move_selection_bias(self, load: Tensor, rate: float) -> None:
-        """One update of beta by the global load [E] of a step; isolated modalities are balanced each for itself."""
+        """Update beta from a step's global load [E]; in mode "isolated", separately for each modality."""
         if self.mode != "isolated":
             self.selection_bias.copy_(updated_selection_bias(self.selection_bias, load, rate))
             return
@@ -100,7 +100,7 @@ class Router(nn.Module):
 def _rows(table: Tensor, ids: Tensor, count: int) -> Tensor:
     """`table[ids]`: [J, E] and int64 [T] -> float32 [T, E].
 
-    Through float64, for the gradient: it adds up many small numbers beside a few large ones that cancel each other, and
-    in float32 a row of 16,384 tokens lost them in the fifth digit, differently on one rank and on two.
+    Computed in float64 for the gradient, which sums many small numbers and a few large ones that cancel. In float32 the
+    sum over 16,384 tokens was wrong in the fifth digit, and differed between one rank and two.
     """
     return (F.one_hot(ids, count).double() @ table.double()).float()

@@ -1,7 +1,7 @@
-"""What a MoE layer tells about its routing: returned values, never attributes, so that recomputation in activation
-checkpointing and evaluation passes cannot count twice.
+"""Routing statistics of a MoE layer. They are return values, never attributes, so that recomputation in activation
+checkpointing and evaluation cannot count twice.
 
-Shapes: T tokens, E experts, K experts a token, N MoE layers, J tasks, M modalities, B bins. Padding counts nowhere.
+Shapes: T tokens, E experts, K experts per token, N MoE layers, J tasks, M modalities, B bins. Padding is not counted.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from dsmoe_vl.moe.balance import entropy
 from dsmoe_vl.moe.router import Routing
 
-GATE_BINS = 20  # of the histogram of gate weights, which lie between 0 and 1
+GATE_BINS = 20  # bins of the histogram of gates, from 0 to 1
 
 
 class RouterStats(NamedTuple):
-    """Sums over real tokens, of one layer or (with a leading N) of all layers. They add up over micro-steps, ranks."""
+    """Sums over real tokens, of one layer or (with a leading N) of all layers. Add them over micro-steps and ranks."""
 
     load: Tensor  # float32 [(N,) J, M, E]: assignments; no gradient
     probability_sum: Tensor  # float32 [(N,) J, M, E], differentiable
     z_sum: Tensor  # float32 [(N,)]: squared log-partition, differentiable
     entropy_sum: Tensor  # float32 [(N,) M], nats, differentiable
     dropped: Tensor  # float32 [(N,)]: assignments that no expert computed; no gradient
-    gates: Tensor  # float32 [(N,) B]: assignments that are computed, by their gate; no gradient
+    gates: Tensor  # float32 [(N,) B]: histogram of the gates of computed assignments; no gradient
 
     @staticmethod
     def of(
@@ -38,8 +38,8 @@ class RouterStats(NamedTuple):
         modalities: int,
         computed: Tensor | None = None,
     ) -> RouterStats:
-        """Statistics of one layer. task_ids, modality_ids int64 [T]; real bool [T]; computed bool [T, K], all unless
-        given: the assignments that an expert computes, of real tokens only."""
+        """Statistics of one layer. task_ids, modality_ids int64 [T]; real bool [T]; computed bool [T, K]: assignments
+        of real tokens that an expert computes, by default all."""
         weight = real.to(torch.float32)
         top_k = routing.experts.shape[-1]
         expert_count = routing.logits.shape[-1]
@@ -65,8 +65,8 @@ class RouterStats(NamedTuple):
 
     @staticmethod
     def stack(layers: list[RouterStats]) -> RouterStats | None:
-        """One object for all layers; None for a model without MoE layers. Where layers have fewer experts than others,
-        the columns of experts that they lack are 0."""
+        """The statistics of all layers; None for a model without MoE layers. Layers with fewer experts than others are
+        padded with columns of 0."""
         if not layers:
             return None
         widest = max(layer.load.shape[-1] for layer in layers)
@@ -81,7 +81,7 @@ class RouterStats(NamedTuple):
 
 
 class RoutingSums(NamedTuple):
-    """Sums over the real tokens of a step, or of several: without gradient, over all ranks."""
+    """Sums over the real tokens of one or more steps, over all ranks, without gradient."""
 
     load: Tensor  # [N, J, M, E] assignments
     entropy: Tensor  # [N, M], nats
@@ -91,7 +91,7 @@ class RoutingSums(NamedTuple):
 
 
 def max_violation(load: Tensor, experts: Tensor) -> Tensor:
-    """The busiest expert's load over an even share, less 1 (Wang et al. 2024, eq. 4): 0 where routing is even.
+    """The busiest expert's load divided by an even share, minus 1 (Wang et al. 2024, eq. 4): 0 if routing is even.
 
     load [..., N, E]; experts [N], E of each layer -> [..., N].
     """
@@ -99,7 +99,7 @@ def max_violation(load: Tensor, experts: Tensor) -> Tensor:
 
 
 def grouped(sums: Tensor, over: str) -> Tensor:
-    """Sums [N, J, M, E] of all tokens together, by task, or by modality ("all", "task", "modality"): [N, G, E]."""
+    """Sums [N, J, M, E] grouped over "all" tokens, by "task", or by "modality": [N, G, E]."""
     if over == "all":
         return sums.sum((1, 2)).unsqueeze(1)
     return sums.sum(2 if over == "task" else 1)

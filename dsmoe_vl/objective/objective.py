@@ -1,9 +1,10 @@
 """`L = sum_i w_i L_i + sum_j a_j sum_l B_j(l)`, every term normalised by its *global* count.
 
-A linear term's sum over this rank's micro-step is divided by the number of its targets in the whole optimizer step,
-over all ranks and micro-steps. The parts then add up to the same loss, and the same gradients, for any split into ranks
-and accumulation steps. Coupled balancing terms are functions of sums over the global micro-step; their mean over the
-micro-steps is taken. Shapes: N MoE layers, J tasks, M modalities, E experts, G groups of tokens.
+A linear term is the sum over this rank's micro-step, divided by the number of its targets in the whole optimizer step
+(all ranks, all micro-steps). So loss and gradients are the same for any split into ranks and accumulation steps.
+Coupled balancing terms are functions of sums over the global micro-step, averaged over micro-steps.
+
+Shapes: N MoE layers, J tasks, M modalities, E experts, G groups of tokens.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from dsmoe_vl.tasks.task import TaskOutput
 
 @dataclass(frozen=True)
 class StepLoss:
-    """`scalar` is for the engine's backward; `terms` are this part's shares of the logged values, without gradient."""
+    """`scalar` is for the engine's backward; `terms` are this micro-step's shares of the logged values, detached."""
 
     scalar: Tensor
     terms: dict[str, Tensor]
 
 
 class Objective:
-    """Turns the sums of one micro-step into one scalar."""
+    """Computes the scalar loss from the sums of one micro-step."""
 
     def __init__(self, plan: RunPlan) -> None:
         self.moe, self.weights = plan.recipe.moe, term_weights(plan.recipe)
@@ -50,9 +51,10 @@ class Objective:
     def __call__(
         self, output: TaskOutput, stats: RouterStats | None, counts: dict[str, int], load_fraction: Tensor | None
     ) -> StepLoss:
-        """counts: global COUNTS of the optimizer step; load_fraction [N, G, E] of the last one, by moe.balance_over.
+        """counts: global COUNTS of the optimizer step; load_fraction [N, G, E] of the previous one, by
+        moe.balance_over.
 
-        Collective where the recipe has coupled terms.
+        Collective if the recipe has coupled terms.
         """
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
@@ -67,18 +69,18 @@ class Objective:
                 parts[name] = part
                 total, logged = total + weight * part, logged + weight * part
             for name, weight, value in self.coupled(stats):
-                # Every rank computes the whole value, and the gradient of its own tokens' part in it.
+                # Every rank computes the whole value, and the gradient for its own tokens only.
                 parts[name] = value / self.ranks
                 total, logged = total + weight * value, logged + weight * parts[name]
         parts["loss"] = logged
-        # The engine averages gradients over ranks and over micro-steps; our parts are to be added up.
+        # The engine averages gradients over ranks and micro-steps, but our shares must be summed.
         scalar = total * (self.ranks * self.accumulation)
         return StepLoss(scalar, {name: value.detach() for name, value in parts.items()})
 
     def linear(
         self, stats: RouterStats, counts: dict[str, int], load_fraction: Tensor
     ) -> Iterator[tuple[str, float, Tensor]]:
-        """Name, coefficient and this micro-step's part of every linear balancing term that is on."""
+        """Name, coefficient and this micro-step's share of every enabled linear balancing term."""
         moe, tokens = self.moe, max(counts["tokens"], 1)
         if moe.balance_weight:
             sums = grouped(stats.probability_sum, moe.balance_over)
@@ -92,7 +94,7 @@ class Objective:
             yield "local_entropy_loss", moe.local_entropy_weight, local_entropy_loss(stats.entropy_sum, divisor)
 
     def coupled(self, stats: RouterStats) -> Iterator[tuple[str, float, Tensor]]:
-        """Name, coefficient and value of every coupled term that is on, its share of the optimizer step."""
+        """Name, coefficient and value of every enabled coupled term, as a share of the optimizer step."""
         moe = self.moe
         if not (moe.global_entropy_weight or moe.mutual_information_weight):
             return
@@ -108,7 +110,7 @@ class Objective:
 
 
 def uniform_load(experts: Sequence[int], groups: int, device: torch.device | str) -> Tensor:
-    """The load fractions before the first step, from E of every layer: [N, G, largest E], 1 / E where there is one."""
+    """The load fractions before the first step, from E of every layer: [N, G, largest E], 1 / E for each expert."""
     shares = [[1.0 / count] * count + [0.0] * (max(experts) - count) for count in experts]
     return torch.tensor(shares, device=device).unsqueeze(1).repeat(1, groups, 1)
 
@@ -116,7 +118,7 @@ def uniform_load(experts: Sequence[int], groups: int, device: torch.device | str
 def load_fractions(load: Tensor, over: str, even: Tensor | None = None) -> Tensor:
     """Each expert's share of the assignments of its group, for the next step: load [N, J, M, E] -> [N, G, E].
 
-    Where a group had no tokens: that of `even` [N, G, E], or 1 / E.
+    A group without tokens gets its value from `even` [N, G, E], by default 1 / E.
     """
     assignments = grouped(load, over)
     total = assignments.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Norms of the gradient by part of the model, from the shards that a rank holds anyway: nothing is gathered."""
+"""Gradient norms per part of the model, computed from each rank's own shards without a gather."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ PARTS = ("vision", "embedding", "attention", "feed_forward", "experts", "router"
 
 
 def part_of(name: str) -> str:
-    """The one of PARTS that a parameter of the engine's module belongs to; connector and norms go with what they feed.
-
-    "experts" are the routed ones; shared and dense feed-forwards are "feed_forward"."""
+    """The entry of PARTS for a parameter of the engine's module. Norms belong to the layer after them, the connector to
+    "vision". "experts" are the routed ones; shared and dense feed-forwards are "feed_forward"."""
     if ".experts." in name or ".deepspeed_experts." in name:
         return "experts"
     if ".router." in name:
@@ -30,10 +29,9 @@ def part_of(name: str) -> str:
 
 @torch.no_grad()
 def local_squares(model: nn.Module, ep_size: int, rank: int, device: torch.device) -> Tensor:
-    """This rank's share of each part's squared gradient norm, float32 [len(PARTS)]; the shares of all ranks add up.
+    """This rank's share of each part's squared gradient norm, float32 [len(PARTS)]; sum it over ranks.
 
-    To be called between the last backward of a step and its update, when DeepSpeed has averaged the gradients and not
-    yet clipped them.
+    Call it between the last backward of a step and its update: gradients are averaged, but not yet clipped.
     """
     squares = torch.zeros(len(PARTS), device=device)
     by_part: dict[str, list[Tensor]] = {}
@@ -48,10 +46,10 @@ def local_squares(model: nn.Module, ep_size: int, rank: int, device: torch.devic
     return squares
 
 
-def _shard(parameter: Any, holders: int, rank: int) -> Tensor | None:
-    """The part of a gradient that counts on this rank; None where there is none.
+def _shard(parameter: Any, ranks_per_copy: int, rank: int) -> Tensor | None:
+    """The part of a gradient that is counted on this rank; None if absent.
 
-    `holders`: the first ranks that together hold one copy, where DeepSpeed does not divide it.
+    `ranks_per_copy`: if DeepSpeed does not shard the gradient, only ranks below this number count it.
     """
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         gradient = safe_get_local_grad(parameter)
@@ -65,4 +63,4 @@ def _shard(parameter: Any, holders: int, rank: int) -> Tensor | None:
         address = mapping.lp_fragment_address
         whole = gradient.numel() == parameter.numel()
         return gradient[address.start : address.start + address.numel] if whole else gradient[: address.numel]
-    return parameter.grad if rank < holders else None
+    return parameter.grad if rank < ranks_per_copy else None

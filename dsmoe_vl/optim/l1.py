@@ -1,7 +1,7 @@
-"""The L1 term of the objective, lambda Omega(theta) with Omega = sum_g c_g ||theta_g||_1, and the zeros that it makes.
+"""The L1 term of the objective, lambda Omega(theta) with Omega = sum_g c_g ||theta_g||_1, and the resulting zeros.
 
-The term has no gradient of its own: the base optimizer follows each of its updates by the term's proximal operator. So
-weights become exactly zero, on every ZeRO stage, and stay zero until the loss pulls harder than the term.
+The term adds no gradient. Instead its proximal operator is applied after every update of the base optimizer. So weights
+become exactly zero, on every ZeRO stage, and stay zero while the term is stronger than the loss.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 def add_proximal_step(optimizer: torch.optim.Optimizer, l1: L1Config) -> None:
-    """Follow every update of `optimizer` by `theta <- sign(theta) max(|theta| - lr lambda c_g, 0)`, in place.
+    """After every update of `optimizer`, apply `theta <- sign(theta) max(|theta| - lr lambda c_g, 0)` in place.
 
     This soft threshold is the proximal operator of lr lambda c_g ||theta_g||_1 (Parikh & Boyd 2014, section 6.5.2); lr
-    is the group's current one. It applies to what the groups hold at that moment: the shards that ZeRO steps, one group
-    at a time. Groups are those of `parameter_groups`. With lambda 0 nothing is added.
+    is the group's current one. It applies to the tensors that the groups contain at that moment: the shards that ZeRO
+    updates, one group at a time. The groups come from `parameter_groups`. If lambda is 0, no hook is added.
     """
     if l1.weight == 0:
         return
@@ -31,7 +31,7 @@ def add_proximal_step(optimizer: torch.optim.Optimizer, l1: L1Config) -> None:
     @torch.no_grad()
     def shrink(stepped: torch.optim.Optimizer, *_: Any) -> None:
         for group in stepped.param_groups:
-            # Not a key of the group: a resumed one would bring back the coefficient that it was saved with.
+            # Not a key of the group: resuming would restore the coefficient of the checkpoint.
             coefficient = getattr(l1, "experts" if group.get("moe") else group["name"])
             threshold = float(group["lr"]) * l1.weight * coefficient
             if threshold > 0:
@@ -43,10 +43,10 @@ def add_proximal_step(optimizer: torch.optim.Optimizer, l1: L1Config) -> None:
 
 @torch.no_grad()
 def sparsity(model: nn.Module, plan: RunPlan, rank: int, device: torch.device) -> dict[str, float]:
-    """Of the engine's module: `omega`, and the fractions of weights that are exactly zero, of all and of the experts.
+    """`omega` of the engine's module, and the fraction of weights that are exactly zero: of all, and of the experts.
 
-    Read from the fp32 values that the optimizer updates (at ZeRO-0 from the module's own), each on one rank only.
-    Collective: one all-reduce of nine numbers.
+    Computed from the fp32 values that the optimizer updates (at ZeRO-0 the module's own); each is counted on one rank
+    only. Collective: one all-reduce of nine numbers.
     """
     rows = {kind: torch.zeros(3, dtype=torch.float64, device=device) for kind in GROUPS}  # norm, nonzeros, values
     for name, parameter in model.named_parameters():
@@ -68,14 +68,14 @@ def sparsity(model: nn.Module, plan: RunPlan, rank: int, device: torch.device) -
     return {"omega": float(norms @ coefficients), **fractions}
 
 
-def _owned_values(parameter: Any, holders: int, rank: int) -> Tensor | None:
-    """Those values of a parameter that count on this rank; None where there are none. ZeRO's padding is left out.
+def _owned_values(parameter: Any, ranks_per_copy: int, rank: int) -> Tensor | None:
+    """The values of a parameter that are counted on this rank, without ZeRO's padding; None if there are none.
 
-    `holders`: the first ranks that together hold one copy, where DeepSpeed does not divide the parameter.
+    `ranks_per_copy`: if DeepSpeed does not shard the parameter, only ranks below this number count it.
     """
-    if hasattr(parameter, "ds_id"):  # ZeRO-3; padding has whatever values the memory had
+    if hasattr(parameter, "ds_id"):  # ZeRO-3; padding is uninitialised memory
         values = safe_get_local_fp32_param(parameter)
         return values[: max(parameter.ds_numel - parameter.ds_zero_partition_rank * values.numel(), 0)]
     if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
         return None if parameter._hp_mapping is None else parameter._hp_mapping.get_hp_fragment()
-    return parameter.detach() if rank < holders else None
+    return parameter.detach() if rank < ranks_per_copy else None

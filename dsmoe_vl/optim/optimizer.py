@@ -11,7 +11,7 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 def optimizer_builder(plan: RunPlan) -> Callable[[Any], torch.optim.Optimizer]:
-    """A callable for `deepspeed.initialize(optimizer=...)`: an instance would lack the marked expert groups."""
+    """A callable for `deepspeed.initialize(optimizer=...)`: an instance would lack the expert groups."""
     parameters = dict(plan.deepspeed["optimizer"].get("params", {}))
     weight_decay = parameters.pop("weight_decay", 0.01)
     if "betas" in parameters:

@@ -1,4 +1,4 @@
-"""The groups that parameters are optimized in: which of them decay, and which belong to experts."""
+"""Parameter groups of the optimizer: with or without weight decay, and separate for experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GROUPS = ("experts", "matrices", "vectors")  # routed experts; other matrices; n
 
 
 def group_of(name: str, parameter: nn.Parameter) -> str:
-    """The one of GROUPS that a parameter of the engine's module belongs to."""
+    """The entry of GROUPS for a parameter of the engine's module."""
     if ".experts." in name:
         return "experts"
     shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -19,7 +19,7 @@ def group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices with weight decay, everything else without; experts in groups of their own, with a key "moe"."""
+    """Matrices with weight decay, everything else without; experts in separate groups with a key "moe"."""
     decayed: dict[str, Any] = {"name": "matrices", "params": []}
     plain: dict[str, Any] = {"name": "vectors", "params": [], "weight_decay": 0.0}
     for name, parameter in model.named_parameters():

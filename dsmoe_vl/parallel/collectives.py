@@ -1,4 +1,4 @@
-"""Differentiable exchange between ranks. Every rank calls these alike, whatever its data holds."""
+"""Differentiable collectives. All ranks must call them in the same order, whatever their batch contains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _AllGather(torch.autograd.Function):
-    """[n, W] of every rank -> [ranks, n, W]. The gradient of a rank's part is the sum over all ranks."""
+    """[n, W] of every rank -> [ranks, n, W]. Backward: the gradient of each part is summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def own_rank() -> int:
 
 
 def gather_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows of all ranks in order of rank, with exact gradients: [rows[rank], W] -> [sum(rows), W].
+    """The rows of all ranks in rank order, with exact gradients: [rows[rank], W] -> [sum(rows), W].
 
-    `rows` is known to every rank, so all take part or none: a rank without rows takes part where another has some, in
-    the backward too.
+    `rows` is the same on all ranks. If any rank has rows, all ranks take part in the collective, also in the backward
+    pass.
     """
     if len(rows) == 1 or max(rows) == 0:
         return x
@@ -45,10 +45,10 @@ def gather_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def summed_over_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' `x`; the gradient flows to this rank's part alone.
+    """The sum of `x` over all ranks; the gradient flows only to this rank's `x`.
 
-    For a function of the sum that every rank computes alike: each rank's gradient is then that of its own part, and the
-    parts add up to the whole gradient.
+    For a function of the sum that every rank computes in the same way: each rank gets the gradient of its own `x`, and
+    these add up to the whole gradient.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x

@@ -1,4 +1,4 @@
-"""What this machine computes with."""
+"""The device of this process: type, bf16 support, peak FLOP/s, memory and CPU threads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.parallel.ranks import Ranks
 
-# AVX512_BF16 does not count: its products are twice as fast as in fp32, but a whole step is slower (quickstart, two
-# ranks on two cores: 3,100 against 3,950 tokens/s in fp32), since nothing else gains and everything is cast.
+# AVX512_BF16 is not enough: its matrix products are twice as fast as in fp32, but a whole step is slower (quickstart,
+# two ranks on two cores: 3,100 against 3,950 tokens/s in fp32), because of the casts, and nothing else is faster.
 _BF16_FLAG = "amx_bf16"
-# Words of a device's name, the more special one first, and its dense rate.
+# Words in the device name, most specific name first, and its dense FLOP/s.
 _PEAK_FLOPS_BF16 = (
     (("B200",), 2250e12),
     (("H100", "PCIe"), 756e12),
@@ -29,9 +29,9 @@ _PEAK_FLOPS_BF16 = (
 
 
 def device_name() -> Literal["cpu", "cuda"]:
-    """The kind of device that training uses here: DS_ACCELERATOR's, which DeepSpeed reads too, or else what is there.
+    """The device type for training: DS_ACCELERATOR, which DeepSpeed reads too; if unset, cuda if available, else cpu.
 
-    Raises ConfigError where the variable names anything but cpu or a cuda that is there.
+    Raises ConfigError if the variable is neither cpu nor an available cuda.
     """
     name = os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -42,7 +42,7 @@ def device_name() -> Literal["cpu", "cuda"]:
 
 
 def has_bf16_unit(device: str) -> bool:
-    """Whether a step in bf16 is faster than in fp32: on any recent GPU; on a CPU with matrix units, by its flags."""
+    """Whether a step in bf16 is faster than in fp32: on GPUs with bf16, and on CPUs with matrix units (AMX)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
@@ -53,8 +53,8 @@ def has_bf16_unit(device: str) -> bool:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second of this device's matrix units at most, without sparsity, by the maker's data sheet; None
-    where it is not known, as for any CPU and for fp32, whose products TF32 may or may not do."""
+    """Peak dense FLOP/s of the device's matrix units, from its data sheet. None if unknown: on any CPU, and in fp32,
+    which may or may not use TF32."""
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -62,7 +62,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """GiB that this process holds: on CUDA now and at most since the last call, on a CPU its resident memory."""
+    """GiB used by this process: on CUDA now and at its peak since the last call, on a CPU resident memory."""
     if device.type != "cuda":
         with open("/proc/self/statm") as pages:
             return {"rss_gib": int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30}
@@ -76,8 +76,8 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def use_device(name: str, ranks: Ranks, environment: Mapping[str, str] = os.environ) -> torch.device:
-    """Make this rank's device current. On a CPU the ranks of a host share its cores evenly, unless OMP_NUM_THREADS is
-    set: two ranks with a thread a core each run two to four times slower than with half of the cores."""
+    """Set this rank's device. On a CPU the cores are divided evenly among the ranks of a host, unless OMP_NUM_THREADS
+    is set: two ranks with one thread per core each are two to four times slower than with half of the cores each."""
     if name == "cuda":
         torch.cuda.set_device(ranks.local_rank)
         return torch.device("cuda", ranks.local_rank)

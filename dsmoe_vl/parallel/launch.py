@@ -1,4 +1,4 @@
-"""Process groups: started once, the same way under every launcher."""
+"""Start and end of the process group, in the same way under every launcher; collectives on the host."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from dsmoe_vl.parallel.ranks import Ranks
 
 T = TypeVar("T")
 
-# A first batch over a slow file system is no hang; a dead rank ends sooner, by its launcher.
+# Long enough for a first batch from a slow file system. If a rank dies, the launcher ends the others sooner.
 _TIMEOUT = timedelta(minutes=20)
 
 
 def start_process_group(ranks: Ranks, device: str) -> None:
-    """Initialise torch.distributed through DeepSpeed. Under MPI, mpi4py finds the first host (facts of the launcher).
+    """Initialise torch.distributed through DeepSpeed. Under MPI, DeepSpeed finds the first host with mpi4py.
 
-    Raises ConfigError where several ranks were started and nothing names the first host, or its port is taken.
+    Raises ConfigError if several ranks were started without MASTER_ADDR, if the port is in use, or if the number of
+    ranks that join differs from the launcher's.
     """
     if not ranks.starts_mpi:
         ranks.export()
@@ -46,13 +47,13 @@ def start_process_group(ranks: Ranks, device: str) -> None:
     if device == "cpu":
         _build_cpu_communication()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # every rank would tell that the operations were built
+        with contextlib.redirect_stdout(io.StringIO()):  # else every rank prints that the ops were built
             deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=_TIMEOUT, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         raise ConfigError(
-            f"port {port} of the first host is in use, probably by another run: end that, or choose another port "
+            f"port {port} of the first host is in use, probably by another run: stop it, or choose another port "
             "with `deepspeed --master_port N`, or MASTER_PORT under other launchers"
         ) from error
     if dist.get_world_size() != ranks.world_size:
@@ -65,10 +66,10 @@ def start_process_group(ranks: Ranks, device: str) -> None:
 
 
 def _free_names_of_shared_memory(rank: int) -> None:
-    """Leave the buffers of DeepSpeed's CPU communication to the processes that have them open.
+    """Unlink the shared-memory buffers of DeepSpeed's CPU communication; processes that have them open still use them.
 
-    DeepSpeed never removes them: 66 MiB of memory a rank and run would stay in /dev/shm until it is full, and then
-    every process of the machine crawls.
+    DeepSpeed never removes them: every run would leave 66 MiB per rank in /dev/shm. Once that is full, every process of
+    the machine becomes very slow.
     """
     dist.barrier()  # all ranks have opened the buffers of all others
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -76,9 +77,9 @@ def _free_names_of_shared_memory(rank: int) -> None:
 
 
 def is_first_to_fail(ranks: Ranks) -> bool:
-    """Whether this rank fails before all others. They fail alike, or because of it: one message tells everything.
+    """Whether this rank is the first to fail. Others fail for the same reason or because of it: one message is enough.
 
-    Not a collective. The answer is kept by rank 0, which has to stay for a moment after it asked for itself.
+    Not a collective. Rank 0 hosts the counter, so it must stay alive for a moment after its own call.
     """
     world = dist.group.WORLD
     if world is None:  # nothing connects the ranks yet
@@ -90,8 +91,8 @@ def is_first_to_fail(ranks: Ranks) -> bool:
 
 
 def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
-    """Report what ends this rank, unless another one has failed before it, and end the process at once: other ranks may
-    wait in a collective for this one. Exit status 2 for a user's error, else 1."""
+    """Print the error, unless another rank failed first, and end the process at once: other ranks may wait for this one
+    in a collective. Exit status 2 for a user error, else 1."""
     sys.stdout.flush()
     is_first = is_first_to_fail(ranks)
     if is_first and isinstance(error, DsmoeVlError):
@@ -100,21 +101,21 @@ def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
         print(f"rank {ranks.rank} failed:", file=sys.stderr)
         traceback.print_exception(error)
     if ranks.rank == 0:
-        time.sleep(1)  # those that fail at the same time ask this rank whether they are first
+        time.sleep(1)  # ranks that fail at the same time still use the counter of this rank
     elif not is_first:
         time.sleep(3)  # a launcher returns the status of the rank that ends first
     os._exit(2 if isinstance(error, DsmoeVlError) else 1)
 
 
 def _build_cpu_communication() -> None:
-    """Compile DeepSpeed's shared-memory operations once a machine, before its own start-up would.
+    """Compile DeepSpeed's shared-memory ops once per machine, before DeepSpeed itself would.
 
-    PyTorch guards such a build by a file that a killed process leaves behind, and for which every later process then
-    waits for ever. A lock of the operating system, which ends with its process, shows that such a file is stale.
-    Raises ConfigError where it cannot be compiled.
+    PyTorch locks such a build with a file. A killed process leaves the file behind, and every later process would wait
+    forever. We take an flock first, which ends with its process, so any such file found under it is stale.
+    Raises ConfigError if the build fails.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    in_environment = Path(sys.prefix, "torch_extensions")  # it fits the headers of this environment and no other
+    in_environment = Path(sys.prefix, "torch_extensions")  # built against the headers of this environment
     default = in_environment if sys.prefix != sys.base_prefix else Path(get_default_build_root())
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def _build_cpu_communication() -> None:
             stale.unlink(missing_ok=True)
         try:
             builder.load(verbose=False)
-        except Exception as error:  # a compiler's failure, or ninja's, comes in many types
+        except Exception as error:  # compiler and ninja failures have many types
             raise ConfigError(
                 f"DeepSpeed's CPU communication could not be compiled in {folder}: install a C++ compiler (g++) and "
                 f"ninja, then start again. {str(error).splitlines()[0]}"
@@ -132,7 +133,7 @@ def _build_cpu_communication() -> None:
 
 
 class HostGroup:
-    """Small integers over all ranks without touching the accelerator: counts before a forward, a request to stop."""
+    """Small collectives on the host (gloo), without the accelerator: counts before a forward, a request to stop."""
 
     def __init__(self) -> None:
         self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -21,26 +21,26 @@ def describe(plan: RunPlan) -> str:
         ("parameters", _parameters(plan)),
         ("step", _step(plan)),
         ("cost", _cost(plan)),
-        ("memory of a rank", _memory(plan)),
+        ("memory per rank", _memory(plan)),
         ("groups", _groups(plan)),
     )
     lines: list[str] = []
     for title, rows in sections:
         lines += [title, *(f"  {name:<22}{value}" for name, value in rows), ""]
-    lines.append("notes" if plan.notes else "no notes: everything is as asked for")
+    lines.append("notes" if plan.notes else "no notes: all settings are used as given")
     lines += [f"  - {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
 def _run(plan: RunPlan) -> list[tuple[str, str]]:
-    recomputed = ", decoder layers recomputed in the backward" if plan.activation_checkpointing else ""
+    recomputed = ", decoder layers recomputed in the backward pass" if plan.activation_checkpointing else ""
     data = plan.recipe.data
     return [
         ("directory", str(plan.run_dir)),
         ("tensorboard", str(plan.tensorboard_dir) if plan.tensorboard_enabled else "off"),
         ("ranks", f"{plan.world_size} x {plan.device}, {plan.precision}, ZeRO-{plan.zero_stage}{recomputed}"),
         ("sources", _sources(plan)),
-        ("readers", f"{data.lanes} lanes, {data.lanes // plan.world_size} a rank, {data.workers} workers a rank"),
+        ("readers", f"{data.lanes} lanes, {data.lanes // plan.world_size} per rank, {data.workers} workers per rank"),
     ]
 
 
@@ -61,7 +61,7 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
     experts = f"{per_layer} experts x 3 x {model.width} x {moe.ffn_width}"
     return [
         ("total", _count(counts.total)),
-        ("active a token", f"{_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
+        ("active per token", f"{_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
         ("routed experts", f"{_count(counts.experts)} = {experts}"),
         ("shared experts", _count(counts.shared_experts)),
         *([("residual experts", _count(counts.residual_experts))] if moe.residual else []),
@@ -78,7 +78,7 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _step(plan: RunPlan) -> list[tuple[str, str]]:
     data, run = plan.recipe.data, plan.recipe.run
-    packs = f"{plan.micro_batch} a rank x {plan.accumulation} accumulated x {plan.world_size} ranks"
+    packs = f"{plan.micro_batch} per rank x {plan.accumulation} accumulated x {plan.world_size} ranks"
     cells = data.pack_patches // plan.recipe.model.vision.merge**2
     patches = f"{plan.packs_per_step * data.pack_patches:,}"
     return [
@@ -86,7 +86,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
         ("tokens", f"{plan.tokens_per_step:,} = {plan.packs_per_step} packs x {data.pack_length}"),
         (
             "patches",
-            f"at most {patches}, {data.pack_patches} a pack = {cells} tokens",
+            f"at most {patches}, {data.pack_patches} per pack = {cells} tokens",
         ),
         ("steps", f"{run.steps:,} = {_count(run.steps * plan.tokens_per_step)} tokens"),
         ("learning rate", f"{plan.deepspeed['optimizer']['params']['lr']:g} at its peak"),
@@ -102,10 +102,10 @@ def _backend(plan: RunPlan) -> list[tuple[str, str]]:
     if moe.backend == "dropless":
         return [("experts compute", "every assignment (dropless)")]
     if not moe.drop_tokens:
-        return [("experts compute", "every assignment; buffers as large as the busiest expert needs (capacity)")]
+        return [("experts compute", "every assignment; buffers sized for the busiest expert (capacity)")]
     share = f"{moe.capacity_factor:g} x {moe.top_k} x {tokens} / experts"
     more = [text for text in (moe.noisy_gate, "random token selection" * moe.random_token_selection) if text]
-    rows = f"at most {share} assignments of a rank's micro-step, at least {moe.min_capacity} (capacity)"
+    rows = f"at most {share} assignments per rank and micro-step, at least {moe.min_capacity} (capacity)"
     return [("experts compute", ", ".join([rows, *more]))]
 
 
@@ -125,16 +125,18 @@ def _schedule(plan: RunPlan) -> str:
 
 def _cost(plan: RunPlan) -> list[tuple[str, str]]:
     flops, data = plan.flops, plan.recipe.data
-    share = f"{data.pack_length} tokens, {data.pack_patches} patches, {labels_of_full_pack(plan.recipe)} labels a pack"
+    share = (
+        f"{data.pack_length} tokens, {data.pack_patches} patches, {labels_of_full_pack(plan.recipe)} labels per pack"
+    )
     return [
-        ("forward, a token", f"{_flops(flops.per_token)}, attending to {flops.token_context:g} on average"),
+        ("forward per token", f"{_flops(flops.per_token)}, attending to {flops.token_context:g} on average"),
         (
-            "forward, a patch",
+            "forward per patch",
             f"{_flops(flops.per_patch)}, attending to {flops.patch_context:g}",
         ),
-        ("forward, a label", f"{_flops(flops.per_label)}, the output projection, paid by text with a target only"),
-        ("training, a step", f"{_flops(plan.flops_per_step)} = 3 x forward of {share}"),
-        ("training, a rank", f"{_flops(plan.flops_per_step / plan.world_size)} a step"),
+        ("forward per label", f"{_flops(flops.per_label)}, the output projection, only at positions with a label"),
+        ("training per step", f"{_flops(plan.flops_per_step)} = 3 x forward of {share}"),
+        ("training per rank", f"{_flops(plan.flops_per_step / plan.world_size)} per step"),
     ]
 
 
@@ -152,13 +154,13 @@ def _memory(plan: RunPlan) -> list[tuple[str, str]]:
 def _groups(plan: RunPlan) -> list[tuple[str, str]]:
     return [
         ("data parallel", _shown([range(plan.dp_size)])),
-        ("expert parallel", f"{_shown(plan.ep_groups)}, {_per_layer(plan, plan.ep_size)} experts a rank and layer"),
+        ("expert parallel", f"{_shown(plan.ep_groups)}, {_per_layer(plan, plan.ep_size)} experts per rank and layer"),
         ("expert data", f"{_shown(plan.expert_data_groups)}, the same experts"),
     ]
 
 
 def _per_layer(plan: RunPlan, divided_by: int = 1) -> str:
-    """The experts of a layer; of a pyramid those of every layer."""
+    """Experts per layer: one number, or one for each layer of a pyramid."""
     return "/".join(
         str(count // divided_by) for count in plan.recipe.moe.experts_per_layer or (plan.recipe.moe.experts,)
     )

@@ -1,8 +1,9 @@
-"""Floating-point operations of the model, K of E experts only.
+"""Floating-point operations of the model, with K of E experts per token.
 
-A matrix product costs 2 a parameter and row; attention scores and their product with the values cost 4 D a visible
-position (2 D each). Norms, softmax, rotations, gathers and the router's biases are left out. Training costs three times
-the forward: once more for the gradient of the inputs, once for that of the weights (Kaplan et al. 2020, section 2.1).
+A matrix product costs 2 per parameter and row. Attention costs 4 D per visible position: 2 D for the scores, 2 D for
+their product with the values. Norms, softmax, rotations, gathers and the router's biases are not counted. Training
+costs three forwards: the backward pass needs one for input gradients and one for weight gradients (Kaplan et al. 2020,
+section 2.1).
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_laye
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward costs by unit of input, for the stated attention contexts."""
+    """Forward cost per unit of input, at the given attention contexts."""
 
     per_token: float  # one token through the decoder layers
-    per_label: float  # one position through the output projection; only positions with a label pay it
+    per_label: float  # one position through the output projection, computed at labels only
     per_patch: float  # one patch through the encoder, with its share of the connector
     token_context: float  # positions that an average token attends to
     patch_context: float  # patches that an average patch attends to
 
     def training(self, tokens: float, patches: float, labels: float) -> float:
-        """Forward and backward of that many tokens, patches and labels."""
+        """Cost of the forward and backward pass for these numbers of tokens, patches and labels."""
         return 3 * (tokens * self.per_token + patches * self.per_patch + labels * self.per_label)
 
 
 def estimate_flops(recipe: Recipe, token_context: float | None = None, patch_context: float | None = None) -> Flops:
     """Costs for given average contexts.
 
-    By default a picture has `image_max_patches`, and a segment as many tokens as that picture: a token sees half of its
-    segment on average (causal), a patch its whole picture.
+    By default a picture has `image_max_patches` patches, and a segment has as many tokens as that picture. A patch sees
+    its whole picture; a token sees half of its segment on average (causal).
     """
     data, merge = recipe.data, recipe.model.vision.merge
     if patch_context is None:
@@ -49,12 +50,12 @@ def estimate_flops(recipe: Recipe, token_context: float | None = None, patch_con
 
 
 def labels_of_full_pack(recipe: Recipe) -> int:
-    """Positions of a pack that is full of pictures where no vision token stands."""
+    """Positions without a vision token, in a pack with the maximum number of patches."""
     return max(recipe.data.pack_length - recipe.data.pack_patches // recipe.model.vision.merge**2, 0)
 
 
 def full_step_flops(recipe: Recipe, flops: Flops, packs: int) -> float:
-    """Training cost of `packs` full packs: L tokens, P patches, and a label wherever there can be one."""
+    """Training cost of `packs` full packs: L tokens, P patches, a label at every position without a vision token."""
     data = recipe.data
     return flops.training(packs * data.pack_length, packs * data.pack_patches, packs * labels_of_full_pack(recipe))
 

@@ -1,7 +1,8 @@
 """Memory of weights, gradients and optimizer states on one rank (Rajbhandari et al. 2020, section 3.1).
 
-Mixed precision with AdamW: 2 bytes a weight, 2 a gradient, and 12 for the fp32 master weight and two moments. In fp32:
-4 and 4, and 12 under ZeRO (whose partitions are copies), 8 without. Activations and buckets come on top.
+Bytes per parameter with AdamW in mixed precision: 2 for the weight, 2 for the gradient, 12 for the fp32 master weight
+and two moments. In fp32: 4, 4, and 12 with ZeRO (its partitions are copies) or 8 without. Activations and communication
+buckets are not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dsmoe_vl.planner.parameters import ParameterCounts
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank: the first three on its device, `host` in its share of the host's memory."""
+    """Bytes per rank: the first three on the device, `host` in host memory."""
 
     weights: float
     gradients: float
@@ -22,7 +23,7 @@ class MemoryEstimate:
 
     @property
     def device(self) -> float:
-        """All that stays on the device, without activations."""
+        """Everything on the device, without activations."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -36,7 +37,7 @@ def estimate_memory(
     offload_optimizer: bool,
     offload_param: bool,
 ) -> MemoryEstimate:
-    """The even share of one rank: dense parts over all ranks, experts over EP groups and then over their replicas."""
+    """Average per rank: dense parts are sharded over all ranks, experts over EP groups and then their replicas."""
     held = (parameters.total - parameters.experts) + parameters.experts / ep_size
     # Dense parts are spread over world_size ranks; 1 / ep_size of the experts over the world_size / ep_size replicas.
     partition = parameters.total / world_size
@@ -47,7 +48,7 @@ def estimate_memory(
     optimizer = state_bytes * (partition if zero_stage >= 1 else held)
     host = 0.0
     if offload_optimizer:
-        host += optimizer + 4 * partition  # the gradients of the partition follow, as fp32
+        host += optimizer + 4 * partition  # fp32 gradients of the partition are offloaded too
         optimizer = 0.0
         gradients = 0.0 if zero_stage >= 2 else gradients
     if offload_param:

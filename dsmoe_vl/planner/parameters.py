@@ -1,6 +1,6 @@
 """Parameter counts of a recipe's model, by part.
 
-Symbols: D decoder width, H heads, Hkv key/value heads, d = D / H, E experts, K experts a token.
+Symbols: D decoder width, H heads, Hkv key/value heads, d = D / H, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from dsmoe_vl.config.recipe import MoEConfig, Recipe, VisionConfig, learned_tasks
 from dsmoe_vl.config.task_table import TASKS
 
-PLACE_AND_TIME_FEATURES = 64  # sinusoids, the inputs of the connector's embeddings of a cell's place and time
-_MODALITIES = 3  # rows of the router's modality bias; it has a row a task too
+PLACE_AND_TIME_FEATURES = 64  # sinusoids of a cell's place and time, inputs of the connector
+_MODALITIES = 3  # rows of the router's modality bias; its task bias has one row per task
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class ParameterCounts:
     routers: int
     experts: int  # all routed experts
     shared_experts: int
-    residual_experts: int  # of PR-MoE: one more expert and its weighing a layer
+    residual_experts: int  # PR-MoE: one more expert and its mixing weights per layer
     norms: int  # of the decoder
     heads: int  # of the tasks
-    active_experts: int  # of `experts`, those that one token passes through: K of E
+    active_experts: int  # the part of `experts` that one token uses: K of E
 
     @property
     def total(self) -> int:
@@ -50,7 +50,7 @@ class ParameterCounts:
 
     @property
     def active(self) -> int:
-        """The same with K instead of E experts a layer."""
+        """Parameters used by one token: K instead of E experts per layer."""
         return self.total - self.experts + self.active_experts
 
 

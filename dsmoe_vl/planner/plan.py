@@ -1,4 +1,4 @@
-"""The run plan: what a recipe, a DeepSpeed JSON and a world size come to. Written to `plan.json` of every run."""
+"""The run plan, computed from a recipe, a DeepSpeed JSON and a world size. Every run saves it as `plan.json`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dsmoe_vl.planner.parameters import ParameterCounts
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that is known before a process group or a model exists. Made by `resolve`."""
+    """Settings and estimates that are known before a process group or a model exists. Built by `resolve`."""
 
     recipe: Recipe
     deepspeed: dict[str, Any]  # for `deepspeed.initialize`: complete, without `expert_parallel` and `tensorboard`
     device: Literal["cpu", "cuda"]
     world_size: int
     dp_size: int  # data-parallel ranks: all of them
-    ep_size: int  # ranks that share one set of experts
+    ep_size: int  # ranks per expert-parallel group, which has every expert once
     zero_stage: int
     precision: Literal["fp32", "bf16"]
-    activation_checkpointing: bool  # recompute every decoder layer in the backward
-    micro_batch: int  # packs a rank and micro-step
-    accumulation: int  # micro-steps an optimizer step
+    activation_checkpointing: bool  # recompute every decoder layer in the backward pass
+    micro_batch: int  # packs per rank and micro-step
+    accumulation: int  # micro-steps per optimizer step
     packs_per_step: int  # over all ranks
     tokens_per_step: int  # over all ranks, padding included
     run_dir: Path
@@ -38,23 +38,23 @@ class RunPlan:
     tensorboard_dir: Path  # of the event files
     parameters: ParameterCounts
     flops: Flops
-    flops_per_step: float  # training, over all ranks, of packs full of pictures
+    flops_per_step: float  # training, over all ranks, for packs with the maximum number of patches
     memory: MemoryEstimate  # of one rank
-    notes: tuple[str, ...]  # where the plan differs from what was asked for
+    notes: tuple[str, ...]  # where the plan differs from the given settings
 
     @property
     def flops_per_token(self) -> float:
-        """Forward, of an average position of a full pack: its share of the patches and labels included."""
+        """Forward FLOPs per position of a full pack, including its share of the patches and labels."""
         return self.flops_per_step / 3 / self.tokens_per_step
 
     @property
     def ep_groups(self) -> list[range]:
-        """Ranks that exchange tokens: each group holds every expert once."""
+        """Ranks that exchange tokens: each group has every expert once."""
         return [range(start, start + self.ep_size) for start in range(0, self.world_size, self.ep_size)]
 
     @property
     def expert_data_groups(self) -> list[range]:
-        """Ranks that hold the same experts and average their gradients."""
+        """Ranks that have the same experts and average their gradients."""
         return [range(start, self.world_size, self.ep_size) for start in range(self.ep_size)]
 
 
@@ -65,9 +65,9 @@ def plan_to_json(plan: RunPlan) -> str:
 
 
 def changed_settings(plan: RunPlan, path: Path) -> list[str]:
-    """Settings of recipe and DeepSpeed JSON that differ from those in a run's `plan.json`: "run.steps 100 -> 200".
+    """Settings of recipe and DeepSpeed JSON that differ from a run's `plan.json`: "run.steps 100 -> 200".
 
-    [] where there is no such file, and settings that only one of them has are left out: another version wrote it.
+    [] if the file is absent or unreadable. Settings that only one of them has are skipped: another version wrote it.
     """
     try:
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(plan_to_json(plan))
@@ -97,5 +97,5 @@ def recipe_from_json(path: Path) -> Recipe:
             f"run plan {path} cannot be read: {error.strerror}. Name a run directory, such as runs/quickstart."
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"run plan {path} is not a plan.json as training writes it. Name another run.") from None
+        raise ConfigError(f"run plan {path} is not a plan.json written by training. Name another run.") from None
     return recipe_from_table(table, str(path))

@@ -18,14 +18,14 @@ from dsmoe_vl.planner.memory import estimate_memory
 from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 
-_OUR_SECTIONS = ("expert_parallel", "tensorboard")  # honoured here; the engine must not see them
+_OUR_SECTIONS = ("expert_parallel", "tensorboard")  # handled here; the engine must not see them
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _NEED_TOTAL_STEPS = ("WarmupCosineLR", "WarmupDecayLR")
 
 
 @dataclass
 class _Notes:
-    """Collects what the plan had to change; in a strict run the first change is an error."""
+    """Collects the settings that the plan changes; with `strict` the first change is an error."""
 
     strict: bool
     lines: list[str] = field(default_factory=list)
@@ -49,8 +49,8 @@ def resolve(
 ) -> RunPlan:
     """The plan of a run on `world_size` ranks.
 
-    `bf16_unit`: the device has matrix units for bf16. What cannot be had as asked is replaced and noted;
-    with `strict` it raises. The file names appear in messages. `deepspeed` is not changed. Raises ConfigError.
+    `bf16_unit`: the device has matrix units for bf16. A setting that is not possible is replaced, with a note; with
+    `strict` it is an error. The file names appear in messages. `deepspeed` is not changed. Raises ConfigError.
     """
     if world_size < 1:
         raise ConfigError(f"world size {world_size} must be at least 1")
@@ -104,13 +104,11 @@ def resolve(
 
 
 def _batch(engine: dict[str, Any], world_size: int, file: str) -> tuple[int, int]:
-    """Micro batch and accumulation by DeepSpeed's rules; all three keys of `engine` are made to agree."""
+    """Micro batch and accumulation by DeepSpeed's rules; completes all three keys of `engine`."""
     train, micro, accumulation = (engine.get(key) for key in _BATCH_KEYS)
     if train is None:
         if micro is None:
-            raise ConfigError(
-                f"train_micro_batch_size_per_gpu is missing in {file}: set the packs of a rank, such as 4"
-            )
+            raise ConfigError(f"train_micro_batch_size_per_gpu is missing in {file}: set the packs per rank, such as 4")
         train = micro * (accumulation or 1) * world_size
     if accumulation is None:
         accumulation = 1 if micro is None else train // (micro * world_size)
@@ -120,14 +118,14 @@ def _batch(engine: dict[str, Any], world_size: int, file: str) -> tuple[int, int
         raise ConfigError(
             f"train_batch_size = {train} in {file} is not train_micro_batch_size_per_gpu {micro} x "
             f"gradient_accumulation_steps {accumulation} x {world_size} ranks = {micro * accumulation * world_size}. "
-            "Remove train_batch_size, which follows from the others, or choose a multiple."
+            "Remove train_batch_size, which is computed from the others, or choose a multiple."
         )
     engine.update(zip(_BATCH_KEYS, (train, micro, accumulation), strict=True))
     return micro, accumulation
 
 
 def _ep_size(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, file: str, notes: _Notes) -> int:
-    """The largest size up to the one asked for that divides both the ranks and the experts."""
+    """The largest size, up to the requested one, that divides both the ranks and the experts."""
     if not setting(deepspeed, "expert_parallel.enabled", False):
         return 1
     asked: int = setting(deepspeed, "expert_parallel.autoep_size", 1)
@@ -148,8 +146,8 @@ def _ep_size(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, file: s
 def _precision(
     engine: dict[str, Any], device: str, bf16_unit: bool, file: str, notes: _Notes
 ) -> Literal["fp32", "bf16"]:
-    """bf16 where it is asked for, except on a CPU without matrix units: there fp32 is faster, by 1.3 times with
-    AVX512_BF16 and by 50 times on an AVX2 core, which emulates bf16 products."""
+    """bf16 if enabled, except on a CPU without bf16 matrix units: there fp32 is faster, 1.3 times with AVX512_BF16 and
+    50 times on an AVX2 core, which emulates bf16 products."""
     if not setting(engine, "bf16.enabled", False):
         return "fp32"
     if device == "cpu" and not bf16_unit:
@@ -164,7 +162,7 @@ def _precision(
 
 
 def _fill_schedule(engine: dict[str, Any], run: RunConfig, file: str, notes: _Notes) -> None:
-    """Completes the scheduler's parameters from run.steps and the optimizer's learning rate."""
+    """Fill in missing scheduler parameters from run.steps and the optimizer's learning rate."""
     if "scheduler" not in engine:
         return
     params = engine["scheduler"].setdefault("params", {})
@@ -184,12 +182,12 @@ def _fill_schedule(engine: dict[str, Any], run: RunConfig, file: str, notes: _No
                 f"Set it below {total}.",
             )
     if engine["scheduler"]["type"] == "WarmupDecayLR":
-        # DeepSpeed's own default is 0.001, whatever optimizer.params.lr says.
+        # DeepSpeed's default is 0.001 and ignores optimizer.params.lr.
         params.setdefault("warmup_max_lr", engine["optimizer"]["params"]["lr"])
 
 
 def _check_one_optimizer(engine: dict[str, Any], recipe: Recipe, file: str) -> None:
-    """The proximal step belongs to the optimizer that we build; DeepSpeed gives a part of the weights to another."""
+    """Refuse offload modes that update some weights with another optimizer, which has no proximal step."""
     for key, only in (("ratio", 1.0), ("super_offload", False)):
         path = f"zero_optimization.offload_optimizer.{key}"
         value = setting(engine, path, only)
@@ -201,7 +199,7 @@ def _check_one_optimizer(engine: dict[str, Any], recipe: Recipe, file: str) -> N
 
 
 def _check_backend(engine: dict[str, Any], recipe: Recipe, file: str, recipe_file: str) -> None:
-    """DeepSpeed asserts this too, after the model is built."""
+    """DeepSpeed asserts this too, but only after the model is built."""
     if recipe.moe.backend == "capacity" and setting(engine, "zero_optimization.stage", 0) == 3:
         raise ConfigError(
             f'zero_optimization.stage = 3 in {file}: moe.backend = "capacity" in {recipe_file} works up to stage 2. '

@@ -73,7 +73,7 @@ def test_captions_of_files_and_one_that_is_no_image(three_tasks, tmp_path, media
     assert [line[0] for line in lines(result)] == [str(media / "0.jpg"), str(media / "film.mp4")]
     assert all(len(line) == 2 for line in lines(result))
     bad, missing = errors(result)
-    assert bad.endswith("bad.jpg: image cannot be decoded: it is no JPEG, PNG or WebP; save it as a JPEG, PNG or WebP")
+    assert bad.endswith("bad.jpg: image cannot be decoded: not a JPEG, PNG or WebP; save it as a JPEG, PNG or WebP")
     assert missing.endswith("missing.jpg: No such file or directory; name an existing file")
     rows = json.loads((tmp_path / "captions.json").read_text())
     assert [[row["file"], row["caption"]] for row in rows] == lines(result)

@@ -81,7 +81,7 @@ def test_the_plan_tells_the_backend():
     found = plan(quickstart(CAPACITY, "moe.experts_per_layer=[2,4,8]", "moe.residual=true"))
     text = describe(found)
     slots = f"at most 1.25 x 2 x {found.micro_batch * found.recipe.data.pack_length} / experts assignments"
-    for part in (slots, "2 of 2/4/8 experts", "(2 + 4 + 8) experts x 3", "residual experts", "1/2/4 experts a rank"):
+    for part in (slots, "2 of 2/4/8 experts", "(2 + 4 + 8) experts x 3", "residual experts", "1/2/4 experts per rank"):
         assert part in text
     assert "every assignment (dropless)" in describe(plan())
 

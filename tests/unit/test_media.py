@@ -112,4 +112,4 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path):
     assert [name for batch in batches for _, name, _ in batch] == [str(p) for p in paths if p not in paths[1:5:3]]
     assert [name for name, _ in failed] == [str(paths[1]), str(paths[4])]
     assert "name an existing file" in failed[0][1]
-    assert failed[1][1] == "image cannot be decoded: it is no JPEG, PNG or WebP; save it as a JPEG, PNG or WebP"
+    assert failed[1][1] == "image cannot be decoded: not a JPEG, PNG or WebP; save it as a JPEG, PNG or WebP"

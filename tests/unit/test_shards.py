@@ -164,14 +164,14 @@ def test_manifest_is_checked_against_the_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"00001\.tar has changed since the manifest"):
         ShardIndex.load(tmp_path)
     (tmp_path / "00001.tar").unlink()
-    with pytest.raises(DataError, match=r"00001\.tar: named in index\.json but not there"):
+    with pytest.raises(DataError, match=r"00001\.tar: named in index\.json but missing"):
         ShardIndex.load(tmp_path)
 
 
 def test_wrong_sample_count_in_the_manifest(tmp_path: Path) -> None:
     write_shards(tmp_path, [3])
     write_index(tmp_path, {"00000.tar": 2})
-    with pytest.raises(DataError, match=r"holds 3 samples, index\.json says 2"):
+    with pytest.raises(DataError, match=r"has 3 samples, index\.json says 2"):
         read_sample(ShardIndex.load(tmp_path), 0, 0)
 
 

@@ -1,6 +1,6 @@
 """Shards: WebDataset tars, their manifest `index.json`, and samples read by position.
 
-Nothing is ever unpickled: of a sample, only KEY.txt, KEY.json and one picture or video are looked at.
+Only KEY.txt, KEY.json and one image or video of a sample are read; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SCHEMA_VERSION = 1
 _MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
 _TEXT_EXTENSIONS = ("txt", "json")
 _REINDEX_HINT = f"write the shards again, or delete {INDEX_NAME} to have the tars scanned"
-_REWRITE_HINT = "write the shards again"  # a remote folder cannot do without its manifest
+_REWRITE_HINT = "write the shards again"  # remote shards need a manifest
 _DEFAULTS = DataConfig()
-_TURNS = 10  # times that a shard may be removed from the cache before it is read
+_ATTEMPTS = 10  # to read a remote shard before another process removes it from the cache
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One row of the manifest; `sha256` is "" where the shard was found without one."""
+    """A row of the manifest. `sha256` is "" for a shard that was found without a manifest."""
 
     name: str
     samples: int
@@ -45,9 +45,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The shards of one folder, in the order that sample numbers refer to.
+    """The shards of one folder, in the order of sample numbers.
 
-    `remote` is where they come from, None for a local folder; `folder` is then the part of the cache that holds them.
+    For remote shards, `remote` downloads them and `folder` is their folder in the cache.
     """
 
     folder: Path
@@ -57,14 +57,13 @@ class ShardIndex:
 
     @classmethod
     def load(cls, folder: str | Path, data: DataConfig = _DEFAULTS) -> ShardIndex:
-        """Read `folder`/index.json, or scan the tars of a local folder that has none.
+        """Read `folder`/index.json; in a local folder without it, scan the tars.
 
-        `folder` is what a source's path may be: a local folder, a URL or a command. `data` has the cache and the
-        patience for remote ones; their shards are not looked at before they are read.
+        `folder`: the path of a source: a local folder, a URL or a command. `data`: the settings for remote shards,
+        which are not checked before they are read.
 
-        Raises DataError where there is nothing to read, the manifest is malformed, or a shard is not the file that
-        the manifest describes; FetchError where a server keeps failing; ConfigError for a command that `data` does
-        not allow.
+        Raises DataError if there are no samples, the manifest is malformed, or a local shard differs from it;
+        FetchError if a server keeps failing; ConfigError for a command that `data` does not allow.
         """
         if is_remote(str(folder)):
             index = _read_remote_manifest(str(folder), data)
@@ -83,7 +82,7 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash over names, sample counts and sizes: equal where sample numbers mean the same samples."""
+        """Short hash of names, sample counts and sizes: indexes with the same samples have the same one."""
         rows = [(shard.name, shard.samples, shard.bytes) for shard in self.shards]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -91,23 +90,23 @@ class ShardIndex:
 def read_sample(
     index: ShardIndex, shard: int, sample: int, source: str = "", epoch: int = 0, media: bool = True
 ) -> Sample:
-    """Read one sample, whole; with `media` False, as if it had no picture or video. A remote shard is fetched first.
+    """Read one sample; with `media` False, without its image or video. A remote shard is downloaded first.
 
-    Raises DataError where its shard is damaged there or cannot be had, or its text or JSON is malformed; FetchError
-    where a server keeps failing.
+    Raises DataError if the shard is damaged at the sample or does not exist, or if the text or JSON is malformed;
+    FetchError if a server keeps failing.
     """
     row = index.shards[shard]
     if index.remote is None:
         return _read_local(index.folder / row.name, row, sample, source, epoch, media, _REINDEX_HINT)
-    for _ in range(_TURNS):
+    for _ in range(_ATTEMPTS):
         path = index.remote.fetch(row.name, row.bytes, row.sha256)
         try:
             return _read_local(path, row, sample, source, epoch, media, _REWRITE_HINT)
         except DataError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):  # else another process has just made room
+            if not isinstance(error.__cause__, FileNotFoundError):  # else another process has removed it, to make room
                 raise
     raise FetchError(
-        f"{path} was removed {_TURNS} times before it could be read: the cache is too small for the shards that are "
+        f"{path} was removed {_ATTEMPTS} times before it could be read: the cache is too small for the shards that are "
         "read at once; raise data.cache_gib"
     )
 
@@ -116,7 +115,7 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
     scan = _cached_scan(path)
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
-            f"shard does not match its manifest: {path} holds {scan.samples} samples, "
+            f"shard does not match its manifest: {path} has {scan.samples} samples, "
             f"{INDEX_NAME} says {row.samples}; {hint}"
         )
     if sample >= scan.samples:
@@ -126,7 +125,7 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
     try:
         text = files.get("txt", b"").decode("utf-8")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are the former
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise DataError(f"malformed text or JSON: {path}: {key}: {error}") from error
     if not isinstance(meta, dict):
         raise DataError(f"malformed text or JSON: {path}: {key}.json is not an object")
@@ -142,12 +141,11 @@ def iterate_samples(
     first: int = 0,
     step: int = 1,
 ) -> Iterator[Sample]:
-    """Every sample of a folder, in the order of its shards; `media` as in `read_sample`, the rest as in `load`.
+    """The samples of a folder in the order of its shards: numbers first, first + step, ..., counted from 0.
 
-    With `first` and `step` only the samples number first, first + step, ... are read, counted from 0.
+    `media` as in `read_sample`, `folder` and `data` as in `ShardIndex.load`.
 
-    Raises DataError at the first damaged sample, so that a caller never mistakes a part for the whole, and the errors
-    of `ShardIndex.load`.
+    Raises DataError at the first damaged sample, and the errors of `ShardIndex.load`.
     """
     index = ShardIndex.load(folder, data)
     places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
@@ -167,7 +165,7 @@ def _scan_folder(folder: Path) -> ShardIndex:
     shards = []
     for tar in tars:
         scan = _cached_scan(tar)
-        # What damage cuts off counts as one sample: it is met once an epoch and reported as a bad one.
+        # What is lost by damage counts as one sample, which is reported as bad once per epoch.
         shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, ""))
     return ShardIndex(folder, "", tuple(shards))
 
@@ -177,7 +175,7 @@ def _read_manifest(manifest: Path) -> ShardIndex:
     for shard in shards:
         path = manifest.parent / shard.name
         if not path.is_file():
-            raise DataError(f"{path}: named in {INDEX_NAME} but not there; copy it again or {_REINDEX_HINT}")
+            raise DataError(f"{path}: named in {INDEX_NAME} but missing; copy it again or {_REINDEX_HINT}")
         if path.stat().st_size != shard.bytes:
             raise DataError(
                 f"{path} has changed since the manifest: {path.stat().st_size} bytes, {INDEX_NAME} says "
@@ -192,14 +190,14 @@ def _read_remote_manifest(url: str, data: DataConfig) -> ShardIndex:
     for shard in shards:
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             raise DataError(
-                f"{INDEX_NAME} of {remote.name} has no sha256 of {shard.name}, without which it is not fetched; "
+                f"{INDEX_NAME} of {remote.name} has no sha256 of {shard.name}, which remote shards need; "
                 f"{_REWRITE_HINT}"
             )
     return ShardIndex(remote.folder, split, shards, remote)
 
 
 def _parse_manifest(content: bytes, place: str, hint: str) -> tuple[str, tuple[Shard, ...]]:
-    """The split and the shards that a manifest names, none of which lies in another folder."""
+    """The split and the shards of a manifest. Raises DataError for a shard in another folder."""
     try:
         manifest = json.loads(content)
         version = manifest["schema_version"]

@@ -1,7 +1,7 @@
-"""Samples in a tar file: found by its headers, read by their bytes, and never half of one.
+"""Samples of a tar file: found by its headers, read by position, and never incomplete.
 
-A sample is a run of consecutive files whose names agree up to the first dot of the base name: its key. The rest of the
-name is a file's extension.
+A sample is a run of consecutive files with the same key: their name up to the first dot of the base name. The rest of
+the name is the extension of a file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dsmoe_vl.errors import DataError
 
 @dataclass(frozen=True)
 class ShardScan:
-    """Sample i of a tar is the bytes [bounds[i], bounds[i + 1]); bounds int64 [samples + 1].
+    """Sample i of a tar is in the bytes [bounds[i], bounds[i + 1]); bounds int64 [samples + 1].
 
-    `damage` says what ended the scan early, "" for a whole tar. The sample that the damage cuts is not among them.
+    `damage`: why the scan ended early, "" for an undamaged tar. The damaged sample is not included.
     """
 
     bounds: np.ndarray
@@ -35,19 +35,19 @@ class ShardScan:
 
 
 class _Member(NamedTuple):
-    """A file in a tar, or something else that a header describes; offsets in bytes."""
+    """A member of a tar: a file, folder, link, ... Offsets in bytes."""
 
     name: str
     is_file: bool
     start: int  # of its data
     size: int
-    end: int  # of its data and their padding
+    end: int  # of its data and padding
 
 
 def scan_shard(path: Path) -> ShardScan:
-    """Find the samples of one tar by reading its headers alone. Raises DataError where it cannot be read."""
+    """Find the samples of a tar by its headers. Raises DataError if it cannot be read."""
     starts: list[int] = []
-    links: dict[str, int] = {}  # where the first one of a key lies: it may be the first member of the next sample
+    links: dict[str, int] = {}  # by key, the place of the first link: it may begin the next sample
     last_key, end = "", 0
     try:
         with path.open("rb") as file:
@@ -66,18 +66,18 @@ def scan_shard(path: Path) -> ShardScan:
             damage = _damage(file, end, size)
     except OSError as error:
         raise _unreadable(path, error) from error
-    # Files of the last sample may lie beyond the damage, so what was seen of it may be a half.
+    # The last sample may have files beyond the damage, so it may be incomplete.
     bounds = starts if damage else [*starts, end]
     return ShardScan(np.asarray(bounds or [0], dtype=np.int64), damage)
 
 
 def read_files(path: Path, start: int, end: int, extensions: Collection[str]) -> tuple[str, dict[str, bytes]]:
-    """The key of the sample in the bytes [start, end) of a tar, and by extension those of its files that are asked for.
+    """The key of the sample in the bytes [start, end) of a tar, and its files with these `extensions`.
 
-    Raises DataError where the file cannot be read, has changed since it was scanned, or two names there are equal.
+    Raises DataError if the tar cannot be read, has changed since its scan, or has two files of one name there.
     """
     names: set[tuple[str, str]] = set()
-    others: set[str] = set()  # keys of members that are no files
+    others: set[str] = set()  # keys of members that are not files
     files: dict[str, bytes] = {}
     position = start
     try:
@@ -94,7 +94,7 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
                     names.add(name)
                     if extension in extensions and position <= end:
                         file.seek(member.start)
-                        files[extension] = file.read(member.size)  # one system call ends after 2 GiB
+                        files[extension] = file.read(member.size)  # not os.pread, which reads 2 GiB at most
                 if position >= end:
                     break
     except OSError as error:
@@ -110,8 +110,8 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
 def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
     """The members of a tar from the header at `position` on.
 
-    Ends, as tarfile does, at any block that is no header: whether that is the tar's end is for the caller to see. Plain
-    headers, which is nearly all of them, are read here in a third of tarfile's time; from the first other one on
+    Ends, as tarfile does, at any block that is not a header; the caller checks whether this is the end of the tar.
+    Plain headers, which nearly all are, are read here in a third of tarfile's time. From the first other header on
     (long names, sparse files, damage) tarfile reads.
     """
     while member := _plain_member(os.pread(file.fileno(), tarfile.BLOCKSIZE, position), position):
@@ -122,22 +122,22 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
             for info in tar:
-                if info.size < 0 or tar.offset <= end:  # tarfile would go round and round
+                if info.size < 0 or tar.offset <= end:  # tarfile would never end
                     return
                 end = tar.offset
                 yield _Member(info.name, info.isreg() and not info.issparse(), info.offset_data, info.size, end)
     except OSError:
         raise
-    except Exception:  # whatever tarfile throws at malformed bytes
+    except Exception:  # tarfile raises anything for malformed bytes
         return
 
 
-_END_MARK = 2**17  # bytes of zeros at most; two blocks, filled up to a record, which some programs make this large
+_END_MARK = 2**17  # bytes of zeros at most: two blocks, padded to a record, which can be this large
 _PLAIN_NUMBER = re.compile(rb" *([0-7]+)[ \0]*")  # octal
 
 
 def _plain_member(header: bytes, position: int) -> _Member | None:
-    """What a ustar header of an ordinary file with an ordinary name says; None for any other block."""
+    """The member that a ustar header describes; None if it is not an ordinary file with a short name."""
     if len(header) < tarfile.BLOCKSIZE or header[156:157] not in b"0" or header[257:262] != b"ustar":
         return None
     size, checksum = _PLAIN_NUMBER.fullmatch(header[124:136]), _PLAIN_NUMBER.fullmatch(header[148:156])
@@ -153,18 +153,18 @@ def _plain_member(header: bytes, position: int) -> _Member | None:
 
 
 def _damage(file: BinaryIO, end: int, size: int) -> str:
-    """Why a tar of `size` bytes is not whole whose last member ends at `end`; "" where the end mark, zeros, follows."""
+    """The damage of a tar of `size` bytes whose last member ends at `end`; "" if zeros follow, the end mark."""
     if end + tarfile.BLOCKSIZE > size:
         return f"truncated at byte {size}"
     file.seek(end)
     if any(file.read(_END_MARK)):
         return f"no tar header at byte {end}"
-    # A copy that was interrupted may have its full size already, and zeros for the rest.
+    # An interrupted copy may have its full size, with zeros at the end.
     return f"zeros from byte {end} to {size}" if size - end > _END_MARK else ""
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """("dir/key", "ext"); ("", "") for what belongs to no sample, such as folders and hidden files."""
+    """("dir/key", "ext"); ("", "") for a name that belongs to no sample, such as that of a folder or hidden file."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not (stem and dot):
