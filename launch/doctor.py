@@ -1,8 +1,8 @@
 """Examine a recipe: `python launch/doctor.py objective --recipe FILE [section.key=value ...]`.
 
 `objective` runs the recipe on its own data with a small model, split in many ways over ranks, expert parallelism, ZeRO
-stages, accumulation and packing order, and compares every loss term and gradient with those of one rank. It also looks
-for faults that raise no error. CPU, two processes, some minutes. Exit status 1 if something is wrong.
+stages, accumulation and packing order, and compares every loss term and gradient with one rank. It also checks for
+faults that raise no error. Takes some minutes on the CPU, in two processes. Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit status 0 if all is well, 1 if it is not, 2 for a user's error."""
+    """Exit status: 0 if all checks passed, 1 if not, 2 for a user's error."""
     args = parse()
     if args.results is None:
         status, lines = run_splits(sys.argv)

@@ -1,11 +1,11 @@
 """Score a trained model: `python launch/evaluate.py --run runs/NAME [--data SHARDS ...] [--tasks TASK ...]`.
 
-For every folder of shards (the recipe's held-out sources by default) and every task that the model has learned:
-captions and video summaries are generated and some of them printed next to their references, texts and pictures are
-searched with each other. If samples carry the truth, as synthetic ones do, it counts the captions that name the colour
-and shape of every object. Against the references it computes BLEU, ROUGE-L and CIDEr-D.
+For every folder of shards (default: the recipe's held-out sources) and every learned task: generates captions and
+video summaries and prints some next to their references, and scores retrieval in both directions. If KEY.json lists
+`attributes`, as in synthetic samples, it counts the captions that name the colour and shape of every object. Against
+the references it computes BLEU, ROUGE-L and CIDEr-D.
 
-Several ranks share the samples and give the same scores: `deepspeed launch/evaluate.py --run runs/NAME ...`, or
+Several ranks split the samples and give the same scores: `deepspeed launch/evaluate.py --run runs/NAME ...`, or
 torchrun, mpirun or srun. Scores are printed, and written to eval.json and tensorboard/eval in the run's directory;
 report.html shows them with examples and with the load of the experts.
 """
@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-# Torch reads it when imported. Without it every rank prints a C++ stack for a connection that another one has closed.
+# Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dsmoe_vl.config.task_table import TASKS
@@ -31,21 +31,21 @@ from dsmoe_vl.parallel.ranks import Ranks
 def parse() -> Options:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score a trained model on shards.")
-    # torchrun takes --run for the beginning of an option of its own, even behind the script.
+    # torchrun takes --run for an abbreviation of one of its own options, even after the script.
     parser.add_argument("--run", "--run-dir", type=Path, required=True, help="a run directory, such as runs/quickstart")
     parser.add_argument(
-        "--data", nargs="+", default=[], help="folders of shards, or URLs of such; default: the held-out sources"
+        "--data", nargs="+", default=[], help="folders of shards, or URLs (default: the held-out sources)"
     )
     parser.add_argument(
-        "--tasks", nargs="+", default=[], choices=[spec.name for spec in TASKS], help="default: all that it has learned"
+        "--tasks", nargs="+", default=[], choices=[spec.name for spec in TASKS], help="default: all learned tasks"
     )
-    parser.add_argument("--limit", type=int, default=None, help="samples of each folder at most")
+    parser.add_argument("--limit", type=int, default=None, help="maximum samples per folder")
     parser.add_argument(
-        "--gallery", type=int, default=200, help="different samples to search among (%(default)s); 5000: COCO's folds"
+        "--gallery", type=int, default=200, help="distinct samples to search (%(default)s); 5000: COCO's folds"
     )
-    parser.add_argument("--show", type=int, default=6, help="texts of each folder to print (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a text at most (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda (on several ranks, one each) or cuda:N")
+    parser.add_argument("--show", type=int, default=6, help="texts to print per folder (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="maximum tokens per text (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per rank) or cuda:N")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
     return Options(
@@ -61,7 +61,7 @@ def parse() -> Options:
 
 
 def main() -> int:
-    """Exit status 2 if the run or the shards cannot be used; whatever happens on one rank, every rank ends."""
+    """Exit status 2 if the run or the shards cannot be used. After an error on one rank, every rank ends."""
     options = parse()
     ranks = Ranks(0, 1, 0)
     try:

@@ -1,7 +1,7 @@
 """Export a trained model: `python launch/export.py --run runs/NAME --output DIR`.
 
-Writes the weights, tokenizer and plan of the newest checkpoint to DIR, which the other programs take as `--run DIR`.
-Experts that output nothing but zeros, as the L1 term makes them, are left out; the model's outputs stay the same.
+Writes the weights, tokenizer and plan of the newest checkpoint to DIR, which the other programs accept as `--run DIR`.
+Experts that the L1 term has reduced to zero output are left out; the model's outputs do not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Print what was dropped and the sizes. Exit status 2 where the run or the folder cannot be used."""
+    """Print the dropped experts and the sizes. Exit status 2 if the run or the folder cannot be used."""
     args = parse()
     try:
         export = export_run(args.run, args.output)

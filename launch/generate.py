@@ -4,7 +4,7 @@
     python launch/generate.py retrieve  --run runs/NAME --media FOLDER --index FILE --text "a red square" --grid out.png
     python launch/generate.py summarize --run runs/NAME --video FILE... --output DIR
 
-Exit status: 0; 1 if some files could not be used (they are named); 2 if nothing could be answered.
+Exit status: 0; 1 if some files could not be used (their names are printed); 2 if there is no answer.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--run", type=Path, required=True, help="a run directory, or an exported model")
-    common.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    common.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if available)")
 
     captions = commands.add_parser("caption", parents=[common], help="describe images and videos")
     captions.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
     captions.add_argument("--video", type=Path, nargs="+", default=[], metavar="FILE")
-    captions.add_argument("--media", nargs="+", default=[], metavar="FOLDER", help="of pictures, videos or shards")
+    captions.add_argument("--media", nargs="+", default=[], metavar="FOLDER", help="with pictures, videos or shards")
     captions.add_argument("--beam", type=int, default=1, metavar="N", help="beam search with N beams")
     captions.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of probability P")
-    captions.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (%(default)s)")
-    captions.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    captions.add_argument("--max-tokens", type=positive, default=64, help="of a caption at most (%(default)s)")
-    captions.add_argument("--json", type=Path, metavar="FILE", help="write the captions here too")
+    captions.add_argument("--temperature", type=float, default=1.0, metavar="T", help="for sampling (%(default)s)")
+    captions.add_argument("--seed", type=int, default=0, help="for sampling (%(default)s)")
+    captions.add_argument("--max-tokens", type=positive, default=64, help="maximum tokens per caption (%(default)s)")
+    captions.add_argument("--json", type=Path, metavar="FILE", help="also write the captions to this file")
 
     search = commands.add_parser("retrieve", parents=[common], help="search images and videos")
-    search.add_argument("--media", required=True, metavar="FOLDER", help="of pictures and videos, or of shards")
-    search.add_argument("--index", type=Path, metavar="FILE", help="keep the embeddings here, and use them again")
+    search.add_argument("--media", required=True, metavar="FOLDER", help="with pictures and videos, or shards")
+    search.add_argument("--index", type=Path, metavar="FILE", help="save the embeddings here and reuse them")
     question = search.add_mutually_exclusive_group(required=True)
-    question.add_argument("--text", metavar="QUERY", help="what is looked for, in words")
-    question.add_argument("--image", type=Path, metavar="FILE", help="look for what is similar")
-    question.add_argument("--video", type=Path, metavar="FILE", help="look for what is similar")
-    search.add_argument("--top", type=positive, default=10, metavar="K", help="answers at most (%(default)s)")
-    search.add_argument("--grid", type=Path, metavar="FILE.png", help="draw the answers")
+    question.add_argument("--text", metavar="QUERY", help="search with this text")
+    question.add_argument("--image", type=Path, metavar="FILE", help="search with this picture")
+    question.add_argument("--video", type=Path, metavar="FILE", help="search with this video")
+    search.add_argument("--top", type=positive, default=10, metavar="K", help="maximum results (%(default)s)")
+    search.add_argument("--grid", type=Path, metavar="FILE.png", help="draw the results to this file")
 
-    summaries = commands.add_parser("summarize", parents=[common], help="texts and key frames of videos")
+    summaries = commands.add_parser("summarize", parents=[common], help="write texts and key frames of videos")
     summaries.add_argument("--video", type=Path, nargs="+", required=True, metavar="FILE")
-    summaries.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder in it for each video")
+    summaries.add_argument("--output", type=Path, required=True, metavar="DIR", help="results, one folder per video")
     summaries.add_argument(
-        "--key-frames", type=positive, metavar="N", help="of a video (default: 15 %% of the frames that the model sees)"
+        "--key-frames", type=positive, metavar="N", help="key frames per video (default: 15 %% of the sampled frames)"
     )
-    summaries.add_argument("--max-tokens", type=positive, default=64, help="of a summary at most (%(default)s)")
+    summaries.add_argument("--max-tokens", type=positive, default=64, help="maximum tokens per summary (%(default)s)")
     args = parser.parse_args()
     if args.command == "caption" and not (args.image or args.video or args.media):
         captions.error("name at least one file with --image or --video, or a folder with --media")
@@ -71,7 +71,7 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status. Raises DsmoeVlError if nothing can be answered."""
+    """Run the command. Returns the exit status. Raises DsmoeVlError if there is no answer."""
     search = Search(args.beam, args.top_p, args.temperature, args.seed) if args.command == "caption" else None
     trained = load_run(args.run, args.device)
     if search is not None:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Exit status 2, with a line that says why, if the run, the question or the folder cannot be used."""
+    """Exit status 2, with the reason in one line, if the run, the query or the folder cannot be used."""
     args = parse()
     try:
         return run(args)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained model that describes pictures it has not seen: set-up, shards, tokenizer, training, evaluation.
-# Runs again without doing anything twice; delete data/synthetic and runs/quickstart to begin anew.
+# Trains a model that captions new pictures, from scratch: set-up, shards, tokenizer, training, evaluation.
+# A second run continues the first; delete data/synthetic and runs/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh

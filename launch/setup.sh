@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with the tested versions, once. Usage: bash launch/setup.sh [test]
-# Everything is installed in .venv; delete the folder to begin anew.
+# Creates .venv with the tested versions, once. Usage: bash launch/setup.sh [test]
+# Everything is installed in .venv; delete the folder to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:+[$1]}"
@@ -23,14 +23,14 @@ command -v c++ >/dev/null || command -v g++ >/dev/null || {
 echo "setup: installing into .venv with $("$python" --version)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
-# Without an NVIDIA GPU the CPU build of torch is enough, and saves gigabytes of CUDA packages where it is offered.
+# Without an NVIDIA GPU the CPU build of torch, if available, is enough and saves gigabytes of CUDA packages.
 if [ -e /proc/driver/nvidia ] || command -v nvidia-smi >/dev/null; then
   "${pip[@]}" install -c constraints.txt torch
 else
   torch="$(grep '^torch==' constraints.txt)"
   "${pip[@]}" install "$torch+cpu" 2>/dev/null || "${pip[@]}" install -c constraints.txt torch
 fi
-# DeepSpeed reads torch while it is built, so it cannot be built in isolation from it.
+# DeepSpeed's build imports torch, so it cannot run in an isolated environment.
 "${pip[@]}" install -c constraints.txt setuptools wheel ninja numpy
 "${pip[@]}" install -c constraints.txt --no-build-isolation deepspeed
 "${pip[@]}" install -c constraints.txt -e ".$extras"
@@ -39,7 +39,7 @@ if ! command -v nvidia-smi >/dev/null; then
   PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions" .venv/bin/python -c '
 from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder("ShareMemCommBuilder").load()' >/dev/null 2>&1 ||
-    echo "setup: it did not build; training will try again and say why" >&2
+    echo "setup: the build failed; training will try again and print the reason" >&2
 fi
 echo "$wanted" > "$stamp"
 echo "setup: done"

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-# Torch reads it when imported. Without it every rank prints a C++ stack for a connection that another one has closed.
+# Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dsmoe_vl.errors import DsmoeVlError
@@ -27,21 +27,21 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a sparse vision-language model.", allow_abbrev=False)
     parser.add_argument("--deepspeed", "--deepspeed_config", type=Path, default=_DEFAULT_DEEPSPEED, metavar="JSON")
     parser.add_argument("--recipe", type=Path, default=_DEFAULT_RECIPE, metavar="TOML")
-    parser.add_argument("--run-dir", type=Path, help="where the run is kept; overrides run.directory and run.name")
+    parser.add_argument("--run-dir", type=Path, help="run directory; overrides run.directory and run.name")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
-    parser.add_argument("--strict", action="store_true", help="fail where the plan would differ from what is asked for")
+    parser.add_argument("--strict", action="store_true", help="fail if the plan would differ from the request")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
     args = parser.parse_args()
     if args.world_size is not None and not args.dry_run:
-        parser.error("--world-size is for --dry-run: the launcher decides how many ranks there are")
+        parser.error("--world-size needs --dry-run: otherwise the launcher sets the number of ranks")
     return args
 
 
 def main() -> int:
-    """Exit status: 0 trained or stopped on request, 2 a user's error."""
-    stop = StopRequest()  # before the slow imports: the launcher may be killed meanwhile
+    """Exit status: 0 if trained or stopped on request, 2 for a user's error."""
+    stop = StopRequest()  # before the slow imports, because the launcher may be killed during them
     args = parse()
     ranks = Ranks(0, 1, 0)
     try:
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def show(plan: RunPlan) -> None:
-    """Print the plan, and what is missing on this machine. Raises ConfigError."""
+    """Print the plan, and the files missing on this machine. Raises ConfigError."""
     print(describe(plan))
     for name in missing_files(plan):
         print(f"not here yet: {name}")

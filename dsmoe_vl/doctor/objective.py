@@ -1,4 +1,4 @@
-"""`launch/doctor.py objective`: every split of a recipe's steps on one rank and on two, compared with each other."""
+"""`launch/doctor.py objective`: runs every split of a recipe's steps on one and on two ranks, and compares them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _TIME_LIMIT_SECONDS = 1800
 
 
 def examine(recipe_file: Path, deepspeed_file: Path, overrides: list[str], results: Path) -> None:
-    """One rank's part: all splits of this world size; rank 0 writes what they came to into `results`.
+    """Run all splits of this world size on this rank; rank 0 writes the values to `results`.
 
-    Gradients are compared here with those of the first split, which one rank leaves in a file for two. Raises
+    Gradients are compared here with the first split's, which the one-rank run saves to a file for two ranks. Raises
     DsmoeVlError.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -60,7 +60,7 @@ def examine(recipe_file: Path, deepspeed_file: Path, overrides: list[str], resul
 
 
 def run_splits(arguments: list[str]) -> tuple[int, list[dict[str, Any]]]:
-    """Run `examine` on one rank and on two, each in a process of `arguments` with `--results FILE` added.
+    """Run `examine` on one rank and on two; each rank is a process of `arguments` with `--results FILE` added.
 
     Returns the largest exit status and the lines of the results. Raises TimeoutExpired if ranks hang.
     """
@@ -97,7 +97,7 @@ def _start_world(ranks: int, arguments: list[str]) -> int:
 
 
 def report(lines: list[dict[str, Any]]) -> bool:
-    """Print the table and the faults; whether all is well."""
+    """Print the table and the faults. Returns whether all checks passed."""
     coupled = any(line.get("coupled") for line in lines)
     first = next(line["values"] for line in lines if "values" in line)
     references: dict[int, dict[str, float]] = {}
@@ -123,29 +123,29 @@ def report(lines: list[dict[str, Any]]) -> bool:
     verdict = "ok" if worst <= _TOLERANCE else "FAILED"
     print(f"largest relative difference {worst:.1e}, tolerance {_TOLERANCE:.0e}: {verdict}")
     if coupled:
-        print("terms that couple samples are defined over the micro-step: compared among splits of equal accumulation")
+        print("terms that couple samples depend on the micro-step: compared only for equal accumulation")
     faults = [fault for line in lines for fault in line.get("faults", [])]
     for fault in faults:
         print(f"FAULT: {fault}")
     if not faults:
         print("no silent faults: balancing terms reach every router, padding is in no statistic,")
-        print("evaluation repeats itself, exactly the experts are marked as experts")
+        print("evaluation is deterministic, only the experts are marked as experts")
     return worst <= _TOLERANCE and not faults
 
 
 def largest_difference(reference: dict[str, float], other: dict[str, float], names: Iterable[str]) -> tuple[float, str]:
-    """The largest relative difference of the named values, and which.
+    """The largest relative difference of the named values, and its name.
 
-    Numbers below 1e-3 are compared absolutely, as if they were 1e-3: they are differences of larger ones.
+    For values below 1e-3 the difference is relative to 1e-3, because they are differences of larger numbers.
     """
     differences = ((abs(other[name] - reference[name]) / max(abs(reference[name]), 1e-3), name) for name in names)
     return max(differences, default=(0.0, ""))
 
 
 def largest_gradient_difference(reference: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest `||other - reference|| / ||reference||` of a parameter's gradient, and which.
+    """The largest `||other - reference|| / ||reference||` of a parameter's gradient, and its name.
 
-    A gradient smaller than 1e-6 of the whole one is what rounding leaves of 0, and is compared with that.
+    The divisor is at least 1e-6 of the whole gradient's norm: a smaller gradient is the rounding error of 0.
     """
     assert reference.keys() == other.keys()
     norms = {name: float(gradient.double().norm()) for name, gradient in reference.items()}
@@ -162,6 +162,6 @@ def couples_micro_steps(recipe: Recipe) -> bool:
 
 
 def linear_terms(names: Iterable[str]) -> list[str]:
-    """The first step's terms that are the same for every accumulation, whatever else the recipe holds."""
+    """The first step's terms that are the same for every accumulation, in any recipe."""
     coupled = ("loss,", "loss_retrieval", "global_entropy", "mutual_information", "grad_norm")
     return [name for name in names if name.endswith("step 0") and not name.startswith(coupled)]

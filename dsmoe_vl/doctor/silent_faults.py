@@ -1,4 +1,4 @@
-"""Faults of a recipe's model that raise no error, looked for on one rank without an engine."""
+"""Checks a recipe's model for faults that raise no error, on one rank without an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsmoe_vl.training.engine import build_model
 
 
 def silent_faults(probe: Probe) -> list[str]:
-    """A sentence for each fault."""
+    """One sentence per fault."""
     plan = probe.plan(Split(1, 1, 1, 1, False))
     model, objective = build_model(plan, probe.ranks, probe.tasks), Objective(plan)
     faults: list[str] = []
@@ -29,11 +29,11 @@ def silent_faults(probe: Probe) -> list[str]:
         assigned = round(float(stats.load.sum() + stats.dropped.sum()))
         wanted = batch.counts["tokens"] * plan.recipe.moe.top_k * len(stats.load)
         if assigned != wanted:
-            faults.append(f"padding is routed into the statistics: {assigned} assignments of {wanted} real ones")
+            faults.append(f"routing statistics include padding: {assigned} assignments, {wanted} of real tokens")
         routers = [module for module in model.modules() if isinstance(module, Router)]
         gates = [router.task_bias if router.mode == "task" else router.weight for router in routers]
         fractions = load_fractions(stats.load, plan.recipe.moe.balance_over)
-        sums = list(output.loss_sums.values())  # none where the gradient cache holds the only task's
+        sums = list(output.loss_sums.values())  # empty if the gradient cache computes the only task's loss
         terms = [("the tasks' loss", 1.0, torch.stack(sums).sum())] if sums else []
         for name, _, part in [*terms, *objective.linear(stats, batch.counts, fractions), *objective.coupled(stats)]:
             on = part.requires_grad
@@ -43,5 +43,5 @@ def silent_faults(probe: Probe) -> list[str]:
     for name, parameter in model.named_parameters():
         marked = getattr(parameter, "allreduce", True) is False
         if marked != (".experts." in name):
-            faults.append(f"{name} is {'an expert' if marked else 'dense'} to DeepSpeed: a wrong mean of gradients")
+            faults.append(f"{name} is {'an expert' if marked else 'dense'} to DeepSpeed: wrong mean of its gradients")
     return faults

@@ -1,7 +1,7 @@
-"""Does the objective stay the same however the work is split? A recipe, shrunk, trained for two steps in many ways.
+"""Trains a shrunk recipe for two steps under many splits, to check that the objective does not depend on the split.
 
-Everything that differs between two ways of splitting the same packs (ranks, expert parallelism, ZeRO stage,
-accumulation, order of packing) must leave every loss term and every gradient as it is.
+Ranks, expert parallelism, ZeRO stage, gradient accumulation and the order of packing must not change any loss term or
+gradient of the same packs.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine, full_gradient
 from dsmoe_vl.training.step import OptimizerStep
 
-# Settings of the capacity backend under which no token is dropped and no choice is random.
+# Deterministic settings of the capacity backend, without token dropping.
 _WITHOUT_CHANCE: dict[str, Any] = {
     **{name: getattr(MoEConfig(), name) for name in ("capacity_factor", "eval_capacity_factor", "min_capacity")},
     **{"drop_tokens": False, "noisy_gate": "", "random_token_selection": False},
 }
-PACKS = 8  # of a step
+PACKS = 8  # per step
 STEPS = 2
 
 
 @dataclass(frozen=True)
 class Split:
-    """One way of doing the same work."""
+    """One way to split the same work."""
 
     ranks: int
     ep_size: int
@@ -53,15 +53,15 @@ class Split:
 
     @staticmethod
     def grid(ranks: int, stages: tuple[int, ...]) -> list[Split]:
-        """Every split on so many ranks."""
+        """Every split on `ranks` ranks."""
         choices = product((1, 2)[:ranks], stages, (1, 2, 4), (False, True))
         return [Split(ranks, *choice) for choice in choices]
 
 
 def shrink(recipe: Recipe) -> Recipe:
-    """The same recipe with a model that trains a step in a moment: narrow, two sparse layers, eight experts at most.
+    """The same recipe with a small, fast model: narrow, two sparse layers, at most eight experts.
 
-    Without noise and dropped tokens, which depend on the split by their nature.
+    Without routing noise and token dropping, which depend on the split by design.
     """
     model, moe, vision = recipe.model, recipe.moe, recipe.model.vision
     ratio = model.heads // model.kv_heads
@@ -87,7 +87,7 @@ class Probe:
     """Runs splits of one recipe on the ranks of this process group."""
 
     def __init__(self, recipe: Recipe, deepspeed: dict[str, Any], ranks: Ranks, host: HostGroup) -> None:
-        """Reads STEPS * PACKS packs of the recipe's own data. Raises DataError where there are none."""
+        """Reads STEPS * PACKS packs of the recipe's own data. Raises DataError if there are none."""
         self.recipe, self.deepspeed, self.ranks, self.host = recipe, deepspeed, ranks, host
         tokenizer = Tokenizer(recipe.tokenizer.path)
         tokenizer.require_fit(recipe.tokenizer.vocab_size)
@@ -112,7 +112,7 @@ class Probe:
         return resolve(self.recipe, ours, split.ranks, device="cpu", bf16_unit=False)
 
     def run(self, split: Split) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Every term and the gradient norm of both steps, and every parameter's gradient in the first, under its name
+        """Every term and the gradient norm of both steps, and every parameter's gradient of the first step, by its name
         in the one-process model. The same on every rank. Collective."""
         plan = self.plan(split)
         engine = build_engine(plan, self.ranks, self.tasks)
@@ -129,12 +129,12 @@ class Probe:
         return values, gradients
 
     def batch_with_padding(self, packs: int) -> Batch:
-        """Packs that are half empty, at most PACKS."""
+        """Half-empty packs, at most PACKS."""
         halves = [items[: max(1, len(items) // 2)] for items in self.contents[0][:packs]]
         return collate([self._pack(items) for items in halves])
 
     def _read(self) -> list[list[list[Encoded]]]:
-        """Packs by step, as the samples that they hold: the sources in turn, so that every task takes part."""
+        """The encoded samples of every pack of every step, from the sources in turn, so that every task is included."""
         data = self.recipe.data
         encode = Encoder(self.tasks, data.sources)
         streams = cycle([self._samples(source.path, source.name, encode) for source in data.sources])
@@ -154,7 +154,7 @@ class Probe:
                 raise DataError(f"{path}: no sample can be used by the recipe's tasks")
 
     def _batches(self, split: Split, step: int) -> list[Batch]:
-        """This rank's micro-steps; each holds the same packs over all ranks, whatever their order."""
+        """This rank's micro-steps. Over all ranks, each one has the same packs, in any order."""
         size = PACKS // split.accumulation
         micro_steps = [self.contents[step][i : i + size] for i in range(0, PACKS, size)]
         batches = []

@@ -1,4 +1,4 @@
-"""A page of thumbnails with captions: the quickest way to see what a model will be shown."""
+"""A page of thumbnails with captions, for a quick look at samples."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dsmoe_vl.drawing.canvas import wrapped
 
-PAGE_WIDTH = 1280  # pixels, as are all of these
+PAGE_WIDTH = 1280  # pixels, like all sizes here
 THUMBNAIL_HEIGHT = 128
-CELL_WIDTH = (128, 600)  # least (room for a caption) and greatest (two on a page)
+CELL_WIDTH = (128, 600)  # minimum (room for a caption) and maximum (two on a page)
 FRAME_GAP = 2
 GAP = 10
 LINE_HEIGHT = 13

@@ -1,4 +1,4 @@
-"""Heat maps with Pillow alone: titled panels of coloured cells, and sheets of panels with their scales."""
+"""Heat maps drawn with Pillow: titled panels of coloured cells, and sheets of panels with their scales."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _GAP, _LABELS, _HEAD, _FOOT = 16, 30, 20, 16  # pixels
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours for values between `low` and `high`; what is beyond is drawn like the nearer end, NaN in grey."""
+    """Colours for values from `low` to `high`; values beyond are clipped, NaN is grey."""
 
     name: str
     low: float
     high: float
-    colours: tuple[tuple[int, int, int], ...]  # from low to high, equally far apart
+    colours: tuple[tuple[int, int, int], ...]  # from low to high, evenly spaced
     logarithmic: bool = False
 
     def paint(self, values: NDArray[np.float64]) -> NDArray[np.uint8]:
-        """[...] -> [..., 3]."""
+        """Values [...] -> RGB [..., 3]."""
         position = self._position(values) * (len(self.colours) - 1)
         stops = np.arange(len(self.colours))
         table = np.array(self.colours, dtype=np.float64)
@@ -41,7 +41,7 @@ class Scale:
         return (values - low) / (high - low)
 
     def legend(self, width: int) -> Image.Image:
-        """A bar with the ends and the middle written under it."""
+        """A colour bar, labelled at both ends and in the middle."""
         image = Image.new("RGB", (width, 40), _PAPER)
         draw = ImageDraw.Draw(image)
         ramp = np.linspace(0, 1, width)
@@ -57,19 +57,19 @@ class Scale:
 
 
 def load_scale() -> Scale:
-    """Of loads over an even share: dead is dark blue, even white, overloaded dark red."""
+    """For loads over an even share: dead is dark blue, even white, overloaded dark red."""
     blue_to_red = ((20, 45, 110), (70, 130, 200), (245, 245, 245), (235, 130, 90), (130, 15, 35))
     return Scale("load over an even share", 1 / 8, 8.0, blue_to_red, logarithmic=True)
 
 
 def rising_scale(name: str, high: float) -> Scale:
-    """Of values from 0 up: white to dark violet."""
+    """For values from 0 up: white to dark violet."""
     return Scale(name, 0.0, high, ((250, 250, 250), (170, 200, 225), (90, 120, 190), (70, 30, 110)))
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One heat map. values [rows, columns]; under it stand its first and last column's names, and what they are."""
+    """One heat map. values [rows, columns]; `columns`: names of the first and the last one; `axis`: their label."""
 
     title: str
     values: NDArray[np.float64]
@@ -79,11 +79,11 @@ class Panel:
     axis: str
 
     def draw(self, width: int, row_height: int) -> Image.Image:
-        """The picture, `width` wide with its labels."""
+        """The picture, `width` pixels wide including the labels."""
         rows, columns = self.values.shape
         inner = width - _LABELS
         cells = Image.fromarray(self.scale.paint(self.values)).resize((inner, rows * row_height), Image.Resampling.BOX)
-        if columns <= inner and rows:  # whole cells, the lines between them where there is room
+        if columns <= inner and rows:  # whole cells, with lines between them if there is room
             cells = self._cells(inner, row_height)
         image = Image.new("RGB", (width, _HEAD + rows * row_height + _FOOT), _PAPER)
         image.paste(cells, (_LABELS, _HEAD))
@@ -111,7 +111,7 @@ class Panel:
 
 
 def sheet(title: str, blocks: Sequence[Sequence[Panel]], columns: int = 4, panel_width: int = 250) -> Image.Image:
-    """Blocks of panels one below the other, at most `columns` in a row, the scales of all at the foot."""
+    """Blocks of panels from top to bottom, at most `columns` in a row, and the colour scales below."""
     drawn: list[list[Image.Image]] = []
     scales: dict[str, Scale] = {}
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Pages of pictures with words under them, and a curve, drawn with Pillow. All measures are pixels."""
+"""Pages of pictures with text under them, and a curve, drawn with Pillow. All sizes are in pixels."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dsmoe_vl.drawing.canvas import fitted, round_ticks, wrapped
 
-MARK = (214, 69, 0)  # of key frames
+MARK = (214, 69, 0)  # colour of key frames
 _INK, _FAINT, _EMPTY = (20, 20, 20), (110, 110, 110), (238, 238, 238)
 _LINE = (31, 94, 168)
 _GRID = (226, 226, 226)
 _MARGIN, _GAP, _BORDER = 16, 12, 4
-_TEXT, _TITLE = 15, 18  # heights of letters
+_TEXT, _TITLE = 15, 18  # font sizes
 _LEADING = 20
 _TITLE_LINES = 3
-_SMOOTH = 3  # a curve is drawn this much larger and then reduced, which smooths its edges
+_SMOOTH = 3  # the curve is drawn this much larger and scaled down, for smooth lines
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture and the lines under it, the first of which is darker; `marked` puts a frame around it."""
+    """A picture and the lines under it, the first one darker. `marked` draws a frame around it."""
 
     picture: Image.Image
     lines: tuple[str, ...]
@@ -34,7 +34,7 @@ class Tile:
 def page(
     tiles: Sequence[Tile], title: str, beside: Image.Image | None = None, columns: int = 5, width: int = 220
 ) -> Image.Image:
-    """Tiles of a `width` in rows, under a title of a few lines and, where given, a picture `beside` it."""
+    """Tiles of `width` in rows, under a title of a few lines and a picture `beside` it, if given."""
     columns = max(1, min(columns, len(tiles)))
     page_width = max(_MARGIN * 2 + columns * (width + _GAP) - _GAP, 480)
     thumbnail = None if beside is None else fitted(beside, (140, 110))
@@ -43,7 +43,7 @@ def page(
     if len(heading) > _TITLE_LINES:
         heading[_TITLE_LINES - 1 :] = [heading[_TITLE_LINES - 1] + " ..."]
     head = max(len(heading) * (_TITLE + 7), 0 if thumbnail is None else thumbnail.height)
-    # Pictures of one page have one height: that of the tallest at this width, within reason.
+    # All pictures have one height: the tallest picture's at this width, within limits.
     tallest = max((tile.picture.height / tile.picture.width for tile in tiles), default=0.75)
     height = round(width * min(max(tallest, 0.4), 1.0))
     lines = max((len(tile.lines) for tile in tiles), default=0)
@@ -65,7 +65,7 @@ def page(
 def curve(
     seconds: np.ndarray, values: np.ndarray, marked: Sequence[int], title: str, size: tuple[int, int] = (900, 320)
 ) -> Image.Image:
-    """Values in [0, 1] over seconds, float32 [f] each, as a line; points `marked` with their times."""
+    """Values in [0, 1] over seconds, float32 [f] each, as a line; points `marked` are labelled with their times."""
     scale = _SMOOTH
     width, height = size
     left, right, top, bottom = 52, width - 24, 62, height - 48
@@ -100,14 +100,14 @@ def curve(
         text = f"{seconds[number]:.2f} s"
         half = _font(13).getlength(text) / 2
         middle = min(max(x / scale, left + half), width - half - 4)
-        if number in marked and middle - half > last_label:  # labels of neighbours would cover each other
+        if number in marked and middle - half > last_label:  # labels must not overlap
             write((middle, y / scale - 10), text, "mb", MARK, 13)
             last_label = middle + half + 6
     return sheet.resize(size, Image.Resampling.LANCZOS)
 
 
 def shortened(text: str, width: float, high: int = _TEXT) -> str:
-    """`text` without its middle, where it is wider than `width` in letters of this height: both ends of a name tell."""
+    """`text`; if wider than `width` at font size `high`, its middle is cut out: both ends of a name are informative."""
     font = _font(high)
     if font.getlength(text) <= width:
         return text
@@ -118,12 +118,12 @@ def shortened(text: str, width: float, high: int = _TEXT) -> str:
 
 
 def title_lines(text: str, width: float) -> list[str]:
-    """A title in lines of at most `width` pixels; a longer word loses its middle."""
+    """A title in lines of at most `width` pixels; the middle of a longer word is cut out."""
     return [shortened(line, width, _TITLE) for line in wrapped(text, _font(_TITLE), width)]
 
 
 def _draw_tile(sheet: Image.Image, tile: Tile, place: tuple[int, int], size: tuple[int, int]) -> None:
-    """One tile at its upper left corner, the picture in the middle of `size`."""
+    """Draw a tile with its upper left corner at `place`, the picture centred in `size`."""
     draw = ImageDraw.Draw(sheet)
     (x, y), (width, height) = place, size
     draw.rectangle((x, y, x + width - 1, y + height - 1), _EMPTY)

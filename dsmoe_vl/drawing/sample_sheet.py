@@ -19,7 +19,7 @@ _STRIP, _WORDS, _CURVE, _MARGIN, _LEADING = 236, 470, 250, 16, 17
 
 @dataclass(frozen=True)
 class Curves:
-    """Importance of a video's frames in [0, 1], float [f] each: as predicted, and as annotated."""
+    """Importance of a video's frames in [0, 1], float [f] each: predicted and annotated."""
 
     seconds: np.ndarray
     predicted: np.ndarray
@@ -28,7 +28,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample; texts with what each is, and what retrieval found, each with whether it is the right one."""
+    """One sample. `texts`: (label, text); `hits`: (picture, whether it is the right one) found by retrieval."""
 
     name: str
     pictures: Sequence[Image.Image]
@@ -83,7 +83,7 @@ def _row(row: Row, width: int) -> Image.Image:
 
 
 def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture, or frames two by two."""
+    """One picture, or frames in two columns."""
     size = _PICTURE if len(pictures) == 1 else _FRAME
     small = [fitted(picture, size) for picture in pictures]
     columns = 1 if len(small) == 1 else 2
@@ -101,18 +101,18 @@ def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _lines(text: str, most: int = 4) -> list[str]:
-    """Lines that fit beside their label; what is beyond the last is cut."""
+    """At most `most` lines that fit beside their label; the rest is cut."""
     room = _WORDS - 74
     lines = wrapped(text or "(nothing)", _TEXT, room)
     if len(lines) > most:
         lines = [*lines[: most - 1], lines[most - 1] + " ..."]
-    while any(_TEXT.getlength(line) > room for line in lines):  # a word without end
+    while any(_TEXT.getlength(line) > room for line in lines):  # a very long word
         lines = [line if _TEXT.getlength(line) <= room else line[: int(0.9 * len(line))] for line in lines]
     return lines
 
 
 def _curves(curves: Curves, scale: int = 3) -> Image.Image:
-    """Predicted over annotated importance; drawn large and reduced, which smooths the lines."""
+    """Predicted and annotated importance; drawn large and scaled down, for smooth lines."""
     height, left, top, bottom = 112, 24, 20, 96
     image = Image.new("RGB", (_CURVE * scale, height * scale), "white")
     pen = ImageDraw.Draw(image)

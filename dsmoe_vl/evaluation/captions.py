@@ -23,7 +23,7 @@ from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel,
 from dsmoe_vl.tasks.caption import captions_of
 
 _BATCH_SAMPLES = 32
-_VIDEO_FRAMES = 4  # of a captioned video, shown
+_VIDEO_FRAMES = 4  # shown of a captioned video
 _LABELS = {
     **TEXT_LABELS,
     "samples": ScoreLabel("samples captioned", "count"),
@@ -42,8 +42,8 @@ class Captioned:
 
 
 class CaptionEvaluation:
-    """Counts the captions that name every object, where samples carry the truth, and compares with the references.
-    `samples/captions.png` of the run shows those that were printed."""
+    """Scores captions against the references, and counts those that name every object if samples list `attributes`.
+    The printed captions are drawn to `samples/captions.png` of the run."""
 
     labels = _LABELS
     section = Section("captions", "Generated captions beside their references", TEMPLATES / "captions.html")
@@ -60,7 +60,7 @@ class CaptionEvaluation:
         return self.scores(results), examples.merged(self.dealer)
 
     def finish(self) -> None:
-        """Draw what was printed."""
+        """Draw the printed captions."""
         if self.shown:
             sheet = self.options.run / "samples" / "captions.png"
             sheet.parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ class CaptionEvaluation:
             print(f"wrote {sheet}")
 
     def scores(self, results: list[Captioned]) -> Scores:
-        """Print the first results, and count the right ones."""
+        """Print the first results, and compute the scores."""
         for result in results[: self.options.show]:
             self.shown.append(result)
             print_text(result.sample, result.generated, captions_of(result.sample)[0])
@@ -89,7 +89,7 @@ class CaptionEvaluation:
 
 
 class CaptionChoice:
-    """Captions for the report: some, and some more of those that are wrong."""
+    """Chooses captions for the report: some at random, and additional wrong ones."""
 
     def __init__(self, counts: Counts, seed: int = 0) -> None:
         self._counts = counts
@@ -97,7 +97,7 @@ class CaptionChoice:
         self._wrong: Chosen[CaptionExample] = Chosen(counts.captions + counts.wrong, seed)
 
     def watch(self, results: Iterable[Captioned]) -> Iterator[Captioned]:
-        """The same results; looks at them as they pass."""
+        """Yield the same results, and offer each one to the report."""
         for result in results:
             for chosen in (self._random, self._wrong) if result.correct is False else (self._random,):
                 chosen.offer(result.sample.key, partial(caption_example, result))
@@ -112,14 +112,14 @@ class CaptionChoice:
 
 
 def caption_example(result: Captioned) -> CaptionExample:
-    """Raises DataError where the picture cannot be read."""
+    """Raises DataError if the picture cannot be read."""
     sample = result.sample
     references = [text for text in captions_of(sample) if text.strip()]
     return CaptionExample(sample.key, thumbnails(sample, _VIDEO_FRAMES), result.generated, references, result.correct)
 
 
 def caption_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Captioned]:
-    """Captions for every sample, in order, some at a time; a sample that cannot be read is passed over."""
+    """Caption every sample, in order, batch by batch; unreadable samples are skipped."""
     waiting: list[Sample] = []
     for sample in samples:
         waiting.append(sample)

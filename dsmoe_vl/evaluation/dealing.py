@@ -1,7 +1,7 @@
-"""The samples of an evaluation dealt to ranks, and their results put together again in the samples' order.
+"""Distributes the samples of an evaluation over ranks, and merges the results in the order of the samples.
 
-Sample number i belongs to rank i % ranks: no sample is padded or met twice, whatever their number. Nothing is exchanged
-while ranks work, so they may do so at their own pace.
+Sample number i belongs to rank i % ranks: no padding and no duplicates, for any number of samples. Ranks do not
+communicate while they work, so each works at its own pace.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.parallel.ranks import Ranks
 
-# Its module imports DeepSpeed, which takes seconds that an evaluation by one process can do without.
+# Its module imports DeepSpeed, which takes seconds and is not needed by one process.
 if TYPE_CHECKING:
     from dsmoe_vl.parallel.launch import HostGroup
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Dealer:
-    """Who evaluates which samples. Without a group, one process evaluates all."""
+    """Assigns samples to ranks. Without a group, one process evaluates all."""
 
     def __init__(self, ranks: Ranks | None = None, group: HostGroup | None = None) -> None:
         assert group is not None or ranks is None or ranks.world_size == 1, "several ranks need a group"
@@ -28,7 +28,7 @@ class Dealer:
         self._group = group
 
     def own(self, limit: int) -> int:
-        """How many of the first `limit` samples are this rank's."""
+        """Number of this rank's samples among the first `limit`."""
         return len(range(self.rank, limit, self.count))
 
     def gather(self, value: T) -> list[T]:
@@ -36,15 +36,15 @@ class Dealer:
         return [value] if self._group is None else self._group.gather(value)
 
     def merge(self, own: list[tuple[int, T]]) -> list[T]:
-        """What every rank has found for samples of given numbers, in their order, on every rank. Collective."""
+        """Merge (sample number, result) of all ranks: results by sample number, on every rank. Collective."""
         numbered = [item for items in self.gather(own) for item in items]
         return [found for _, found in sorted(numbered, key=lambda item: item[0])]
 
 
 class Dealt(Iterator[Sample]):
-    """This rank's samples, of which it tells the numbers later: some may turn out to be unreadable, and have no result.
+    """Iterates over this rank's samples and remembers their numbers, because unreadable samples will have no result.
 
-    `samples` are those that belong to the rank, in order.
+    `samples`: this rank's samples, in order.
     """
 
     def __init__(self, samples: Iterable[Sample], dealer: Dealer) -> None:
@@ -60,5 +60,5 @@ class Dealt(Iterator[Sample]):
         return sample
 
     def number(self, sample: Sample) -> int:
-        """The number of a sample that came from here and is still the same object."""
+        """The number of a sample; it must be the object that this iterator returned."""
         return self._numbers[id(sample)]

@@ -1,7 +1,7 @@
 """Examples for a report, chosen while an evaluation runs.
 
-The choice is by a seeded hash of a sample's name: neither the order nor the number of ranks changes it, and two runs on
-the same shards show the same pictures.
+The choice is by a seeded hash of the sample's name. It does not depend on the order or the number of ranks, and two
+runs on the same shards show the same pictures.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.report.content import Thumbnail
 
-SMALL_SIDE = 96  # pixels of the longer side of what is shown many times
-_SIDE = 192  # pixels of a thumbnail's longer side: enough for a card on a phone's dense screen
+SMALL_SIDE = 96  # pixels of a video frame's longer side
+_SIDE = 192  # pixels of an image's longer side: sharp on a phone's screen
 _QUALITY = 80
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Counts:
-    """Examples of one folder at most: captions, more of wrong ones, queries in each direction, videos."""
+    """Maximum examples per folder: captions, additional wrong ones, queries per direction, videos."""
 
     captions: int = 8
     wrong: int = 4
@@ -40,19 +40,19 @@ class Counts:
 
     @staticmethod
     def of(folders: int) -> Counts:
-        """Fewer of each where there are many folders, so that the page stays small."""
+        """Fewer per folder if there are many folders, so that the page stays small."""
         return Counts(*(max(1, min(most, most * 6 // max(folders, 1))) for most in (8, 4, 4, 3)))
 
 
 class Chosen(Generic[T]):
-    """At most `count` of the values that are offered."""
+    """Keeps at most `count` of the offered values."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
-        self.entries: list[tuple[int, str, T]] = []  # the smallest hashes so far, in order, with the names
+        self.entries: list[tuple[int, str, T]] = []  # (hash, name, value) of the smallest hashes so far
 
     def offer(self, name: str, make: Callable[[], T]) -> None:
-        """Keep what `make` returns, if `name` is among the chosen so far. What raises DataError is passed over."""
+        """Keep the value of `make()` if `name` is among the chosen so far. Skipped if it raises DataError."""
         priority = example_priority(self._seed, name)
         if len(self.entries) == self._count and (not self._count or priority >= self.entries[-1][0]):
             return
@@ -62,7 +62,7 @@ class Chosen(Generic[T]):
             return
 
     def merged(self, dealer: Dealer) -> list[T]:
-        """The chosen of all ranks, in the order of their names. Collective."""
+        """The chosen values of all ranks, sorted by name. Collective."""
         everywhere = sorted(
             (entry for entries in dealer.gather(self.entries) for entry in entries), key=lambda entry: entry[:2]
         )
@@ -74,13 +74,13 @@ class Chosen(Generic[T]):
 
 
 def thumbnails(sample: Sample, frames: int) -> list[Thumbnail]:
-    """The image, or so many frames of the video. Raises DataError."""
+    """The image, or `frames` frames of the video. Raises DataError."""
     side = SMALL_SIDE if sample.is_video else _SIDE
     return [thumbnail(pixels, side) for pixels in pictures_of(sample, frames, enough_pixels=4 * _SIDE**2)]
 
 
 def thumbnail(pixels: np.ndarray, side: int) -> Thumbnail:
-    """Pixels [h, w, 3], made smaller where the longer side is above `side`."""
+    """JPEG of pixels [h, w, 3], scaled down if the longer side is above `side`."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
     file = io.BytesIO()
@@ -89,5 +89,5 @@ def thumbnail(pixels: np.ndarray, side: int) -> Thumbnail:
 
 
 def example_priority(seed: int, name: str) -> int:
-    """The smaller, the sooner a sample of that name is chosen."""
+    """The sort key of a sample's name; the smallest are chosen."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Which experts the tokens of an evaluation go to. Shapes as in `moe/stats.py`."""
+"""Counts tokens per expert during an evaluation. Shapes as in `moe/stats.py`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dsmoe_vl.report.content import ExpertLoad
 
 
 class LoadCounter:
-    """Sums the `RouterStats.load` that a model's layers return while it is watched, generated tokens included."""
+    """Sums `RouterStats.load` of a model's layers inside `watching`, generated tokens included."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._experts = [int(count) for count in experts_of_layers(recipe)]
         self._first = recipe.moe.first_dense_layers
-        self._sums: dict[int, Tensor] = {}  # by layer, on the model's device: a sum must not wait for it
+        self._sums: dict[int, Tensor] = {}  # by layer, on the model's device, to avoid synchronisation
 
     @contextmanager
     def watching(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """Count what these decoder layers, all of a model, compute inside the `with`."""
+        """Count the load of all decoder layers of a model inside the `with`."""
 
         def count(number: int, output: tuple[Tensor, RouterStats | None]) -> None:
             stats = output[1]
@@ -46,7 +46,7 @@ class LoadCounter:
                 handle.remove()
 
     def load(self) -> ExpertLoad | None:
-        """What was counted; None for a model without sparse layers, or where nothing was computed."""
+        """The counted load; None without sparse layers or without a forward."""
         numbers = sorted(self._sums)
         if not numbers:
             return None
@@ -57,7 +57,7 @@ class LoadCounter:
 
 
 def total_load(of_ranks: Iterable[ExpertLoad | None]) -> ExpertLoad | None:
-    """The sum of what ranks have counted; one that had no sample has None."""
+    """Sum over ranks; a rank without samples has None."""
     counted = [load for load in of_ranks if load is not None]
     if not counted:
         return None

@@ -1,4 +1,4 @@
-"""What the vision encoder of a run sees in the frames of a video: the features that shots are cut by."""
+"""Features of video frames from a run's vision encoder, to cut a video into shots."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BATCH_FRAMES = 32
 
 
 def frame_features(trained: TrainedModel, sample: Sample, frames: int) -> np.ndarray:
-    """The encoder's mean output over the patches of each frame, float32 [F, Dv]: F frames, `frames` or as many as there
-    are, each from the middle of an equal part of the video. The decoder, which sees fewer, is not asked.
+    """The encoder's output, averaged over the patches of each frame, float32 [F, Dv]. F: `frames`, or all if the video
+    has fewer; each frame is from the middle of an equal part of the video. The decoder is not run.
 
-    Memory is that of a few frames. Raises DataError where the sample is no video, or cannot be read.
+    Only a few frames are in memory at a time. Raises DataError if the sample is not a video or cannot be read.
     """
     if sample.media is None or not sample.is_video:
         raise DataError("no video to cut into shots")
@@ -42,7 +42,7 @@ def frame_features(trained: TrainedModel, sample: Sample, frames: int) -> np.nda
 
 @torch.inference_mode()
 def _encode(trained: TrainedModel, pictures: list[Picture]) -> np.ndarray:
-    one = np.zeros(1, np.int32)  # the decoder's tokens, which are not looked at
+    one = np.zeros(1, np.int32)  # a placeholder for the decoder's tokens, which are not used
     batch = prompt_batch(trained, [Segment(task_number("summary"), one, one + IGNORE, one + Modality.VIDEO, pictures)])
     layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
     features = trained.model.vision(batch.patches, batch.patch_positions, layout).float().cpu()

@@ -1,4 +1,4 @@
-"""How well a trained model finds the text of a picture or video, and the other way round."""
+"""Scores the retrieval of a trained model: text by picture or video, and the reverse."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _labels() -> dict[str, ScoreLabel]:
 
 @dataclass(frozen=True)
 class _Shown:
-    """One medium of the gallery with its captions. `embedding` float32 [1, W]."""
+    """One picture or video of the gallery with its captions. `embedding`: float32 [1, W]."""
 
     pair: int
     embedding: np.ndarray
@@ -45,7 +45,7 @@ class _Shown:
 
 
 class RetrievalEvaluation:
-    """Texts look for their pictures or videos, and the other way round."""
+    """Retrieval in both directions, text to media and media to text."""
 
     labels = _labels()
     section = Section("retrieval", "What queries find, by cosine similarity", TEMPLATES / "retrieval.html")
@@ -65,7 +65,7 @@ class RetrievalEvaluation:
         return scores, examples
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
 
 def evaluate_retrieval(
@@ -76,12 +76,12 @@ def evaluate_retrieval(
     coco_media: int = COCO_MEDIA,
     keep: Callable[[Gallery], None] | None = None,
 ) -> dict[str, float]:
-    """`retrieval_metrics` over the first `gallery` samples that can be read and show different things, with all their
-    captions; plus `samples`, and `coco_metrics` where the gallery holds `coco_media`. Several samples of one content
-    would be each other's mistakes. {} where there are none.
+    """`retrieval_metrics` over the first `gallery` readable samples with different content and all their captions; plus
+    `samples`, and `coco_metrics` if the gallery has `coco_media` media. Samples with the same content would count as
+    errors of each other. {} without samples.
 
-    Over ranks, `samples` are those that belong to this one; collective, and the same on every rank. `keep` is given
-    what was searched, for examples.
+    `samples`: this rank's. The result is the same on every rank. `keep` is called with the gallery, for examples.
+    Collective.
     """
     dealer = dealer or Dealer()
     shown = _gallery(trained, iter(samples), gallery, dealer)
@@ -98,10 +98,10 @@ def evaluate_retrieval(
 
 
 def _gallery(trained: TrainedModel, samples: Iterator[Sample], size: int, dealer: Dealer) -> list[_Shown]:
-    """The first `size` samples that can be read and show different things, in their order, on every rank.
+    """The first `size` readable samples with different content, in order, on every rank.
 
-    Ranks draw equally many samples a round, so a round covers a run of consecutive ones, and which of them belong to
-    the gallery is as on one rank. At most a round is embedded in vain.
+    All ranks draw the same number of samples per round, so a round covers consecutive samples and the gallery is the
+    same as on one rank. At most one round of embeddings is wasted.
     """
     shown: list[_Shown] = []
     seen: set[int] = set()
@@ -132,7 +132,7 @@ def _gallery(trained: TrainedModel, samples: Iterator[Sample], size: int, dealer
 
 
 def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown | None:
-    """None for what has no caption or cannot be read."""
+    """None if the sample has no caption or cannot be read."""
     captions = [text for text in captions_of(sample) if text.strip()]
     if not captions:
         return None
@@ -143,7 +143,7 @@ def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown | 
 
 
 def _embed_texts(trained: TrainedModel, texts: list[str], dealer: Dealer) -> np.ndarray:
-    """float32 [m, W]. Batches are those of one rank, so that the ranks' number changes no digit."""
+    """float32 [m, W]. Batches are the same for any number of ranks, so the result is bitwise the same."""
     batches = [texts[i : i + _BATCH_TEXTS] for i in range(0, len(texts), _BATCH_TEXTS)]
     numbers = range(dealer.rank, len(batches), dealer.count)
     return np.concatenate(dealer.merge([(number, embed_texts(trained, batches[number])) for number in numbers]))

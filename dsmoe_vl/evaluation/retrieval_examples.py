@@ -1,6 +1,6 @@
-"""The queries that a report shows of retrieval, and what they find.
+"""Retrieval queries and their results, for the report.
 
-Shapes: n media and m texts of the gallery, W width of an embedding, c candidates.
+Shapes: n media and m texts of the gallery, W embedding width, c candidates.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dsmoe_vl.report.content import Candidate, RetrievalExample, Thumbnail
 from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 
-TOP = 5  # candidates of a query
+TOP = 5  # candidates shown per query
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What is searched. media [n, W] and text [m, W] are unit vectors, media_of_text [m] rows of media.
+    """The searched embeddings: media [n, W] and text [m, W], unit vectors. media_of_text [m]: rows of media.
 
     `pairs` [n]: the `pair_id` of each medium; `texts` [m].
     """
@@ -39,8 +39,8 @@ class Gallery:
 def retrieval_examples(
     gallery: Gallery, samples: Iterable[Sample], queries: int, seed: int = 0
 ) -> list[RetrievalExample]:
-    """`queries` media, chosen by their pairs, in both directions: as a query for texts, and their first text as a query
-    for media. `samples` hold the gallery's, and give the pictures; one that cannot be found has none."""
+    """Examples for `queries` media, chosen by pair id, in both directions: the medium as a query for texts, and its
+    first text as a query for media. `samples` must include the gallery's; one that is not found has no picture."""
     if not len(gallery.media):
         return []
     by_priority = sorted(range(len(gallery.media)), key=lambda row: example_priority(seed, str(gallery.pairs[row])))
@@ -76,7 +76,7 @@ def _example(
     right: np.ndarray,
     candidate: Callable[[int, float, bool], Candidate],
 ) -> RetrievalExample:
-    """scores float [c], right bool [c] of all candidates."""
+    """scores float [c] and right bool [c]: of all candidates."""
     best = int(np.flatnonzero(right)[scores[right].argmax()])
     place = rank_of(scores, right)
     found = [candidate(i, float(scores[i]), bool(right[i])) for i in _best(scores)]
@@ -90,7 +90,7 @@ def _best(scores: np.ndarray) -> list[int]:
 
 
 def _pictures(samples: Iterable[Sample], pairs: set[int]) -> dict[int, Thumbnail]:
-    """The first readable picture with a caption of each pair, as the gallery took it; the middle frame of a video."""
+    """The first readable picture with a caption of each pair, as in the gallery; of a video, the middle frame."""
     found: dict[int, Thumbnail] = {}
     for sample in samples:
         if len(found) == len(pairs):

@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end: every folder and task, scores to the terminal and to files, and the report."""
+"""Runs an evaluation: all folders and tasks, scores to the terminal and to files, and the report."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from dsmoe_vl.report.page import render
 
 @dataclass(frozen=True)
 class Evaluated:
-    """By folder and task: scores, the same on every rank, and the examples that the report shows, on rank 0."""
+    """By folder and task: scores (the same on every rank) and examples for the report (on rank 0)."""
 
     scores: dict[str, dict[str, Scores]]
     examples: dict[str, dict[str, Any]]
 
 
 def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
-    """One rank's part of an evaluation by several. Rank 0 alone prints and writes. Raises DsmoeVlError."""
+    """Evaluate on one of several ranks. Only rank 0 prints and writes. Raises DsmoeVlError."""
     kind = "cuda" if options.device.startswith("cuda") else "cpu"
     os.environ["DS_ACCELERATOR"] = kind  # DeepSpeed reads it when imported
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -52,7 +52,7 @@ def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else nowhere):
         group = HostGroup()
         evaluate_run(options, Dealer(ranks, group))
-        group.barrier()  # a rank whose peers are still connected, or that is, may abort as it ends
+        group.barrier()  # without it, a rank that exits while others are connected may abort
         dist.destroy_process_group()
 
 
@@ -61,7 +61,7 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
     trained = load_run(options.run, options.device)
     manifest = read_manifest(trained.checkpoint)
     if manifest is None or len(set(dealer.gather(manifest.step))) > 1:
-        raise CheckpointError(f"{options.run} got a new checkpoint just now: start again")
+        raise CheckpointError(f"{options.run} got a new checkpoint while it was read: run the evaluation again")
     wanted = wanted_tasks(options, trained)
     evaluations: dict[str, TaskEvaluation] = {
         spec.name: named(spec.evaluation)(trained, options, dealer) for spec in wanted
@@ -84,7 +84,7 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
 
 
 def wanted_tasks(options: Options, trained: TrainedModel) -> Sequence[TaskSpec]:
-    """The tasks to evaluate, in the order that they were given. Raises ConfigError for one that was not learned."""
+    """The tasks to evaluate, in the order that they were given. Raises ConfigError for a task that was not learned."""
     learned = {spec.name: spec for spec in learned_tasks(trained.recipe)}
     for name in options.tasks:
         if name not in learned:
@@ -97,7 +97,7 @@ def evaluate_folders(
 ) -> Evaluated:
     """Every task on every folder, folder by folder. Raises DsmoeVlError. Collective."""
     paths = options.folders or tuple(source.path for source in trained.recipe.data.evaluation)
-    # The cache of the run; but its plan may come from somebody else, so only a command that is given here is run.
+    # The run's cache settings. Its plan may come from somebody else: only commands given on the command line are run.
     data = replace(trained.recipe.data, allow_pipe=bool(options.folders))
     print(f"{trained.checkpoint}")
     evaluated = Evaluated({}, {})

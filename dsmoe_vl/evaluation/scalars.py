@@ -1,4 +1,4 @@
-"""Scores for TensorBoard, beside the curves of the training."""
+"""Writes scores to TensorBoard, beside the training curves."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def write_scalars(directory: Path, step: int, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """`eval/TASK/METRIC` at an optimizer step, a folder of event files for each source.
+    """Write `eval/TASK/METRIC` at an optimizer step, one folder of event files per source.
 
-    A folder of their own, because a training of the same run may still be writing its own event file, of which
-    TensorBoard follows only the newest in a folder.
+    Separate folders, because training of the same run may still write its own event file, and TensorBoard follows only
+    the newest one in a folder.
 
     Args:
-        scores: by source (a folder of shards, or its URL), task and metric. Sources are called by the last part.
+        scores: by source (a folder of shards, or its URL), task and metric. A source is named by its last part.
     """
     names: set[str] = set()
     for source, tasks in scores.items():

@@ -1,4 +1,4 @@
-"""Videos as a report shows them: the frames that the model saw, their importance, and which are key frames."""
+"""Videos for the report: sampled frames, their importance, and the key frames."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FRAMES = 12  # shown, at most
 
 
 def storyboard(sample: Sample, summary: VideoSummary, scores: dict[str, float], data: DataConfig) -> Storyboard:
-    """`data`: the recipe's, which says what frames the model has seen. Raises DataError where they cannot be read."""
+    """`data`: the recipe's settings, for the same frames as the model's. Raises DataError if they cannot be read."""
     curves, duration = annotated_curves(sample)
     keys = summary.key_frames()
     shown = set(_shown_frames(keys, summary.importance))
@@ -43,7 +43,7 @@ def storyboard(sample: Sample, summary: VideoSummary, scores: dict[str, float], 
 
 
 def _shown_frames(keys: Sequence[int], importance: np.ndarray) -> list[int]:
-    """Numbers of the frames to show: the most important key frames, and others in even steps where there is room."""
+    """Indices of the frames to show: the most important key frames, then evenly spaced others if there is room."""
     shown = sorted(keys, key=lambda number: -float(importance[number]))[:_FRAMES]
     others = sorted(set(range(len(importance))) - set(shown))
     room = min(_FRAMES - len(shown), len(others))

@@ -1,4 +1,4 @@
-"""Video summaries of held-out samples: do importance curves and texts agree with those of the samples?"""
+"""Scores video summaries of held-out samples: importance curves and texts against the annotations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Summarized:
-    """One video with its predicted summary; `scores` compare the importance of all annotated parts of the video."""
+    """One video with its predicted summary; `scores` compare importance over all annotated parts of the video."""
 
     sample: Sample
     summary: VideoSummary
@@ -70,10 +70,10 @@ class SummaryEvaluation:
         return mean_scores(videos) | texts, boards.merged(self.dealer)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
     def _watched(self, results: Iterable[Summarized], boards: Chosen[Storyboard]) -> Iterator[Summarized]:
-        """The same results, offered to the report as they pass."""
+        """Yield the same results, and offer each one to the report."""
         for result in results:
             boards.offer(result.sample.key, partial(self._storyboard, result))
             yield result
@@ -83,7 +83,7 @@ class SummaryEvaluation:
 
 
 def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Summarized]:
-    """Every video that can be read and has an importance curve, in order."""
+    """Summarize every readable video with an importance curve, in order."""
     for sample in samples:
         try:
             (summary,) = summarize(trained, [sample], max_tokens)
@@ -96,10 +96,10 @@ def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_toke
 
 
 def importance_scores(trained: TrainedModel, sample: Sample, summary: VideoSummary) -> dict[str, float]:
-    """A predicted curve, read in each annotated part, against the annotators' mean, and where KEY.json lists several
-    curves against each of them by the protocol of its `source` (`summary_protocols.protocol_scores`).
+    """Scores of a predicted curve, read in each annotated part, against the annotators' mean. If KEY.json has
+    `saliency`, also against each annotator, by the protocol of its `source` (`summary_protocols.protocol_scores`).
 
-    Raises DataError where the sample has no curve or its video cannot be read.
+    Raises DataError if the sample has no curve or its video cannot be read.
     """
     curves, duration = annotated_curves(sample)
     truth, source = curves.mean(axis=0, dtype=np.float32), str(sample.meta.get("source", ""))
@@ -117,12 +117,12 @@ def importance_scores(trained: TrainedModel, sample: Sample, summary: VideoSumma
 
 
 def shot_borders(trained: TrainedModel, sample: Sample, parts: int) -> np.ndarray:
-    """Shots of a video of P annotated parts, counted in parts: int64 [S + 1] from 0 to P.
+    """Shot borders of a video with P annotated parts, in units of parts: int64 [S + 1] from 0 to P.
 
-    Kernel temporal segmentation of one frame a part, or fewer where there are more parts than it takes, by the features
-    of the run's own encoder. The published numbers use GoogLeNet's, and depend on the shots: compare with care.
+    Kernel temporal segmentation of one frame per part, MAX_FRAMES at most, by features of the run's own encoder.
+    Published numbers use GoogLeNet features and depend on the shots: compare with care.
 
-    Raises DataError where the video cannot be read.
+    Raises DataError if the video cannot be read.
     """
     features = frame_features(trained, sample, min(parts, MAX_FRAMES))
     borders = segment(unit_features(features))
@@ -130,7 +130,7 @@ def shot_borders(trained: TrainedModel, sample: Sample, parts: int) -> np.ndarra
 
 
 def mean_scores(results: list[Summarized]) -> dict[str, float]:
-    """The mean of every score over the videos that have it, and `samples`. {} for none."""
+    """The mean of every score over the videos that have it, and `samples`. {} without videos."""
     if not results:
         return {}
     names = dict.fromkeys(name for result in results for name in result.scores)

@@ -1,4 +1,4 @@
-"""The contract of a task's evaluation: how it is scored on a folder of shards, and what the report shows of it."""
+"""The interface of a task's evaluation: scores on a folder of shards, and examples for the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scores = dict[str, float]
 
 
 class HasSample(Protocol):
-    """A result of one sample; a dataclass."""
+    """The result of one sample; a dataclass."""
 
     @property
     def sample(self) -> Sample: ...
@@ -31,21 +31,21 @@ Result = TypeVar("Result", bound=HasSample)
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of an evaluation."""
+    """Settings of an evaluation."""
 
     run: Path
-    folders: tuple[str, ...] = ()  # of shards, or URLs of such; by default the recipe's held-out sources
-    tasks: tuple[str, ...] = ()  # by default all that the model has learned
-    limit: int | None = None  # samples of each folder at most
-    gallery: int = 200  # different samples among which retrieval searches
-    show: int = 6  # texts of each folder to print
-    max_tokens: int = 64  # of a text
+    folders: tuple[str, ...] = ()  # of shards, or URLs; default: the recipe's held-out sources
+    tasks: tuple[str, ...] = ()  # default: all learned tasks
+    limit: int | None = None  # maximum samples per folder
+    gallery: int = 200  # samples with different content that retrieval searches
+    show: int = 6  # texts to print per folder
+    max_tokens: int = 64  # per text
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of shards, as this rank evaluates it. `examples`: how many the report shows."""
+    """One folder of shards, on this rank. `examples`: how many the report shows."""
 
     path: str
     data: DataConfig
@@ -70,7 +70,7 @@ class Folder:
 
 
 class TaskEvaluation(Protocol):
-    """One task of one evaluation. `labels`: what its scores are called; `section`: its part of the report, if any."""
+    """Evaluates one task. `labels`: display names of its scores; `section`: its part of the report, if any."""
 
     labels: ClassVar[Mapping[str, ScoreLabel]]
     section: ClassVar[Section | None]
@@ -78,8 +78,8 @@ class TaskEvaluation(Protocol):
     def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None: ...
 
     def evaluate(self, folder: Folder) -> tuple[Scores, Any]:
-        """Scores, the same on every rank, {} if nothing could be scored; and the examples that `section` shows, on
-        rank 0. May print what a user wants to see at once. Raises DsmoeVlError. Collective."""
+        """Scores (the same on every rank, {} if nothing could be scored) and the examples for `section` (on rank 0).
+        May print samples. Raises DsmoeVlError. Collective."""
 
     def finish(self) -> None:
         """Called on rank 0 after the last folder."""
@@ -87,7 +87,7 @@ class TaskEvaluation(Protocol):
 
 def merged(found: Iterable[Result], samples: Dealt, dealer: Dealer, whole: int = 0) -> list[Result]:
     """The results of all ranks in the order of their samples. Only the first `whole` of each rank keep their picture or
-    video, to be shown: all would not fit into memory. Collective."""
+    video, for display: all of them would not fit into memory. Collective."""
     own: list[tuple[int, Result]] = []
     for result in found:
         sample, number = result.sample, samples.number(result.sample)

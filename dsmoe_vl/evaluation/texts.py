@@ -1,6 +1,6 @@
-"""Generated texts: do they name what is there, and do they read as human ones do?
+"""Scores of generated texts: do they name every object, and do they match the references?
 
-The first is known of samples whose KEY.json lists `attributes`: objects with a colour and a shape.
+The first needs `attributes` in KEY.json: objects with a colour and a shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dsmoe_vl.metrics.captions import caption_metrics
 from dsmoe_vl.report.content import ScoreLabel
 
-# What the scores of generated texts are called, whatever the task.
+# Display names of text scores, for all tasks.
 TEXT_LABELS = {
     "attribute_accuracy": ScoreLabel("name every object's colour and shape, %", "percent"),
     "cider_d": ScoreLabel("CIDEr"),
@@ -23,16 +23,16 @@ TEXT_LABELS = {
 
 
 def names_every_object(text: str, attributes: list[dict[str, str]]) -> bool:
-    """Whether the text says "COLOUR SHAPE" of every object; two objects alike must be said twice."""
+    """Whether the text says "COLOUR SHAPE" for every object; two equal objects must be named twice."""
     words = " ".join(re.findall(r"[a-z]+", text.lower()))
     wanted = [f"{thing['colour']} {thing['shape']}" for thing in attributes]
     return all(len(re.findall(rf"\b{phrase}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
 
 
 def text_scores(texts: Iterable[tuple[str, list[str]]]) -> dict[str, float]:
-    """`caption_metrics` of generated texts, each with its references. {} where no text has one.
+    """`caption_metrics` of generated texts, each with its references. {} if no text has one.
 
-    Blank references, and texts that are left without any, are passed over.
+    Blank references and texts without references are skipped.
     """
     known = [(text, own) for text, references in texts if (own := [one for one in references if one.strip()])]
     return caption_metrics([text for text, _ in known], [own for _, own in known]) if known else {}

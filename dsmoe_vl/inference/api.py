@@ -1,8 +1,8 @@
 """A trained model in a few lines of Python: `from dsmoe_vl import load; load("runs/NAME").caption("photo.jpg")`.
 
-A picture is a path, encoded bytes, a PIL image or an array uint8 [h, w, 3]; a video is a path or encoded bytes. What
-takes one takes a list as well, and then returns a list (embeddings: an array with a row for each). W: width of an
-embedding.
+A picture is a path, encoded bytes, a PIL image or an array uint8 [h, w, 3]; a video is a path or encoded bytes. A
+method that takes one item also takes a list, and returns a list (embeddings: an array with a row per item). W:
+embedding width.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ R = TypeVar("R")
 
 
 def load(run: str | os.PathLike[str], device: str | None = None) -> Model:
-    """The newest checkpoint of a run, or an exported model. `device`: "cpu", "cuda", "cuda:N"; a GPU if there is one.
+    """Load the newest checkpoint of a run, or an exported model. `device`: "cpu", "cuda", "cuda:N"; default: a GPU if
+    available.
 
-    Raises CheckpointError where there is none, ConfigError for a device that is not there.
+    Raises CheckpointError if there is no checkpoint, ConfigError if the device is not available.
     """
     return Model(load_run(Path(run), device))
 
 
 class Model:
-    """A trained model. Methods raise ConfigError for a task that it has not learned, DataError for bad media."""
+    """A trained model. Methods raise ConfigError if it has not learned the task, DataError for unreadable media."""
 
     def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
@@ -50,7 +51,7 @@ class Model:
     @overload
     def caption(self, picture: Sequence[Picture], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
     def caption(self, picture: Any, *, max_tokens: int = 64, **search: Any) -> Any:
-        """What a picture shows. `search`: `beams`, or `top_p`, `temperature` and `seed`; see `Search`."""
+        """Caption of a picture. `search`: `beams`, or `top_p`, `temperature` and `seed`; see `Search`."""
         return self._caption(picture, "image", max_tokens, Search(**search))
 
     @overload
@@ -58,11 +59,11 @@ class Model:
     @overload
     def caption_video(self, video: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
     def caption_video(self, video: Any, *, max_tokens: int = 64, **search: Any) -> Any:
-        """What a video shows; `search` as in `caption`."""
+        """Caption of a video; `search` as in `caption`."""
         return self._caption(video, "video", max_tokens, Search(**search))
 
     def embed_text(self, text: str | Sequence[str]) -> np.ndarray:
-        """Unit vector of a text, float32 [W]; of a list, [n, W]. Raises DataError for what is no text."""
+        """Unit vector of a text, float32 [W]; of a list, [n, W]. Raises DataError if an item is not a str."""
         for one in text if isinstance(text, (list, tuple)) else [text]:
             if not isinstance(one, str):
                 raise DataError(f"a text cannot be made from {type(one).__name__}: give a str")
@@ -78,7 +79,7 @@ class Model:
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> Any:
-        """Cosines between embeddings, -1 to 1: [W] with [W] gives a float, [n, W] with [m, W] an array [n, m].
+        """Cosine similarity of embeddings, -1 to 1: [W] with [W] gives a float, [n, W] with [m, W] an array [n, m].
 
         Raises DataError for embeddings of different widths.
         """
@@ -95,7 +96,7 @@ class Model:
     @overload
     def summarize(self, video: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[VideoSummary]: ...
     def summarize(self, video: Any, *, max_tokens: int = 64, **search: Any) -> Any:
-        """A video's summary: `text`, and for the frames seen their `seconds`, `importance` and `key_frames()`."""
+        """Summary of a video: `text`, and `seconds`, `importance` and `key_frames()` of the sampled frames."""
         options = Search(**search)
         return _mapped(
             video, lambda some: summarize(self.trained, _samples(some, "video"), max_tokens=max_tokens, search=options)
@@ -113,7 +114,7 @@ def _samples(media: Iterable[Any], kind: str) -> list[Sample]:
 
 
 def _mapped(given: Any, answer: Callable[[list[Any]], list[R]]) -> R | list[R]:
-    """One answer for one, a list for a list or a tuple, a batch at a time."""
+    """The answer for one item, a list of answers for a list or tuple; runs batch by batch."""
     if not isinstance(given, (list, tuple)):
         return answer([given])[0]
     waiting, answers = iter(given), list[R]()

@@ -1,4 +1,4 @@
-"""What `launch/generate.py` does: many files in, lines and files out; one bad file stops none of the others."""
+"""The commands of `launch/generate.py`: many files in, lines and files out. A bad file does not stop the others."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from dsmoe_vl.inference.search import Search
 from dsmoe_vl.inference.summarize import summarize
 from dsmoe_vl.inference.summary_files import folder_names, write_summary
 
-_WITHOUT_INDEX = 200  # media that are embedded without a word about --index
+_WITHOUT_INDEX = 200  # files; above this number `retrieve` suggests --index
 
 
 @dataclass
 class Outcome:
-    """How many files were answered and how many could not be used."""
+    """Number of files answered, and of files that could not be used."""
 
     answered: int = 0
     bad: int = 0
 
     def failed(self, name: str, reason: str) -> None:
-        """Name a bad file on the console."""
+        """Count a bad file and print it to standard error."""
         self.bad += 1
         print_error(reason if name in reason else f"{name}: {reason}")
 
     @property
     def status(self) -> int:
-        """Exit status: 0; 1 where some files were bad; 2 where there is no answer."""
+        """Exit status: 0; 1 if some files were bad; 2 if there is no answer."""
         if not self.answered:
             return 2
         return 1 if self.bad else 0
 
 
 class Question(NamedTuple):
-    """What is looked for; one of the three."""
+    """The query of a search: exactly one of the three."""
 
     text: str | None = None
     image: Path | None = None
@@ -56,21 +56,21 @@ class Question(NamedTuple):
 
 
 def one_line(text: str) -> str:
-    """`text` with single blanks for tabs and line breaks, which a model may write."""
+    """`text` in one line: tabs and line breaks, which a model may generate, become single blanks."""
     return " ".join(text.split())
 
 
 def print_error(message: str) -> None:
-    """One line on the standard error, whatever the message holds."""
+    """Print the message to standard error as one line."""
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def caption_media(
     trained: TrainedModel, media: Iterable[Media], max_tokens: int, search: Search, json_file: Path | None
 ) -> int:
-    """Print `FILE<TAB>caption` lines, and write them as a JSON list too. Returns the exit status.
+    """Print `FILE<TAB>caption` lines; also write them to `json_file`, if given. Returns the exit status.
 
-    Raises ConfigError for a model that has not learned captions, or a file that cannot be written.
+    Raises ConfigError if the model has not learned captions or the file cannot be written.
     """
     task, outcome = caption_task(trained), Outcome()
     rows: list[dict[str, str]] = []
@@ -96,10 +96,11 @@ def retrieve(
     index_file: Path | None,
     grid_file: Path | None,
 ) -> int:
-    """Print `score<TAB>FILE` lines of the `top` nearest of `media`, and draw them. Returns the exit status.
+    """Print `score<TAB>FILE` lines of the `top` nearest media; draw them to `grid_file`, if given. Returns the exit
+    status.
 
-    Raises ConfigError for a model that has not learned retrieval or a file that cannot be written, DataError for a
-    question that cannot be read and for an index that is none.
+    Raises ConfigError if the model has not learned retrieval or a file cannot be written, DataError if the query cannot
+    be read or `index_file` is not an index.
     """
     require_task(trained, "retrieval")
     old = MediaIndex.load(index_file) if index_file is not None and index_file.exists() else None
@@ -107,13 +108,13 @@ def retrieve(
     outcome = Outcome()
     if index_file is None:
         if len(media) > _WITHOUT_INDEX:
-            print(f"embedding {len(media)} files; --index FILE keeps this for the next question", file=sys.stderr)
+            print(f"embedding {len(media)} files; --index FILE saves them for the next query", file=sys.stderr)
         index, _ = update_index(None, trained, media, outcome.failed)
     else:
         index, embedded = update_index(old, trained, media, outcome.failed, lambda part: part.save(index_file))
         if old is None or embedded or index.rows != old.rows:
             index.save(index_file)
-        again = "; the old one was made by another model" if old is not None and old.model != index.model else ""
+        again = "; the old index was made by another model" if old is not None and old.model != index.model else ""
         print(f"index {index_file}: {len(index.rows)} files, {embedded} embedded now{again}", file=sys.stderr)
     outcome.answered = len(index.rows)
     hits = index.search(vector, top) if index.rows else []
@@ -125,13 +126,13 @@ def retrieve(
 
 
 def grid(media: Sequence[Media], hits: Sequence[Hit], question: Question, picture: Image.Image | None) -> Image.Image:
-    """The pictures that were found, videos as their first frame, with scores and names; and what was asked."""
+    """Page of the pictures found (a video as its first frame) with scores and names, and the query."""
     by_place = {item.place: item for item in media}
     tiles = []
     for rank, hit in enumerate(hits, 1):
         try:
             shown = first_picture(by_place[hit.row.place].read())
-        except DataError:  # it has been removed since, or its first frame is damaged
+        except DataError:  # removed in the meantime, or the first frame is damaged
             shown = Image.new("RGB", (4, 3), "gray")
         tiles.append(Tile(shown, (f"{rank}.  {hit.score:.3f}", os.path.basename(hit.row.name))))
     asked = question.text if picture is None else f"like {(question.image or question.video or Path()).name}"
@@ -141,9 +142,10 @@ def grid(media: Sequence[Media], hits: Sequence[Hit], question: Question, pictur
 def summarize_videos(
     trained: TrainedModel, videos: Sequence[Path], output: Path, max_tokens: int, count: int | None
 ) -> int:
-    """Write `OUTPUT/NAME/` for each video and print a line. `count` key frames, None: a share. Returns the exit status.
+    """Write `OUTPUT/NAME/` for each video and print a line. `count`: see `VideoSummary.key_frames`. Returns the exit
+    status.
 
-    Raises ConfigError for a model that has not learned summaries, or a folder that cannot be written.
+    Raises ConfigError if the model has not learned summaries or a folder cannot be written.
     """
     require_task(trained, "summary")
     outcome = Outcome()
@@ -166,13 +168,13 @@ def summarize_videos(
 
 
 def _ask(trained: TrainedModel, question: Question) -> tuple[np.ndarray, Image.Image | None]:
-    """The question's embedding, and its picture where it has one."""
+    """The query's embedding, and its picture, if any."""
     if question.text is not None:
         if not question.text.strip():
-            raise ConfigError("--text is empty: say what is looked for")
+            raise ConfigError("--text is empty: give the words to search for")
         return embed_texts(trained, [question.text])[0], None
     path, kind = (question.image, "image") if question.image is not None else (question.video, "video")
-    assert path is not None, "a question is one of three"
+    assert path is not None, "exactly one of the three is given"
     sample = read_file(path, kind)
     try:
         return embed_media(trained, [sample])[0], first_picture(sample)

@@ -1,4 +1,4 @@
-"""Retrieval embeddings of pictures, videos and texts. W: width of an embedding."""
+"""Retrieval embeddings of pictures, videos and texts. W: embedding width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def embed_media(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
 
 
 def embed_media_segments(trained: TrainedModel, segments: list[Segment]) -> np.ndarray:
-    """As `embed_media`, of what `RetrievalTask.media` made of the samples."""
+    """As `embed_media`, from segments of `RetrievalTask.media`."""
     return _embed(trained, segments).media.numpy()
 
 
@@ -32,13 +32,13 @@ def embed_texts(trained: TrainedModel, texts: list[str]) -> np.ndarray:
 
 
 def retrieval_task(trained: TrainedModel) -> RetrievalTask:
-    """What makes segments. Raises ConfigError for a model that has not learned retrieval."""
+    """The model's retrieval task. Raises ConfigError if the model has not learned it."""
     return trained.task(RetrievalTask)
 
 
 @torch.inference_mode()
 def _embed(trained: TrainedModel, segments: list[Segment]) -> RetrievalEmbeddings:
-    """Both projections of each segment's last token; the caller knows which one is meant."""
+    """Both projections of each segment's last token; the caller takes the one it needs."""
     hidden, _ = trained.model(prompt_batch(trained, segments))
     ends = torch.tensor([segment.length for segment in segments], device=hidden.device).cumsum(0) - 1
     embedded = trained.model.get_submodule("retrieval")(hidden[ends], hidden[ends])

@@ -1,8 +1,8 @@
-"""Texts that continue prompts: captions here, summaries in `summarize.py`.
+"""Generates texts from prompts: captions here, summaries in `summarize.py`.
 
-The decoder reads the prompts once, vision tokens included, and then one token a step of all sequences together. A
-token's keys, values and routing depend on nothing after it (`load.py` sees to that for experts with a capacity), so the
-tokens are those of the whole computation (`tests/parity/test_generation.py`).
+The decoder reads the prompts once, vision tokens included, and then one token per step and sequence. A token's keys,
+values and routing do not depend on later tokens (`load.py` disables token dropping), so the tokens are the same as
+without a cache (`tests/parity/test_generation.py`).
 
 Shapes: S prompts, T tokens of all prompts, D width, V vocabulary.
 """
@@ -29,18 +29,18 @@ from dsmoe_vl.tasks.caption import CaptionTask
 
 
 def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY) -> list[str]:
-    """One caption a sample. Raises ConfigError for a model without captions, DataError for unreadable media."""
+    """One caption per sample. Raises ConfigError for a model without captions, DataError for unreadable media."""
     task = caption_task(trained)
     return texts(trained, encode_all(task.prompt, samples), max_tokens, search)
 
 
 def caption_task(trained: TrainedModel) -> CaptionTask:
-    """What makes prompts. Raises ConfigError for a model that has not learned captions."""
+    """The model's captioning task. Raises ConfigError if the model has not learned it."""
     return trained.task(CaptionTask)
 
 
 def texts(trained: TrainedModel, prompts: list[Segment], max_tokens: int, search: Search = GREEDY) -> list[str]:
-    """What `generate` gives, as text."""
+    """As `generate`, decoded to text."""
     return [trained.tokenizer.decode(ids) for ids in generate(trained, prompts, max_tokens, search)]
 
 
@@ -51,7 +51,7 @@ def generate(
     search: Search = GREEDY,
     make_decoder: Callable[[TrainedModel, list[Segment], int], Decoder] | None = None,
 ) -> list[list[int]]:
-    """A continuation of each prompt without the end token, at most `max_tokens`; never a control symbol.
+    """Token ids that continue each prompt: at most `max_tokens`, without the end token, never a control symbol.
 
     Raises ConfigError unless `max_tokens` is positive. `make_decoder` replaces the `CachedDecoder`.
     """
@@ -63,7 +63,7 @@ def generate(
 def continuations(
     trained: TrainedModel, decoder: Decoder, prompts: list[Segment], max_tokens: int, search: Search
 ) -> list[list[int]]:
-    """As `generate`, from a decoder that holds the prompts."""
+    """As `generate`, from a decoder that has read the prompts."""
     if max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens}: must be at least 1")
     end = trained.tokenizer.eos
@@ -76,10 +76,10 @@ def continuations(
 
 
 class CachedDecoder:
-    """Prompts and what follows them; of everything that was read, keys and values are kept."""
+    """Continues prompts with a key-value cache."""
 
     def __init__(self, trained: TrainedModel, prompts: list[Segment], room: int) -> None:
-        """Reads the prompts. `room`: tokens that may follow each."""
+        """Reads the prompts. `room`: maximum new tokens per prompt."""
         model = trained.recipe.model
         lengths = [prompt.length for prompt in prompts]
         self.model = trained.model
@@ -100,7 +100,7 @@ class CachedDecoder:
         return self._logits(self.model.extend(tokens, self.task_ids, self.cache))
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences `rows`, int64 [S'], of the present ones."""
+        """Continue with the sequences `rows`, int64 [S']."""
         self.task_ids = self.task_ids.index_select(0, rows)
         self.cache.keep(rows)
 
@@ -109,7 +109,7 @@ class CachedDecoder:
 
 
 def unspeakable(trained: TrainedModel) -> Tensor:
-    """Rows of the vocabulary that no text holds: control symbols but the end, rows without a piece. bool [V]."""
+    """Vocabulary rows that are never generated: control symbols except the end, rows without a piece. bool [V]."""
     mask = torch.ones(trained.recipe.tokenizer.vocab_size, dtype=torch.bool)
     mask[[*trained.tokenizer.spoken, trained.tokenizer.eos]] = False
     return mask.to(trained.device)
@@ -119,13 +119,13 @@ def prompt_batch(trained: TrainedModel, prompts: list[Segment]) -> Batch:
     """All prompts as the segments of one pack without padding."""
     length = sum(prompt.length for prompt in prompts)
     vision = trained.recipe.model.vision
-    patches = max(sum(prompt.patch_count for prompt in prompts), vision.merge**2)  # the encoder runs on one cell
+    patches = max(sum(prompt.patch_count for prompt in prompts), vision.merge**2)  # the encoder needs at least one cell
     shape = PackShape(length, patches, vision.patch_size, vision.merge)
     return collate([assemble(prompts, shape)]).to(trained.device)
 
 
 def _draws(seed: int, prompt: Segment, count: int) -> np.ndarray:
-    """Uniform in [0, 1), float64 [count], from the seed and what the prompt shows, not from its place in a batch."""
+    """Uniform in [0, 1), float64 [count], from the seed and the prompt's content, not its place in the batch."""
     digest = hashlib.sha256(prompt.tokens.tobytes())
     for picture in prompt.pictures:
         digest.update(np.ascontiguousarray(picture.patches).data)

@@ -1,8 +1,8 @@
-"""An index of pictures and videos: their embeddings, for as long as these are right. W: width of an embedding.
+"""An index of pictures and videos: their embeddings, reused while they are valid. W: embedding width.
 
-The file is a safetensors file with one tensor, `embeddings`, float32 [n, W], unit rows, and as JSON in its metadata the
-hash of what made them and, for each row, the name to show, the place, and the size and time of the file. A row is used
-again while all of that is the same.
+The file is a safetensors file with one tensor, `embeddings`, float32 [n, W], unit rows. Its metadata contains the hash
+of the model and, as JSON, for each row the name to show, the place, and the size and time of the file. A row is reused
+while model, place, size and time are the same.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _FORMAT = "dsmoe_vl media index 1"
 _READING = (
     "image_max_patches", "frame_max_patches", "video_frames", "video_sampling", "video_fps", "frame_pool",
 )  # fmt: skip
-_PARTS = 128  # batches of embeddings between two checkpoints
+_PARTS = 128  # batches of embeddings between two calls of `checkpoint`
 
 
 class Row(NamedTuple):
-    """What an embedding belongs to; see `Media`."""
+    """The picture or video of an embedding; see `Media`."""
 
     name: str
     place: str
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A row that was found; `score` is the cosine of the angle between it and the question."""
+    """A row found by a search; `score`: its cosine similarity to the query."""
 
     score: float
     row: Row
@@ -58,7 +58,7 @@ class MediaIndex:
 
     @classmethod
     def load(cls, path: Path) -> MediaIndex:
-        """Raises DataError for a file that is no index."""
+        """Read an index. Raises DataError if the file is not one."""
         try:
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
@@ -70,10 +70,10 @@ class MediaIndex:
                     raise ValueError
                 return cls(metadata["model"], rows, embeddings)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            raise DataError(f"index {path} is no index of `retrieve`: name another file, or remove this one") from None
+            raise DataError(f"{path} is not an index of `retrieve`: name another file, or remove this one") from None
 
     def save(self, path: Path) -> None:
-        """Write atomically. Raises DataError where the file cannot be written."""
+        """Write atomically. Raises DataError if the file cannot be written."""
         metadata = {"format": _FORMAT, "model": self.model, "rows": json.dumps(self.rows)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,14 +82,14 @@ class MediaIndex:
             raise DataError(f"index {path} cannot be written: {error.strerror}; name another file") from None
 
     def search(self, question: np.ndarray, top: int) -> list[Hit]:
-        """The `top` rows nearest to a unit vector, float32 [W], the nearest first; equal ones in the index's order."""
+        """The `top` rows nearest to a unit vector, float32 [W], the nearest first; ties in the index's order."""
         scores = self.embeddings @ question
         return [Hit(float(scores[i]), self.rows[i]) for i in np.argsort(-scores, kind="stable")[:top]]
 
 
 def model_hash(trained: TrainedModel) -> str:
-    """Hex sha256 over what embeddings depend on: the weights' file, the tokenizer, and the recipe's settings of the
-    model, of retrieval and of how pictures are read."""
+    """Hex sha256 of everything that embeddings depend on: the weights file, the tokenizer, and the recipe's settings of
+    the model, of retrieval and of reading pictures."""
     recipe = trained.recipe
     reading = [getattr(recipe.data, name) for name in _READING]
     settings = (recipe.model, recipe.moe, recipe.tasks.retrieval, reading, trained.tokenizer.sha256)
@@ -106,10 +106,10 @@ def update_index(
     failed: Failed,
     checkpoint: Callable[[MediaIndex], None] = lambda index: None,
 ) -> tuple[MediaIndex, int]:
-    """An index of exactly `media`, without those that cannot be read, and the number of them that were embedded now.
+    """An index of all readable `media`, and the number of media that were embedded now.
 
-    `checkpoint` is called now and then with the index so far, so that an interrupted one can be continued. Raises
-    ConfigError for a model that has not learned retrieval.
+    `checkpoint` is called from time to time with the index so far, so that an interrupted run can be continued. Raises
+    ConfigError if the model has not learned retrieval.
     """
     task = retrieval_task(trained)
     index = MediaIndex(model_hash(trained))

@@ -1,4 +1,4 @@
-"""From a run directory to a model that can be used: no DeepSpeed, one process, any device."""
+"""Loads a trained model from a run directory: one process, any device, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dsmoe_vl.tasks.task import Task
 
 T = TypeVar("T", bound=Task)
 
-_REASON_LETTERS = 300  # of PyTorch's message, which lists every tensor
+_REASON_LETTERS = 300  # of PyTorch's message, which lists every tensor, are printed
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode with what belongs to it."""
+    """A model in evaluation mode, with its tokenizer, recipe and checkpoint."""
 
     model: VisionLanguageModel
     tokenizer: Tokenizer
@@ -38,17 +38,17 @@ class TrainedModel:
     device: torch.device
 
     def task(self, kind: type[T]) -> T:
-        """A task that the model has learned, by its class; it encodes samples as they are. Raises ConfigError."""
+        """The task of class `kind`, without dropout. Raises ConfigError if the model has not learned it."""
         require_task(self, kind.name)
         pictures = PictureReader(self.recipe.data, self.recipe.model.vision)
         return kind(pictures, self.tokenizer, getattr(self.recipe.tasks, kind.name), training=False)
 
 
 def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
-    """The newest complete checkpoint of a run. `device` None: a GPU where there is one.
+    """Load the newest complete checkpoint of a run. `device` None: a GPU if available.
 
-    Raises CheckpointError where there is none, or where weights and recipe do not fit each other; ConfigError for a
-    device that is not there.
+    Raises CheckpointError if there is none, or if the weights do not fit the recipe; ConfigError if the device is not
+    available.
     """
     place = _device(device)
     checkpoint, manifest = require_newest(run_dir)
@@ -61,8 +61,8 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
         )
     recipe = recipe_from_json(plan_file)
     recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(tokenizer_file)))
-    # Where experts drop tokens, a token's output depends on the tokens after it and on whatever shares its batch: one
-    # picture would be told in other words in other company, and no key could be cached. In use nothing is dropped.
+    # If experts drop tokens, a token's output depends on later tokens and on the rest of its batch: a picture's caption
+    # would change with the batch, and keys could not be cached. At inference no token is dropped.
     computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
     with torch.device("meta"):
         model = build_backbone(computed)
@@ -81,7 +81,7 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
 
 
 def require_task(trained: TrainedModel, task: str) -> None:
-    """Raise ConfigError for a model that has not learned the task of that name."""
+    """Raise ConfigError if the model has not learned the task of that name."""
     learned = [spec.name for spec in learned_tasks(trained.recipe)]
     if task not in learned:
         raise ConfigError(
@@ -96,7 +96,7 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device {name!r} is none: give cpu, cuda or cuda:N") from None
+        raise ConfigError(f"device {name!r} is unknown: give cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -105,7 +105,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _shrink(model: VisionLanguageModel, weights: dict[str, Tensor]) -> None:
-    """Give layers that lost experts when exported the number that is left. Raises AttributeError for unknown layers."""
+    """Resize layers that lost experts in the export to the experts left. Raises AttributeError for unknown layers."""
     for name, kept in weights.items():
         if name.endswith(".experts.kept"):
             experts = name.removesuffix(".kept")

@@ -1,4 +1,4 @@
-"""Pictures and videos as users name them, files, folders, shards, arrays, as the samples that tasks read."""
+"""Converts a user's pictures and videos (files, folders, shards, arrays) to the samples that tasks read."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.index import INDEX_NAME, ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
 
-BATCH = 16  # media that go through the model together
+BATCH = 16  # media per forward
 
 T = TypeVar("T")
-# Told of each picture or video that cannot be used: its name, and why.
+# Called for each picture or video that cannot be used, with its name and the reason.
 Failed = Callable[[str, str], None]
 
 
 class Media(NamedTuple):
     """One picture or video: a file, or a sample in a shard.
 
-    `place` says which, the same on every call; `size_bytes` and `mtime_ns` are the file's or the shard's (0: remote, or
-    not looked at). `read` raises DataError; its sample's key is the name to show.
+    `place` identifies it, the same on every call; `size_bytes` and `mtime_ns` are the file's or the shard's (0: remote,
+    or not read). `read` raises DataError; its sample's key is the name to show.
     """
 
     place: str
@@ -41,13 +41,13 @@ class Media(NamedTuple):
 
 
 def media_files(paths: Sequence[Path], kind: str) -> list[Media]:
-    """Files that are all an "image" or all a "video", whatever their names."""
+    """Files of one `kind`, "image" or "video", whatever their names."""
     return [Media(str(path), 0, 0, partial(read_file, path, kind)) for path in paths]
 
 
 def open_media(folder: str, data: DataConfig) -> list[Media]:
-    """All pictures and videos of a folder and the folders in it, by name; or the samples of a folder of shards, of a
-    URL or a command, which `data` says how to fetch. Raises DataError where there are none."""
+    """All pictures and videos of a folder and its subfolders, by name; or the samples of shards in a folder, at a URL
+    or from a command, fetched with the settings in `data`. Raises DataError if there are none."""
     if is_remote(folder) or (Path(folder) / INDEX_NAME).is_file() or any(Path(folder).glob("*.tar")):
         return list(_shard_media(folder, replace(data, allow_pipe=True)))  # the user has named the command
     root = Path(folder)
@@ -68,7 +68,7 @@ def open_media(folder: str, data: DataConfig) -> list[Media]:
 
 
 def read_file(path: Path, kind: str) -> Sample:
-    """A user's own "image" or "video" as a sample. Raises DataError where the file cannot be read."""
+    """A user's own "image" or "video" as a sample. Raises DataError if the file cannot be read."""
     try:
         media = path.read_bytes()
     except OSError as error:
@@ -78,7 +78,7 @@ def read_file(path: Path, kind: str) -> Sample:
 
 def to_sample(media: Any, kind: str, name: str = "") -> Sample:
     """An "image" or "video" as a sample: a path, encoded bytes, or for an image a PIL image or an array uint8
-    [h, w, 3], [h, w, 4] or [h, w]. Raises DataError for anything else, and for files that cannot be read."""
+    [h, w, 3], [h, w, 4] or [h, w]. Raises DataError for anything else, and for unreadable files."""
     if isinstance(media, (str, os.PathLike)):
         return read_file(Path(media), kind)
     if isinstance(media, (bytes, bytearray, memoryview)):
@@ -103,7 +103,7 @@ def first_picture(sample: Sample) -> Image.Image:
 def in_batches(
     media: Iterable[Media], encode: Callable[[Sample], T], failed: Failed
 ) -> Iterator[list[tuple[Media, str, T]]]:
-    """Each with its name and what `encode` makes of it, BATCH at a time, in order; `failed` is told of the others."""
+    """Batches of up to BATCH (media, name, encoded sample), in order; `failed` is called for the others."""
     batch: list[tuple[Media, str, T]] = []
     for item in media:
         try:
@@ -134,7 +134,7 @@ def _shard_media(folder: str, data: DataConfig) -> Iterator[Media]:
 
 
 def _encoded(picture: Any) -> bytes:
-    """A PIL image or an array as a PNG; uncompressed, since it is read again at once."""
+    """A PIL image or an array as PNG bytes; uncompressed, because it is decoded at once."""
     if not isinstance(picture, Image.Image):
         pixels = np.asarray(picture)
         if (
@@ -156,7 +156,7 @@ def _encoded(picture: Any) -> bytes:
 
 
 def encode_all(encode: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:
-    """What `encode` makes of each. Raises DataError with the file's name, where the sample is a file."""
+    """Encode every sample. Raises DataError, with the file's name if the sample is a file."""
     encoded: list[T] = []
     for sample in samples:
         try:
@@ -167,5 +167,5 @@ def encode_all(encode: Callable[[Sample], T], samples: Sequence[Sample]) -> list
 
 
 def format_hint(sample: Sample) -> str:
-    """What to do about a sample that cannot be decoded."""
+    """The fix for a sample that cannot be decoded, for an error message."""
     return "give a whole video that FFmpeg reads" if sample.is_video else "save it as a JPEG, PNG or WebP"

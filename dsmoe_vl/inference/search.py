@@ -1,6 +1,6 @@
-"""How a text is chosen, one token a step for all prompts together: greedy, sampled from the nucleus, or by beams.
+"""Greedy decoding, nucleus sampling and beam search, one token per step for all prompts together.
 
-Shapes: S prompts, V vocabulary, B beams. A decoder's logits are those of the next token of each of its sequences.
+Shapes: S prompts, V vocabulary, B beams. A decoder returns the logits of the next token of each of its sequences.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ LENGTH_POWER = 0.6  # alpha of the length penalty, as in Vaswani et al. 2017, se
 
 @dataclass(frozen=True)
 class Search:
-    """Which continuation is wanted. Raises ConfigError for settings that do not go together.
+    """Decoding settings. Raises ConfigError for settings that exclude each other or are out of range.
 
-    beams: 1 takes the most probable token of every step; more look for the text of the best `length_normalised` score.
-    top_p: tokens are drawn at random from the nucleus; None does not draw. `temperature` divides the logits before, and
-    equal `seed` and prompt give equal texts, whatever else is asked at the same time.
+    beams: 1 is greedy decoding; more search for the text with the best `length_normalised` score.
+    top_p: tokens are sampled from the nucleus; None does not sample. `temperature` divides the logits first; the same
+    `seed` and prompt give the same text, whatever else is in the batch.
     """
 
     beams: int = 1
@@ -55,24 +55,24 @@ class Decoder(Protocol):
     """Sequences that can be continued."""
 
     def start(self) -> Tensor:
-        """Logits [S, V] after the prompts; the first call of all."""
+        """Logits [S, V] after the prompts; called first."""
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Append one token to each sequence, int64 [S], and return the logits after it."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences `rows`, int64 [S'], of the present ones; one may be taken several times."""
+        """Continue with the sequences `rows`, int64 [S']; one may occur several times."""
 
 
 def greedy(decoder: Decoder, end: int, max_tokens: int) -> list[list[int]]:
-    """The most probable token of every step, until `end`, which is left out, or `max_tokens`."""
+    """The most probable token of every step, until `end` (not returned) or `max_tokens`."""
     return _one_each(decoder, end, max_tokens, lambda logits, _: logits.argmax(-1))
 
 
 def sample(
     decoder: Decoder, end: int, max_tokens: int, top_p: float, temperature: float, draws: Tensor
 ) -> list[list[int]]:
-    """Tokens drawn from `nucleus` until `end`, which is left out. draws float64 [S, max_tokens], uniform in [0, 1)."""
+    """Tokens sampled from `nucleus` until `end` (not returned). draws: float64 [S, max_tokens], uniform in [0, 1)."""
 
     def choose(logits: Tensor, step: int) -> Tensor:
         mass = nucleus((logits.float() / temperature).softmax(-1), top_p).double().cumsum(-1)
@@ -84,35 +84,35 @@ def sample(
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of tokens whose probabilities sum to `top_p` or more, the most probable ones, rescaled to sum 1
+    """The smallest set of the most probable tokens whose probabilities sum to at least `top_p`, rescaled to sum 1
     (Holtzman et al. 2020, section 3.1, eq. 2 and 3). float32 [S, V] -> [S, V], zero outside of the set."""
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     inside = torch.where(before < top_p, ordered, 0)
-    inside[:, 0] = ordered[:, 0]  # the most probable token, however the sums are rounded
+    inside[:, 0] = ordered[:, 0]  # always keep the most probable token, despite rounding
     return torch.zeros_like(probabilities).scatter(-1, tokens, inside / inside.sum(-1, keepdim=True))
 
 
 def length_normalised(log_probability: Tensor, length: int) -> Tensor:
     """`log P(y) / lp(y)` with `lp(y) = ((5 + |y|) / 6) ** alpha` (Wu et al. 2016, section 7, eq. 14, without coverage).
 
-    |y| counts the end token. Without it long texts lose, since every token makes them less probable.
+    |y| counts the end token. Without this division, long texts lose, because every token lowers log P.
     """
     return log_probability / ((5 + length) / 6) ** LENGTH_POWER
 
 
 def beam(decoder: Decoder, end: int, max_tokens: int, beams: int) -> list[list[int]]:
-    """The text with the best `length_normalised` score that beam search finds, without `end`.
+    """Beam search for the text with the best `length_normalised` score, returned without `end`.
 
-    Of the continuations of a prompt's B best beginnings, the 2 B most probable are looked at: the B best that do not
-    end are the next beginnings, and what ends among the first B is a candidate. Beginnings of `max_tokens` tokens are
-    candidates too. A prompt is settled when no beginning can beat its best candidate.
+    Each step takes the 2 B most probable continuations of a prompt's B beams. The best B that do not end are the next
+    beams; those that end among the first B are candidates. Beams of `max_tokens` tokens are candidates too. A prompt is
+    finished when no beam can beat its best candidate.
     """
     logits = decoder.start()
     prompts, device = len(logits), logits.device
     decoder.keep(torch.arange(prompts, device=device).repeat_interleave(beams))
     log_p = logits.float().log_softmax(-1).repeat_interleave(beams, dim=0)
-    # log P of each beginning; at first there is one, the empty one.
+    # log P of each beam; at first only the empty one.
     scores = torch.full((prompts, beams), float("-inf"), device=device)
     scores[:, 0] = 0
     texts = torch.zeros(prompts, beams, 0, dtype=torch.int64, device=device)
@@ -126,7 +126,7 @@ def beam(decoder: Decoder, end: int, max_tokens: int, beams: int) -> list[list[i
         ends = tokens == end
         candidates = length_normalised(found[:, :beams], length).masked_fill(~ends[:, :beams], float("-inf"))
         _improve(best, best_score, candidates, texts, places[:, :beams] // vocabulary)
-        # At most B of the 2 B end, one for each beginning: B others are left.
+        # At most B of the 2 B end, one per beam: B others are left.
         going_on = found.masked_fill(ends, float("-inf"))
         scores, order = going_on.topk(beams, dim=-1)
         parents = (places // vocabulary).gather(1, order)
@@ -136,7 +136,7 @@ def beam(decoder: Decoder, end: int, max_tokens: int, beams: int) -> list[list[i
             own = torch.arange(beams, device=device).expand(prompts, -1)
             _improve(best, best_score, length_normalised(scores, length), texts, own)
             break
-        # A beginning's log P only falls, and is divided by the most at the greatest length.
+        # log P of a beam only falls, and its divisor is largest at max_tokens: an upper bound.
         if bool((length_normalised(scores[:, 0], max_tokens) <= best_score).all()):
             break
         first = torch.arange(prompts, device=device).unsqueeze(-1) * beams
@@ -146,7 +146,7 @@ def beam(decoder: Decoder, end: int, max_tokens: int, beams: int) -> list[list[i
 
 
 def _improve(best: list[list[int]], best_score: Tensor, candidates: Tensor, texts: Tensor, rows: Tensor) -> None:
-    """Put better candidates in place of the best ones: scores [S, B] of the texts [S, B', n] at `rows` [S, B]."""
+    """Replace the best texts by better candidates: scores [S, B] of the texts [S, B', n] at `rows` [S, B]."""
     score, which = candidates.max(dim=-1)
     for prompt in (score > best_score).nonzero().squeeze(-1).tolist():
         best[prompt] = texts[prompt, rows[prompt, which[prompt]]].tolist()
@@ -154,7 +154,7 @@ def _improve(best: list[list[int]], best_score: Tensor, candidates: Tensor, text
 
 
 def _one_each(decoder: Decoder, end: int, max_tokens: int, choose: Callable[[Tensor, int], Tensor]) -> list[list[int]]:
-    """One token a step for each prompt; `choose(logits [S, V], step) -> int64 [S]`."""
+    """One token per step for each prompt; `choose(logits [S, V], step) -> int64 [S]`."""
     tokens = choose(decoder.start(), 0)
     written, finished = [tokens], tokens == end
     while len(written) < max_tokens and not bool(finished.all()):

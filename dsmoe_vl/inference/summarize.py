@@ -1,4 +1,4 @@
-"""Video summaries: the text, and how much each frame matters. f: frames that the model has seen."""
+"""Video summaries: a text, and the importance of each frame. f: sampled frames."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.inference.search import GREEDY, Search
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
 
-KEY_SHARE = 0.15  # of the frames: the budget of SumMe and TVSum (Zhang et al. 2016, section 4.1)
+KEY_SHARE = 0.15  # of the frames become key frames: the budget of SumMe and TVSum (Zhang et al. 2016, section 4.1)
 
 
 @dataclass(frozen=True)
 class VideoSummary:
-    """Of one video. `seconds` and `importance`, in [0, 1], float32 [f]."""
+    """Summary of one video. `seconds` and `importance` (0 to 1): float32 [f]."""
 
     text: str
     seconds: np.ndarray
     importance: np.ndarray
 
     def at(self, seconds: np.ndarray) -> np.ndarray:
-        """The importance at other times, in between those seen: linear; constant beyond them."""
+        """Importance at other times: linear interpolation, constant beyond the sampled frames."""
         return np.interp(seconds, self.seconds, self.importance)
 
     def key_frames(self, count: int | None = None) -> list[int]:
-        """Numbers of the `count` frames to show, in the order of time; KEY_SHARE of them, rounded up, unless given.
+        """Indices of `count` key frames in order of time; default: KEY_SHARE of all frames, rounded up.
 
-        They are chosen one by one, always the greatest `importance * (1 - exp(-(d / tau) ** 2))`: d is the distance in
-        time to the nearest frame that is chosen already, tau half of what `count` frames would lie apart. So one event
-        does not fill the summary, and no unimportant frame gets into it for the sake of variety.
+        They are chosen greedily by the greatest `importance * (1 - exp(-(d / tau) ** 2))`: d is the distance in time to
+        the nearest chosen frame, tau half the distance between `count` evenly spaced frames. So one event does not fill
+        the summary, and no unimportant frame is chosen only for variety.
         """
         count = min(count or math.ceil(round(KEY_SHARE * len(self.seconds), 9)), len(self.seconds))
         tau = max(float(self.seconds[-1] - self.seconds[0]), 1e-6) / (2 * count)
@@ -54,7 +54,7 @@ class VideoSummary:
 def summarize(
     trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY
 ) -> list[VideoSummary]:
-    """One summary a video. Raises ConfigError for a model that has not learned it, DataError for bad media."""
+    """One summary per video. Raises ConfigError if the model has not learned it, DataError for unreadable media."""
     prompts = encode_all(trained.task(VideoSummaryTask).prompt, samples)
     decoder = CachedDecoder(trained, prompts, max_tokens)
     scores = trained.model.get_submodule("importance")(decoder.hidden[decoder.batch.frame_tokens]).sigmoid().cpu()

@@ -1,4 +1,4 @@
-"""A video's summary as files: the text, the key frames, a storyboard and the curve of importance."""
+"""Writes a video's summary to files: text, key frames, storyboard and importance curve."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _KEY_FRAME = re.compile(r"key_\d+_at_\d+\.\d\ds\.jpg")
 def write_summary(
     trained: TrainedModel, sample: Sample, summary: VideoSummary, folder: Path, count: int | None = None
 ) -> list[Path]:
-    """Fill `folder`; the files of its last summary are replaced. Returns those of the key frames.
+    """Write the files to `folder`, replacing an earlier summary. Returns the files of the key frames.
 
-    `count` key frames, or as many as `VideoSummary.key_frames` takes. Raises ConfigError where nothing can be written.
+    `count`: see `VideoSummary.key_frames`. Raises ConfigError if a file cannot be written.
     """
     pictures = [Image.fromarray(pixels) for _, pixels in sampled_frames(sample, trained.recipe.data)]
     keys = summary.key_frames(count)
@@ -60,7 +60,7 @@ def write_summary(
 
 
 def folder_names(paths: list[Path]) -> list[str]:
-    """A folder for each video: its name without the extension, from the second of a name on with a number."""
+    """A folder name for each video: its file name without the extension; repeated names get a number."""
     names: list[str] = []
     for path in paths:
         name, number = path.stem, 1

@@ -1,4 +1,4 @@
-"""How TensorBoard arranges a run: tags, the charts of the first screen, and the settings to compare runs by."""
+"""TensorBoard layout of a run: tags, charts, and the settings to compare runs by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsmoe_vl.optim.gradients import PARTS
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 
-# metrics.jsonl names a value plainly; TensorBoard groups by prefix.
+# Names in metrics.jsonl have no prefix; TensorBoard groups by prefix.
 _GROUPS = {
     "loss": "train", "lr": "train", "grad_norm": "train",
     "balance_loss": "moe", "z_loss": "moe", "max_violation": "moe", "max_violation_micro": "moe",
@@ -38,18 +38,18 @@ def tag(name: str) -> str:
 
 
 def layer_tag(layer: int, name: str) -> str:
-    """Of a decoder layer's aggregate."""
+    """The tag of a decoder layer's aggregate."""
     return f"moe/layer_{layer:02d}/{name}"
 
 
 def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
-    """The charts of the tab Custom Scalars: is it learning, is it fast, are the experts alive, how is the data."""
+    """Write the charts of the tab Custom Scalars: learning, speed, experts, sparsity and data."""
     terms = [f"loss_{term.name}" for task in learned_tasks(plan.recipe) for term in task.terms]
 
     def lines(*names: str) -> list[Any]:
         return ["Multiline", [tag(name) for name in names]]
 
-    # Nobody knows the peak rate of a CPU.
+    # The peak rate of a CPU is unknown.
     rate = {"share of the peak rate": lines("mfu")} if plan.device == "cuda" else {"TFLOP a second": lines("tflops")}
     layout: dict[str, dict[str, list[Any]]] = {
         "is it learning": {
@@ -91,7 +91,7 @@ def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
 
 
 def write_settings(writer: SummaryWriter, plan: RunPlan) -> None:
-    """The tab HParams: what runs differ in, and the values that they are compared by."""
+    """Write the tab HParams: settings that differ between runs, and the values to compare them by."""
     recipe, parameters = plan.recipe, plan.deepspeed.get("optimizer", {}).get("params", {})
     settings = {
         "lr": parameters.get("lr"),
@@ -125,6 +125,6 @@ def write_settings(writer: SummaryWriter, plan: RunPlan) -> None:
     }
     compared = ("loss", "eval_loss", "tokens_per_second", "max_violation")
     known = {name: value for name, value in settings.items() if value is not None}
-    # Into the run's own event file: SummaryWriter.add_hparams would open another run for them.
+    # Into the run's own event file: SummaryWriter.add_hparams would create another run.
     for summary in hparams(known, {tag(name): 0.0 for name in compared}):
         writer._get_file_writer().add_summary(summary)

@@ -1,4 +1,4 @@
-"""A profiler's trace of a few steps, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""A profiler trace of a few steps, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class StepProfiler:
-    """Profiles this rank from the first to the last of the named steps; without names, nothing.
+    """Profiles this rank from the first to the last of `steps`; does nothing if `steps` is empty.
 
-    The file is called `trace_stepFIRST_rankRANK.json.gz`. Sparse layers show their phases as `moe/...`; the time of an
-    all-to-all is seen here and not logged, because timing every call would make the host wait for the accelerator.
+    Writes `trace_stepFIRST_rankRANK.json.gz`. Sparse layers label their phases `moe/...`. The time of an all-to-all is
+    only in this trace and not logged, because timing every call would make the host wait for the accelerator.
     """
 
     def __init__(self, run_dir: Path, steps: tuple[int, ...], rank: int) -> None:
@@ -22,7 +22,7 @@ class StepProfiler:
         self._running: profile | None = None
 
     def before(self, step: int) -> None:
-        """Step `step` is about to be taken."""
+        """Call before step `step`."""
         if self._steps and step == self._steps[0]:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -31,13 +31,13 @@ class StepProfiler:
             self._running.start()
 
     def after(self, step: int) -> Path | None:
-        """Step `step` has been taken: the trace, if it is the last one of it."""
+        """Call after step `step`. Returns the trace file after the last profiled step."""
         if self._running is None or step < self._steps[-1]:
             return None
         return self.close()
 
     def close(self) -> Path | None:
-        """Write what there is; for a run that ends within the window."""
+        """Write an unfinished trace, if the run ends within `steps`."""
         if self._running is None or self._path is None:
             return None
         running, self._running = self._running, None

@@ -1,4 +1,4 @@
-"""The routers' flight recorder: adds up every step on the device and reads back once in `run.router_every` steps."""
+"""Records routing: adds up every step on the device and reads back once every `run.router_every` steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 class RouterRecorder:
-    """Keeps `router.npz` of a run. Only rank 0 has one: a step's sums are over all ranks already.
+    """Writes `router.npz` of a run. Only rank 0 has one: a step's sums are already over all ranks.
 
-    It sees what the optimizer steps return, and nothing else: evaluation passes and the recomputation of activation
-    checkpointing cannot be counted.
+    It reads only the results of optimizer steps, so evaluation and the recomputation of activation checkpointing are
+    not counted.
     """
 
     def __init__(self, plan: RunPlan, first_step: int) -> None:
@@ -28,7 +28,7 @@ class RouterRecorder:
             try:
                 self._series = RouterSeries.load_from(self._path).until(first_step)
             except DataError:
-                self._path.replace(self._path.with_suffix(".unreadable"))  # a recorder ends no training
+                self._path.replace(self._path.with_suffix(".unreadable"))  # a bad file must not stop training
         self._begin()
 
     def _begin(self) -> None:
@@ -37,8 +37,8 @@ class RouterRecorder:
         self._tokens = dict.fromkeys(Modality, 0)
 
     def add(self, routing: RoutingSums, counts: dict[str, int]) -> None:
-        """One step: its routing and its global counts."""
-        # In float64: float32 counts exactly to 2**24 only, which an expert may see in a hundred steps.
+        """Add the routing and the global counts of one step."""
+        # In float64: float32 counts exactly only to 2**24, which an expert may reach in a hundred steps.
         self._sums = (
             [total.add_(new) for total, new in zip(self._sums, routing, strict=True)]
             if self._sums
@@ -49,7 +49,7 @@ class RouterRecorder:
         self._steps += 1
 
     def record(self, step: int) -> RouterSeries | None:
-        """Write what came since the last record, as ending with `step`, and return it; None where nothing came."""
+        """Write and return the record of all steps since the last one, up to `step`; None if there are none."""
         if not self._steps:
             return None
         sums = RoutingSums(*(values.cpu().unsqueeze(0) for values in self._sums))

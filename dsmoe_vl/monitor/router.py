@@ -1,4 +1,4 @@
-"""What a run's routers have done, as a picture: `python -m dsmoe_vl.monitor.router runs/NAME [--output out.png]`."""
+"""Draws the routing of a run: `python -m dsmoe_vl.monitor.router runs/NAME [--output out.png]`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
 
 _TIMES = 96  # columns of a panel over time, at most
-_LAYERS_OVER_TIME = 8  # layers with a panel of their own, evenly chosen where there are more
+_LAYERS_OVER_TIME = 8  # layers with their own panel, evenly chosen if there are more
 
 
 def draw_record(series: RouterSeries, first_layer: int) -> Image.Image:
-    """The last record: layers x experts, of all tokens, of every task and of every modality that had any, and the
-    layers' gate weights. first_layer: the number of the first decoder layer with experts."""
+    """The last record: layers x experts, for all tokens, every task and every modality with tokens, and gate weights.
+    first_layer: number of the first decoder layer with experts."""
     last = series.rows(slice(-1, None))
     steps = f"steps {last.step[0] - last.steps[0] + 1} to {last.step[0]}"
     return sheet(f"router load, {steps}", [[*_load_panels(last, first_layer), _gate_panel(last, first_layer)]])
@@ -32,7 +32,7 @@ def draw_run(series: RouterSeries, first_layer: int) -> Image.Image:
     """The whole run: the last record, every layer's experts over time, and the layers' aggregates over time."""
     last = series.rows(slice(-1, None))
     layers = _layer_names(series, first_layer)
-    # Old records are longer than young ones: equally far steps, each drawn by the record that holds it.
+    # Old records cover more steps than new ones: take evenly spaced steps, and draw the record of each.
     steps = np.linspace(series.step[0] - series.steps[0] + 1, series.step[-1], min(len(series), _TIMES))
     times = series.rows(np.searchsorted(series.step, np.floor(steps)))
     ends = (str(times.step[0] - times.steps[0] + 1), str(times.step[-1]))
@@ -89,10 +89,10 @@ def _layer_names(series: RouterSeries, first_layer: int) -> list[str]:
 
 
 def main() -> int:
-    """Exit status: 0 drawn, 2 a user's error."""
-    parser = argparse.ArgumentParser(description="Draw what the routers of a run have done.", allow_abbrev=False)
+    """Exit status: 0 if drawn, 2 for a user's error."""
+    parser = argparse.ArgumentParser(description="Draw the routing of a run.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
-    parser.add_argument("--output", type=Path, help="the picture; RUN/router.png unless given")
+    parser.add_argument("--output", type=Path, help="the picture (default: RUN/router.png)")
     args = parser.parse_args()
     try:
         series = RouterSeries.load_from(args.run / FILE)

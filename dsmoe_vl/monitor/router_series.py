@@ -1,4 +1,4 @@
-"""`router.npz` of a run: what the routers have done so far, interval by interval. Sums only, so intervals add up.
+"""`router.npz` of a run: routing statistics by interval. All are sums, so intervals can be added.
 
 Shapes: R records, N MoE layers, J tasks, M modalities, E experts (of the widest layer), B bins.
 """
@@ -18,30 +18,30 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import replacing
 
 FILE = "router.npz"
-RECORDS_AT_MOST = 256  # then the older half is added up in pairs, so that the file stays small in a run of any length
-LIVE_SHARE = 0.01  # an expert with less than this part of an even share is dead
+RECORDS_AT_MOST = 256  # then the older half is summed in pairs, so that the file stays small in long runs
+LIVE_SHARE = 0.01  # an expert with less than this fraction of an even share is dead
 
 
 @dataclass(frozen=True)
 class RouterSeries:
-    """Arrays with a row for every record, in order; `experts` has none.
+    """Arrays with one row per record, in order, except `experts`.
 
-    Counts are exact. Of the fields: `violation` is the mean over a rank's micro-batches, added up over steps.
+    Counts are exact. `violation` is the mean over the micro-batches of all ranks, summed over steps.
     """
 
-    experts: NDArray[np.int64]  # [N] E of every layer
-    step: NDArray[np.int64]  # [R] the last one of the interval
-    steps: NDArray[np.int64]  # [R] how many the interval has
-    tokens: NDArray[np.int64]  # [R, M] real ones
-    load: NDArray[np.int64]  # [R, N, J, M, E] assignments that were computed
-    dropped: NDArray[np.int64]  # [R, N] assignments that were not
+    experts: NDArray[np.int64]  # [N] experts of every layer
+    step: NDArray[np.int64]  # [R] last step of the interval
+    steps: NDArray[np.int64]  # [R] number of steps in the interval
+    tokens: NDArray[np.int64]  # [R, M] without padding
+    load: NDArray[np.int64]  # [R, N, J, M, E] computed assignments
+    dropped: NDArray[np.int64]  # [R, N] dropped assignments
     gates: NDArray[np.int64]  # [R, N, B] computed assignments by their gate, in equal bins from 0 to 1
-    entropy: NDArray[np.float64]  # [R, N, M] nats, added up over tokens
+    entropy: NDArray[np.float64]  # [R, N, M] nats, summed over tokens
     violation: NDArray[np.float64]  # [R, N]
 
     @staticmethod
     def empty(experts: tuple[int, ...], bins: int) -> RouterSeries:
-        """Without records."""
+        """A series without records."""
         layers, tasks, modalities = len(experts), len(TASKS), len(Modality)
         return RouterSeries(
             experts=np.array(experts, np.int64),
@@ -57,19 +57,19 @@ class RouterSeries:
 
     @staticmethod
     def load_from(path: Path) -> RouterSeries:
-        """Raises DataError where there is no such file or another one."""
+        """Read a file. Raises DataError if it is missing or not a router.npz."""
         try:
             with np.load(path) as file:
                 return RouterSeries(**{field.name: file[field.name] for field in fields(RouterSeries)})
         except FileNotFoundError:
             raise DataError(
-                f"{path} is not there: name a run with MoE layers and run.router_every above 0 that has got that far"
+                f"{path} does not exist: name a run with MoE layers, run.router_every above 0 and a first record"
             ) from None
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            raise DataError(f"{path} is not a router.npz as training writes it") from None
+            raise DataError(f"{path} is not a router.npz from training: name another run") from None
 
     def save(self, path: Path) -> None:
-        """Replace the file: whoever reads it sees the old or the new one, whole."""
+        """Write atomically: a reader sees the old or the new file."""
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **vars(self))
 
@@ -77,7 +77,7 @@ class RouterSeries:
         return len(self.step)
 
     def with_record(self, record: RouterSeries) -> RouterSeries:
-        """One record more; some of the older ones are joined where there would be too many."""
+        """Append a record; older ones are summed in pairs if there are too many."""
         series = self._joined(record)
         if len(series) <= RECORDS_AT_MOST:
             return series
@@ -85,7 +85,7 @@ class RouterSeries:
         return series.rows(slice(0, half)).summed(2)._joined(series.rows(slice(half, None)))
 
     def until(self, step: int) -> RouterSeries:
-        """The records of steps up to this one: a resumed run takes the later steps again."""
+        """The records up to `step`: a resumed run takes the later steps again."""
         return self.rows(slice(0, int(np.searchsorted(self.step, step, "right"))))
 
     def rows(self, which: slice | NDArray[np.intp]) -> RouterSeries:
@@ -93,20 +93,20 @@ class RouterSeries:
         return replace(self, **{name: values[which] for name, values in self._series().items()})
 
     def summed(self, group: int) -> RouterSeries:
-        """Every `group` neighbouring records as one, fewer in the last."""
+        """Sum every `group` neighbouring records into one; the last may have fewer."""
         starts = np.arange(0, len(self), group)
         ends = np.minimum(starts + group, len(self)) - 1
         series = {name: np.add.reduceat(values, starts) for name, values in self._series().items()}
         return replace(self, **{**series, "step": self.step[ends]})
 
     def exists(self) -> NDArray[np.bool_]:
-        """bool [N, E]: which columns of `load` stand for an expert."""
+        """bool [N, E]: which columns of `load` are an expert."""
         return np.arange(self.load.shape[-1]) < self.experts[:, None]
 
     def relative_load(self, over: tuple[int, ...] = (2, 3)) -> NDArray[np.float64]:
-        """Load over an even share: 1 where routing is even; NaN where there is no expert or no token.
+        """Load over an even share: 1 if routing is even; NaN without expert or without tokens.
 
-        over: the axes of `load` that are added up, tasks (2) and modalities (3) unless given.
+        over: the axes of `load` to sum; default: tasks (2) and modalities (3).
         """
         load = self.load.sum(over, keepdims=True).astype(np.float64)
         total = load.sum(-1, keepdims=True)
@@ -115,7 +115,7 @@ class RouterSeries:
         return np.where(self.exists().reshape(1, -1, 1, 1, load.shape[-1]), share, np.nan).squeeze(over)
 
     def of_layers(self) -> dict[str, NDArray[np.float64]]:
-        """Aggregates [R, N] by name, as TensorBoard shows them for every layer."""
+        """Aggregates [R, N] by name, as in TensorBoard for every layer."""
         share = self.relative_load()
         tokens = np.maximum(self.tokens.sum(1), 1)[:, None]
         assignments = self.load.sum((2, 3, 4)) + self.dropped

@@ -1,7 +1,6 @@
-"""What the user sees of a run: TensorBoard, `metrics.jsonl` and the terminal, all three from the same numbers.
+"""Logs a run to TensorBoard, `metrics.jsonl` and the terminal, all three from the same numbers.
 
-Only rank 0 writes. Values are averaged over the steps since the last line; nothing is read back from the accelerator in
-between.
+Only rank 0 writes. Values are means over a logging interval; nothing is read back from the accelerator in between.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from dsmoe_vl.planner.plan import RunPlan
 
 
 class RunLog:
-    """Writes on rank 0, does nothing elsewhere."""
+    """Writes on rank 0, does nothing on other ranks."""
 
     def __init__(self, plan: RunPlan, rank: int, first_step: int) -> None:
         self.enabled = rank == 0
@@ -51,13 +50,13 @@ class RunLog:
         self._first_step = first_step
 
     def say(self, text: str) -> None:
-        """One line to the terminal or the log."""
+        """Print one line to standard output."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Advance the progress bar by one optimizer step."""
         if self.enabled and self._bar is not None:
             self._bar.update()
 
@@ -90,7 +89,7 @@ class RunLog:
         self.say(f"step {step}/{self.steps}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def log_router(self, series: RouterSeries | None) -> None:
-        """Show the recorder's last record: a picture, and a few aggregates of every layer."""
+        """Write the recorder's last record to TensorBoard: a picture, and aggregates of every layer."""
         if not self.enabled or series is None or self._writer is None:
             return
         step = int(series.step[-1])
@@ -101,7 +100,7 @@ class RunLog:
                 self._writer.add_scalar(layer_tag(layer, name), value, step)
 
     def log_samples(self, step: int) -> None:
-        """Ask the checkpoint of `step` about held-out samples, if enough steps have gone since the last time."""
+        """Run the checkpoint of `step` on held-out samples, if enough steps have passed since the last time."""
         if not self.enabled or not self.plan.recipe.run.samples_every or not self.plan.recipe.data.evaluation:
             return
         if step - self._samples_at < self.plan.recipe.run.samples_every and step != self.steps:
@@ -109,14 +108,14 @@ class RunLog:
         self._samples_at = step
         try:
             picture = write_samples(self.plan.run_dir, self.plan.recipe, self.plan.device, step)
-        except Exception as error:  # whatever it is, the training is worth more than a picture
-            self.say(f"no samples of step {step}: {type(error).__name__}: {error}")
+        except Exception as error:  # no error here may stop training
+            self.say(f"no samples at step {step}: {type(error).__name__}: {error}")
             return
         if picture is not None and self._writer is not None:
             self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush everything."""
+        """Close the files."""
         if not self.enabled:
             return
         if self._bar is not None:
@@ -126,7 +125,7 @@ class RunLog:
         self._metrics.close()
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        # Nine digits tell any two fp32 numbers apart.
+        # Nine digits distinguish any two fp32 numbers.
         short = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
         self._metrics.write(json.dumps({"step": step, **short}) + "\n")
         self._metrics.flush()
@@ -136,7 +135,7 @@ class RunLog:
 
 
 def _open_at(path: Path, first_step: int) -> Any:
-    """The metrics file for appending, without the lines of steps that a resumed run will take again."""
+    """Open the metrics file for appending, without the lines of steps that a resumed run takes again."""
     if path.exists():
         kept = []
         for line in path.read_text().splitlines():

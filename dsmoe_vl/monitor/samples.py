@@ -1,7 +1,7 @@
-"""What the model does with a few held-out pictures and videos, asked while it trains.
+"""Runs the model on a few held-out pictures and videos during training.
 
-The model is read from the checkpoint that has just been written. Its one file of weights holds for any topology, so
-that rank 0 needs no collective: the other ranks wait at the next one, for `_SECONDS` and one answer more at most.
+The model is read from the checkpoint just written. Its weights file does not depend on the topology, so rank 0 needs no
+collective. The other ranks wait at the next one, for at most `_SECONDS` plus one answer.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.video_summary import importance_at
 
 SHOWN = 8  # samples, over all held-out sources
-_GALLERY = 32  # among which a text looks for its picture
-_TOKENS = 48  # of a generated text
+_GALLERY = 32  # pictures that a text query searches
+_TOKENS = 48  # per generated text
 _SECONDS = 60.0
-_FRAMES = 4  # of a video that are drawn
-_HITS = 5  # that are shown
+_FRAMES = 4  # drawn per video
+_HITS = 5  # shown per query
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model made of one sample; None where it has not learned to, or there was no time."""
+    """Outputs for one sample; None if the model has not learned the task or time ran out."""
 
     sample: Sample
     caption: str | None = None
-    rank: int | None = None  # of the own picture when looked for by the first caption, 1 is best
+    rank: int | None = None  # of the sample's picture for its first caption, 1 is best
     gallery: int = 0
-    found: tuple[Sample, ...] = ()  # the nearest, the best first
+    found: tuple[Sample, ...] = ()  # the nearest samples, best first
     summary: VideoSummary | None = None
-    truth: np.ndarray | None = None  # the annotators' importance of the summary's frames
+    truth: np.ndarray | None = None  # annotated importance of the summary's frames
 
     def record(self) -> dict[str, Any]:
-        """As a line of JSON has it."""
+        """The values of a JSON line."""
         values: dict[str, Any] = {"key": self.sample.key, "source": self.sample.source}
         values["reference"] = _reference(self.sample)
         if self.caption is not None:
@@ -71,9 +71,9 @@ class Answer:
 
 
 def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Image.Image | None:
-    """Write `samples/step_XXXXXXXX.png` and `.jsonl` of a run; the picture, or None without held-out samples.
+    """Write `samples/step_XXXXXXXX.png` and `.jsonl` of a run. Returns the picture, or None without held-out samples.
 
-    Leaves torch's random state as it was: a run that is watched takes the same steps as one that is not.
+    Restores torch's random state, so that samples do not change the training steps.
     """
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         answers = ask(load_run(run_dir, _place(run_dir, device)), recipe, _SECONDS)
@@ -89,7 +89,7 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
 
 
 def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
-    """The first SHOWN held-out samples that can be read, with answers as far as the time goes."""
+    """Answers for the first SHOWN readable held-out samples, as many as fit into the time."""
     end = time.monotonic() + seconds
     tasks = {spec.name for spec in learned_tasks(recipe)}
     gallery = [sample for sample in islice(held_out(recipe), _GALLERY) if _pictures(sample)]
@@ -113,7 +113,7 @@ def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
 
 
 def held_out(recipe: Recipe) -> Iterator[Sample]:
-    """Samples of all held-out sources in turn, always the same."""
+    """Samples of all held-out sources in turn, always in the same order."""
     data = recipe.data
     streams = [iterate_samples(source.path, source.name, data=data) for source in data.evaluation]
     while streams:
@@ -129,14 +129,14 @@ def _with_caption(trained: TrainedModel, answer: Answer) -> Answer:
 
 
 def _with_summary(trained: TrainedModel, answer: Answer) -> Answer:
-    importance_at(answer.sample, [0.0])  # DataError for what is no annotated video
+    importance_at(answer.sample, [0.0])  # DataError if it is not an annotated video
     (summary,) = summarize(trained, [answer.sample], _TOKENS)
     truth = importance_at(answer.sample, [float(second) for second in summary.seconds])
     return replace(answer, summary=summary, truth=truth)
 
 
 def _with_hits(trained: TrainedModel, answers: list[Answer], gallery: list[Sample], end: float) -> list[Answer]:
-    """Where each sample's text finds its picture among the gallery's, as much of it as there is time for."""
+    """Add the rank of each sample's picture for its text; the gallery is cut off when time runs out."""
     vectors, kept = [], []
     for sample in gallery:
         if time.monotonic() > end:
@@ -173,7 +173,7 @@ def _row(answer: Answer) -> Row:
     if answer.summary is not None:
         texts.append(("summary", answer.summary.text))
     if answer.rank is not None:
-        texts.append(("retrieval", f"the reference finds it as number {answer.rank} of {answer.gallery}; the nearest:"))
+        texts.append(("retrieval", f"rank {answer.rank} of {answer.gallery} for the reference; the nearest:"))
     curves = None
     if answer.summary is not None and answer.truth is not None:
         curves = Curves(answer.summary.seconds, answer.summary.importance, answer.truth)
@@ -182,7 +182,7 @@ def _row(answer: Answer) -> Row:
 
 
 def _pictures(sample: Sample) -> list[Image.Image]:
-    """The picture, or a few frames; none if it cannot be read."""
+    """The picture, or a few frames; empty if unreadable."""
     try:
         return [Image.fromarray(pixels) for pixels in pictures_of(sample, _FRAMES, enough_pixels=256 * 256)]
     except DataError:
@@ -194,7 +194,7 @@ def _reference(sample: Sample) -> str:
 
 
 def _place(run_dir: Path, device: str) -> str:
-    """The accelerator if a second copy of the weights fits beside the training twice over, else the CPU."""
+    """The accelerator if its free memory is more than twice the weights, else the CPU."""
     if device != "cuda":
         return "cpu"
     checkpoint, _ = require_newest(run_dir)

@@ -1,7 +1,7 @@
 """Signs of trouble in the logged values, each with its likely cause and the setting to try.
 
 Every sign is a pure function of the lines logged so far (values by name, the newest last) that returns a sentence or
-None. They speak only of what has lasted for several lines, so that one unlucky interval is no alarm.
+None. Most signs need several lines in a row, so that one bad interval gives no warning.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from statistics import median
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.planner.parameters import experts_of_layers
 
-LASTING = 5  # lines for which a state has to hold
-_DEAD = 0.25  # of the experts
-_VIOLATION = 0.8  # of what is reached when one expert serves every token
-_ENTROPY = 0.05  # of an even routing's
-_WAIT = 0.2  # of the time of a step
-_STILL_LINES, _STILL_STEPS, _STILL_FALL = 20, 200, 0.01  # lines and steps in which a loss has to fall by this part
+LASTING = 5  # lines that a state must last
+_DEAD = 0.25  # fraction of dead experts
+_VIOLATION = 0.8  # fraction of the value that one expert with all tokens gives
+_ENTROPY = 0.05  # fraction of even routing's entropy
+_WAIT = 0.2  # fraction of the step time
+_STILL_LINES, _STILL_STEPS, _STILL_FALL = 20, 200, 0.01  # lines and steps in which a loss must fall by this fraction
 _EXPLODING = 10.0  # times the median
-_KEPT = 400  # lines
+_KEPT = 400  # lines kept
 
 Line = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the signs must know of a run: its routing by design, and whether its lines begin with its first step."""
+    """Facts of a run that the signs need: its routing, and whether its lines begin with its first step."""
 
     experts: int  # of the widest layer; 0: dense
     top_k: int
-    task_routing: bool  # all tokens of a task go to the same experts because the recipe says so
+    task_routing: bool  # the recipe sends all tokens of a task to the same experts
     from_start: bool
 
 
 def non_finite(lines: Sequence[Line], facts: Facts) -> str | None:
-    """A loss or a gradient norm that is no number any more."""
+    """A loss or a gradient norm that is not finite."""
     last = lines[-1]
     names = [name for name in last if name.startswith(("loss", "grad_norm", "z_loss", "balance_loss"))]
     wrong = [name for name in names if not math.isfinite(last[name])]
@@ -51,7 +51,7 @@ def non_finite(lines: Sequence[Line], facts: Facts) -> str | None:
 
 
 def exploding_gradient(lines: Sequence[Line], facts: Facts) -> str | None:
-    """A gradient norm far above what it used to be."""
+    """A gradient norm far above its median."""
     norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
     if len(norms) <= LASTING or not math.isfinite(norms[-1]):
         return None
@@ -66,7 +66,7 @@ def exploding_gradient(lines: Sequence[Line], facts: Facts) -> str | None:
 
 
 def collapsing_router(lines: Sequence[Line], facts: Facts) -> str | None:
-    """Experts that get nothing, or one that gets everything."""
+    """Experts without tokens, or one with nearly all of them."""
     recent = [line for line in lines if "max_violation" in line][-LASTING:]
     if len(recent) < LASTING or facts.experts <= facts.top_k or facts.task_routing:
         return None
@@ -100,7 +100,7 @@ def starving_loader(lines: Sequence[Line], facts: Facts) -> str | None:
 
 
 def still_loss(lines: Sequence[Line], facts: Facts) -> str | None:
-    """A task's loss that has not fallen since the first step; a run that continues does not know that one."""
+    """A task's loss that has not fallen since the first step. Not for resumed runs, which do not know that step."""
     if not facts.from_start:
         return None
     names = sorted({name for line in lines for name in line if name.startswith("loss_")})
@@ -116,7 +116,7 @@ def still_loss(lines: Sequence[Line], facts: Facts) -> str | None:
     if not still:
         return None
     return (
-        f"{', '.join(still)} does not move. Likely a weight that the other tasks drown, few samples of the task in the "
+        f"{', '.join(still)} does not fall. Likely a task weight that is too low, few samples of the task in the "
         "mixture, or a learning rate that is too low. Try a larger weight in [tasks.NAME], a larger weight of its "
         "sources, or another optimizer.params.lr; `launch/doctor.py objective` checks the gradients"
     )
@@ -132,7 +132,7 @@ SIGNS: tuple[Callable[[Sequence[Line], Facts], str | None], ...] = (
 
 
 class Watch:
-    """Looks for signs in line after line, and tells of each at most once in so many steps."""
+    """Checks every line for signs, and reports each one at most once in `_pause` steps."""
 
     def __init__(self, recipe: Recipe, first_step: int) -> None:
         moe, experts = recipe.moe, experts_of_layers(recipe)
@@ -142,9 +142,9 @@ class Watch:
         self._told: dict[str, float] = {}
 
     def look(self, step: int, values: Line) -> list[str]:
-        """The signs of an interval that ends with `step`, without those told lately."""
+        """The signs of an interval that ends with `step`, without those reported recently."""
         self._lines.append({"step": step, **values})
-        if len(self._lines) > _KEPT:  # the first lines stay: what a loss began with
+        if len(self._lines) > _KEPT:  # keep the first lines, for the initial losses
             del self._lines[LASTING]
         found = []
         for sign in SIGNS:

@@ -1,4 +1,4 @@
-"""The page that an evaluation leaves beside its scores. `content.py` says what it shows, `page.py` renders it."""
+"""The HTML report of an evaluation. `content.py` defines its data, `page.py` renders it."""
 
 from __future__ import annotations
 

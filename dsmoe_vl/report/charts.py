@@ -1,6 +1,6 @@
-"""The geometry of a report's charts: the importance of a video's frames over time, and loads of experts by layer.
+"""The geometry of the report's charts: importance of a video's frames over time, and expert load by layer.
 
-Shapes: N sparse layers, E experts of the widest layer, f frames that the model has seen.
+Shapes: N sparse layers, E experts of the widest layer, f sampled frames.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from PIL import Image
 from dsmoe_vl.drawing.canvas import round_ticks
 from dsmoe_vl.report.content import Storyboard
 
-_WIDTH, _HEIGHT = 1000, 100  # of the curve's own units; the page stretches them
-_DOTS = 64  # frames whose points are drawn
-_MAP_WIDTH = 640  # pixels, as are all below: of all experts, where they can be as wide as wanted
-_CELL = (3, 36)  # least and greatest width of a cell
+_WIDTH, _HEIGHT = 1000, 100  # units of the curve's SVG box; the page stretches it
+_DOTS = 64  # with more frames than this, no points are drawn
+_MAP_WIDTH = 640  # pixels, like all below: width of all experts, if cells are within their limits
+_CELL = (3, 36)  # minimum and maximum cell width
 _ROW = 22
-_MARGIN = (54, 34)  # room for names at the left and above
-_COLUMN = 24  # room for an expert's number
-_CELLS_AS_PICTURE = 1500  # more cells than this are one PNG, of a pixel each
-_HEAT = (47, 125, 209)  # of the PNG, which cannot know the page's colours: seen on white and on black
+_MARGIN = (54, 34)  # left and top, for names
+_COLUMN = 24  # width of an expert's number
+_CELLS_AS_PICTURE = 1500  # with more cells than this, the map is one PNG with a pixel per cell
+_HEAT = (47, 125, 209)  # colour of the PNG, visible on a light and a dark page
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A number under a curve, at `percent` of its width. One at the right border stands left of it, so that nothing
-    sticks out of the page."""
+    """A number under a curve, at `percent` of its width. `at_border`: written to the left, to stay inside the page."""
 
     seconds: float
     percent: float
@@ -37,8 +36,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class ImportanceChart:
-    """`paths`: SVG paths in a box of `width` x `height`, from the back to the front, by what they show; some are empty.
-    `seconds`: the length of the axis."""
+    """`paths`: SVG paths by name in a box of `width` x `height`, from back to front; some are empty. `seconds`: length
+    of the axis."""
 
     width: int
     height: int
@@ -49,8 +48,8 @@ class ImportanceChart:
 
 @dataclass(frozen=True)
 class Cell:
-    """One expert of a layer, its corner in pixels. `share` of the layer's assignments; `depth` of its colour, 0 to 1;
-    `percent`: the share as a number without a sign."""
+    """One expert of a layer; `x`, `y`: its corner in pixels. `share`: of the layer's assignments; `depth`: of its
+    colour, 0 to 1; `percent`: the share as text, without a percent sign."""
 
     x: int
     y: int
@@ -63,9 +62,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class LoadMap:
-    """Sizes and places in pixels. The map itself is `cell * experts` x `row * len(rows)`, its corner at (`left`,
-    `above`). `columns`: the middles of the experts whose numbers are shown; `rows`: upper ends, by a layer's number.
-    Either `cells` or `picture`, a PNG of a pixel a cell, is empty."""
+    """Sizes and positions in pixels. The map itself is `cell * experts` x `row * len(rows)`, its corner at (`left`,
+    `above`). `columns`: centres of the labelled experts; `rows`: upper ends by layer number. Either `cells` or
+    `picture`, a PNG with a pixel per cell, is empty."""
 
     width: int
     height: int
@@ -110,8 +109,8 @@ def importance_chart(board: Storyboard) -> ImportanceChart:
 
 
 def load_map(shares: np.ndarray, top: float, layers: list[int], experts: list[int]) -> LoadMap:
-    """Shares [N, E] of each layer's assignments, 0 to 1; the deepest colour is `top`. Layers by their numbers, with as
-    many experts as they have."""
+    """Map of shares [N, E] of each layer's assignments, 0 to 1. `top` has the deepest colour; `layers` [N]: their
+    numbers; `experts` [N]: experts of each layer."""
     count = shares.shape[1]
     cell = min(max(round(_MAP_WIDTH / count), _CELL[0]), _CELL[1])
     left, above = _MARGIN
@@ -137,7 +136,7 @@ def load_map(shares: np.ndarray, top: float, layers: list[int], experts: list[in
 def _cells(
     shares: np.ndarray, depths: np.ndarray, rows: dict[int, int], experts: list[int], left: int, width: int
 ) -> list[Cell]:
-    """A narrower layer has empty places."""
+    """One cell per expert; a narrower layer has fewer."""
     return [
         Cell(left + width * e, y, layer, e, float(share), float(depth), _percent(float(share)))
         for (layer, y), count, own_shares, own_depths in zip(rows.items(), experts, shares, depths, strict=True)

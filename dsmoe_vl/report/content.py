@@ -1,8 +1,8 @@
-"""What a report of an evaluation shows: small, gathered while the evaluation runs, the same on any number of ranks.
+"""Data of an evaluation's report: small, collected during the evaluation, the same on any number of ranks.
 
-A task brings its own part, a `TaskPart`; the page knows no task by name.
+Each task provides its own `TaskPart`; the page knows no task by name.
 
-Shapes: N sparse layers, J tasks, M modalities, E experts of the widest layer, f frames that the model has seen.
+Shapes: N sparse layers, J tasks, M modalities, E experts of the widest layer, f sampled frames.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class CaptionExample:
-    """A picture, or some frames of a video, with what was generated for it. `correct` None: the truth is unknown."""
+    """A picture, or some frames of a video, with its generated caption. `correct` None: the truth is unknown."""
 
     key: str
     pictures: list[Thumbnail]
@@ -37,7 +37,7 @@ class CaptionExample:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a query found: a text or a picture, its cosine with the query, and whether it belongs to the query."""
+    """A result of a query: a text or picture, its cosine similarity, and whether it belongs to the query."""
 
     score: float
     right: bool
@@ -47,9 +47,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """A query, a text or a picture, and its best candidates, the best one first.
+    """A query (text or picture) and its best candidates, the best one first.
 
-    `place`: that of the best right candidate among all `gallery` candidates, from 1, as the metrics count it.
+    `right`: the best right candidate; `place`: its rank among all `gallery` candidates, from 1, as in the metrics.
     """
 
     direction: Literal["text_to_media", "media_to_text"]
@@ -63,8 +63,8 @@ class RetrievalExample:
 
 @dataclass(frozen=True)
 class Storyboard:
-    """A video as the model sees it. `seconds`, `importance` [f] in [0, 1]; `annotated` [parts]: the mean of the
-    `annotators`, of equal parts of `duration_seconds`. `frames`: some frames by number, those of `key_frames` included.
+    """A video with its importance. `seconds` and `importance` (0 to 1): [f]; `annotated` [parts]: mean over
+    `annotators`, of equal parts of `duration_seconds`. `frames`: some frames by index, mostly key frames.
     """
 
     key: str
@@ -82,7 +82,7 @@ class Storyboard:
 
 @dataclass(frozen=True)
 class CaptionExamples:
-    """Captions of one folder of shards, chosen at random. `wrong`: more of them, all wrong."""
+    """Captions of one folder of shards, chosen at random. `wrong`: additional ones, all wrong."""
 
     random: list[CaptionExample] = field(default_factory=list)
     wrong: list[CaptionExample] = field(default_factory=list)
@@ -90,7 +90,7 @@ class CaptionExamples:
 
 @dataclass(frozen=True)
 class ScoreLabel:
-    """What a score is called on the page, and how it is written.
+    """Display name and format of a score.
 
     A "count" is a whole number, a "percent" a fraction that is shown times 100, "plain" has three decimals.
     """
@@ -101,8 +101,8 @@ class ScoreLabel:
 
 @dataclass(frozen=True)
 class Section:
-    """A task's section of the page. `anchor`: its id. `template`: a Jinja2 template that is given `folders`, a list of
-    (short name, examples) of the folders that have any; it may import `macros.html`."""
+    """A task's section of the page. `anchor`: its id. `template`: a Jinja2 template with the variable `folders`, a list
+    of (short name, examples) of folders with examples; it may import `macros.html`."""
 
     anchor: str
     title: str
@@ -111,8 +111,8 @@ class Section:
 
 @dataclass(frozen=True)
 class TaskPart:
-    """Everything that the page says of one task. `title`: of its scores; `labels`: by a score's name in eval.json;
-    `examples`: by folder, in whatever form the section's template reads."""
+    """One task's part of the page. `title`: of its scores; `labels`: by a score's name in eval.json; `examples`: by
+    folder, in the form that the section's template reads."""
 
     title: str
     labels: Mapping[str, ScoreLabel]
@@ -123,7 +123,7 @@ class TaskPart:
 @dataclass(frozen=True)
 class ExpertLoad:
     """Assignments of tokens to experts, float64 [N, J, M, E]. `layers` [N]: the decoder layers' numbers, from 0;
-    `experts` [N]: how many they have, the columns beyond are empty."""
+    `experts` [N]: experts of each layer, columns beyond are 0."""
 
     load: np.ndarray
     layers: list[int]

@@ -1,7 +1,7 @@
-"""The page that an evaluation leaves beside its scores: one file that needs nothing else, not even a network.
+"""Renders an evaluation's report to one HTML file that needs no other file and no network.
 
-What it says stands in `templates/`, where the engine escapes all text from data, plans and paths; the numbers, paths of
-curves and shares are computed here and beside.
+Its text is in `templates/`, where Jinja2 escapes all text from data, plans and paths. Numbers and charts are computed
+in this package.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from dsmoe_vl.report.routing import routing
 from dsmoe_vl.report.scores import digits, score_tables
 from dsmoe_vl.report.text import flat, magnitude, short_names
 
-# Not allowed in HTML, or without a picture: the C0 and C1 control characters, and halves of surrogate pairs.
+# Not allowed in HTML or not visible: C0 and C1 control characters, lone surrogates and noncharacters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(report: Report) -> str:
-    """The whole page. HTML. Raises jinja2.TemplateError where a task's template cannot be read or rendered."""
+    """The page as HTML. Raises jinja2.TemplateError if a task's template cannot be read or rendered."""
     names = short_names([*report.scores, *(folder for part in report.tasks.values() for folder in part.examples)])
     filled = []
     for section, variables in _sections(report, names):
         template = _environment(section.template.parent).get_template(section.template.name)
         if body := template.render(variables).strip():
-            filled.append((section, Markup(body)))  # escaped as it was rendered
+            filled.append((section, Markup(body)))  # already escaped when rendered
     page = _environment(TEMPLATES).get_template("page.html").render(report=report, names=names, sections=filled)
     return _UNPRINTABLE.sub("�", page)
 
 
 def _sections(report: Report, names: dict[str, str]) -> Iterator[tuple[Section, dict[str, Any]]]:
-    """In the page's order, each with the variables of its template. `names`: short ones, by folder."""
+    """Sections in the page's order, each with the variables of its template. `names`: short names by folder."""
     yield (
         Section("metrics", "Scores by task and folder", TEMPLATES / "scores.html"),
         {"tables": score_tables(report, names)},
@@ -56,7 +56,7 @@ def _sections(report: Report, names: dict[str, str]) -> Iterator[tuple[Section, 
 
 @functools.cache
 def _environment(folder: Path) -> Environment:
-    """For the templates of a folder, which may import and include those of the page."""
+    """Jinja2 environment for the templates of a folder, which may import and include the page's."""
     environment = Environment(
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Where an evaluation's tokens were sent: the experts' load of all tokens, by task and by modality, as maps.
+"""Maps of expert load in an evaluation: of all tokens, by task and by modality.
 
 Shapes: N sparse layers, J tasks, M modalities, E experts of the widest layer.
 """
@@ -19,7 +19,7 @@ _OF_MODALITIES = {Modality.TEXT: "text", Modality.IMAGE: "images", Modality.VIDE
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Some tokens, the number of their assignments in one layer, and the experts that got them."""
+    """A group of tokens, the number of its assignments in one layer, and its expert load."""
 
     name: str
     assignments: float
@@ -28,8 +28,8 @@ class TokenGroup:
 
 @dataclass(frozen=True)
 class Routing:
-    """`top`: the greatest share of an expert in any map, which has the deepest colour; `widths`: the
-    numbers of experts that layers have, the greatest first."""
+    """`top`: the greatest share of an expert in any map, which has the deepest colour; `widths`: the different numbers
+    of experts per layer, the greatest first."""
 
     top: float
     widths: list[int]
@@ -39,7 +39,7 @@ class Routing:
 
 
 def routing(report: Report) -> Routing | None:
-    """Groups without tokens are left out; None if there are no others."""
+    """The maps of a report. Groups without tokens are left out; None if all are."""
     load = report.load
     if load is None or not load.load.any():
         return None
@@ -65,5 +65,5 @@ def _in_sentence(title: str) -> str:
 
 
 def _shares(sums: np.ndarray) -> np.ndarray:
-    """Of each layer's assignments, [N, E]; a layer that computed nothing has zeros."""
+    """Shares of each layer's assignments, [N, E]; 0 for a layer without assignments."""
     return sums / np.maximum(sums.sum(1, keepdims=True), 1.0)

@@ -1,4 +1,4 @@
-"""The scores of an evaluation as tables: what each number is called, and as many digits as mean something."""
+"""The scores of an evaluation as tables, with labels and meaningful digits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dsmoe_vl.report.content import Report, ScoreLabel
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One score: its name in eval.json, what it is called, and its values, by folder in the table's order."""
+    """One score: its name in eval.json, its label, and its values in the order of the table's folders."""
 
     name: str
     label: str
@@ -19,7 +19,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The scores of one task. `folders`: those that have any, with their short names."""
+    """The scores of one task. `folders`: short names by folder, for folders with scores."""
 
     title: str
     folders: dict[str, str]
@@ -27,7 +27,7 @@ class ScoreTable:
 
 
 def score_tables(report: Report, names: Mapping[str, str]) -> list[ScoreTable]:
-    """One for each task that has scores. `names`: short ones, by folder."""
+    """One table per task with scores. `names`: short names by folder."""
     tables = []
     for task in dict.fromkeys(task for found in report.scores.values() for task in found):
         by_folder = {folder: found[task] for folder, found in report.scores.items() if found.get(task)}
@@ -45,7 +45,7 @@ def score_tables(report: Report, names: Mapping[str, str]) -> list[ScoreTable]:
 
 
 def digits(value: object, unit: str = "plain") -> str:
-    """A score in a unit of `ScoreLabel`, with the digits that mean something; a thin dash for what was not measured."""
+    """A score as text, with meaningful digits; `unit` as in `ScoreLabel`. A dash if it was not measured."""
     if value is None:
         return "–"
     if not isinstance(value, (int, float)):
@@ -60,5 +60,5 @@ def digits(value: object, unit: str = "plain") -> str:
 
 
 def _own_name(name: str) -> ScoreLabel:
-    """Of a score that its task has no label for."""
+    """The label of a score without one in its task."""
     return ScoreLabel(name.replace("_", " "), "count" if name.endswith(("samples", "count")) else "plain")

@@ -8,13 +8,13 @@ from typing import Any
 
 
 def short_names(folders: Iterable[str]) -> dict[str, str]:
-    """For each folder or address its last part, or more of it where others end alike."""
+    """The last part of each folder or URL, or more parts if others end the same."""
     parts = {folder: folder.rstrip("/").split("/") for folder in folders}
     return {folder: _short_name(folder, parts) for folder in parts}
 
 
 def magnitude(number: float) -> str:
-    """Three digits and what they count in: 5,144,915 is "5.14 million"."""
+    """A number with three digits and its unit: 5,144,915 is "5.14 million"."""
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= size:
             return f"{number / size:.3g} {name}"

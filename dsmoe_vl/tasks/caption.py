@@ -27,10 +27,10 @@ _NUMBER = task_number("caption")
 
 
 class CaptionTask:
-    """See the module's drawing. One caption of a sample is learned an epoch, the next one in the next.
+    """Token layout: see the module docstring. Each epoch trains on one caption of a sample, the next epoch on the next.
 
-    Word dropout (Bowman et al. 2016, section 3.1) hides tokens from what follows them, so that a word is learned from
-    the picture more than from the words that it usually follows.
+    Word dropout (Bowman et al. 2016, section 3.1) replaces input tokens by the unknown token, so that the model relies
+    more on the picture and less on the preceding words.
     """
 
     name: str = "caption"
@@ -44,7 +44,7 @@ class CaptionTask:
 
     @staticmethod
     def heads(settings: CaptionConfig, width: int) -> dict[str, nn.Module]:
-        """None: the language head is the decoder's."""
+        """Empty: the task uses the decoder's language head."""
         return {}
 
     def encode(self, sample: Sample) -> list[Segment]:
@@ -58,13 +58,13 @@ class CaptionTask:
         return [segment]
 
     def prompt(self, sample: Sample) -> Segment:
-        """The segment up to the task token, from which a caption is generated."""
+        """The prompt for generation: the segment up to and including the task token."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<caption>")
         return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
-        """Sum of the cross entropies of all caption targets."""
+        """Cross entropy, summed over all caption targets."""
         return TaskOutput({"caption": language_loss(model, hidden, batch, _NUMBER)})
 
 
@@ -76,7 +76,7 @@ def captions_of(sample: Sample) -> list[str]:
 
 
 def chosen_caption(sample: Sample) -> str:
-    """The caption of this epoch. Raises DataError where there is none."""
+    """The caption of this epoch. Raises DataError if there is none."""
     captions = [text.strip() for text in captions_of(sample) if text.strip()]
     if not captions:
         raise DataError("empty caption")

@@ -1,7 +1,7 @@
-"""Contrastive losses between this rank's retrieval pairs and those of the whole micro-step, as sums over the former.
+"""Contrastive losses of this rank's retrieval pairs against all pairs of the micro-step, summed over this rank's pairs.
 
-Shapes: n pairs of this rank, N pairs of all ranks (of which ours are rows first .. first + n), W embedding width. A
-pair is one picture or video with one text; pairs with the same id show the same and are no negatives of each other.
+Shapes: n pairs of this rank, N pairs of all ranks (this rank's are rows first to first + n - 1), W embedding width.
+A pair is one picture or video with one text. Pairs with the same id have the same content and are not negatives.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 def info_nce_sum(
     media: Tensor, text: Tensor, all_media: Tensor, all_text: Tensor, scale: Tensor, negatives: Tensor, first: int
 ) -> Tensor:
-    """Symmetric InfoNCE (van den Oord et al. 2018, eq. 4; both ways as in Radford et al. 2021, figure 3).
+    """Symmetric InfoNCE (van den Oord et al. 2018, eq. 4; both directions as in Radford et al. 2021, figure 3).
 
-    media, text [n, W] and all_media, all_text [N, W] unit vectors; negatives bool [n, N], see `negative_pairs`. Returns
-    the sum over our pairs of the mean of both directions' cross entropies, nats.
+    media, text [n, W] and all_media, all_text [N, W]: unit vectors; negatives: bool [n, N], see `negative_pairs`.
+    Returns the sum over this rank's pairs of the cross entropy, averaged over both directions, nats.
     """
     target = torch.arange(first, first + len(media), device=media.device)
     excluded = ~negatives
@@ -39,5 +39,5 @@ def sigmoid_sum(media: Tensor, all_text: Tensor, scale: Tensor, bias: Tensor, ne
 
 
 def negative_pairs(ids: Tensor, all_ids: Tensor) -> Tensor:
-    """Which pairs are negatives: int64 [n], [N] -> bool [n, N], those with another id."""
+    """Mask of the negatives, the pairs with another id: int64 [n], [N] -> bool [n, N]."""
     return ids.unsqueeze(1) != all_ids.unsqueeze(0)

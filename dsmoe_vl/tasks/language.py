@@ -1,4 +1,4 @@
-"""What captioning and summarization share: a text that follows a prompt, learned with a language-model loss."""
+"""Shared by captioning and summarization: a target text after a prompt, and its language-model loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsmoe_vl.model.vlm import VisionLanguageModel
 
 
 def followed_by(prompt: Segment, text: Sequence[int], end: int) -> Segment:
-    """The prompt and then `text`; its last token predicts the first piece, and the last piece predicts `end`."""
+    """The prompt, then `text`. The last prompt token predicts the first text token, the last text token `end`."""
     labels = np.full(prompt.length + len(text), IGNORE, dtype=np.int32)
     labels[prompt.length - 1 :] = [*text, end]
     return replace(
@@ -26,6 +26,6 @@ def followed_by(prompt: Segment, text: Sequence[int], end: int) -> Segment:
 
 
 def language_loss(model: VisionLanguageModel, hidden: Tensor, batch: Batch, task: int) -> Tensor:
-    """Sum of the cross entropies of the targets of task number `task`, a scalar in fp32 and nats. hidden [T, D]."""
+    """Cross entropy summed over the targets of task number `task`: fp32 scalar, nats. hidden [T, D]."""
     rows = ((batch.labels != IGNORE) & (batch.task_ids == task)).nonzero().squeeze(1)
     return model.head(hidden.index_select(0, rows), batch.labels.index_select(0, rows))

@@ -1,4 +1,4 @@
-"""From encoded media to the pictures of a segment, under the recipe's budgets."""
+"""Decodes media into the pictures of a segment, within the recipe's patch budgets."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
 
 
 class PictureReader:
-    """Decodes a sample's image, or samples its video's frames, and cuts them into patches."""
+    """Decodes a sample's image or the sampled frames of its video, and cuts them into patches."""
 
     def __init__(self, data: DataConfig, vision: VisionConfig) -> None:
         self.data, self.vision = data, vision
         self._last: tuple[Sample, tuple[Modality, list[Picture], int]] | None = None
 
     def read(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
-        """Modality, pictures, and the number of vision tokens that they fill. Raises DataError.
+        """Modality, pictures and their number of vision tokens. Raises DataError.
 
-        A sample that serves several tasks one after another is decoded once.
+        The last sample is cached, so that several tasks in a row decode it once.
         """
         if self._last is None or self._last[0] is not sample:
             self._last = sample, self._decode(sample)
@@ -34,7 +34,7 @@ class PictureReader:
     def placeholders(
         modality: Modality, vision_tokens: int, tokenizer: Tokenizer, last: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and modalities, int32 [vision_tokens + 1] each, of pictures that the control symbol `last` follows."""
+        """Tokens and modalities, int32 [vision_tokens + 1] each: the vision tokens, then the control symbol `last`."""
         tokens = np.full(vision_tokens + 1, tokenizer.control(_PLACEHOLDER[modality]), dtype=np.int32)
         tokens[-1] = tokenizer.control(last)
         modalities = np.full(vision_tokens + 1, modality, dtype=np.int32)
@@ -68,7 +68,7 @@ class PictureReader:
         return grid[0] * grid[1] // self.vision.merge**2
 
     def _pooled_tokens(self, grid: tuple[int, int]) -> np.ndarray:
-        """The token of each cell when pool x pool neighbouring cells share one: int32 [cells], row by row."""
+        """Token index of each cell if pool x pool neighbouring cells share a token: int32 [cells], row-major."""
         pool = self.data.frame_pool
         rows, columns = (np.arange(side // self.vision.merge) // pool for side in grid)
         return (rows[:, None] * (columns[-1] + 1) + columns[None, :]).ravel().astype(np.int32)

@@ -1,4 +1,4 @@
-"""The tasks of a recipe, the model with their heads, and which of the tasks a sample serves."""
+"""Builds a recipe's tasks and the model with their heads, and encodes a sample for its tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsmoe_vl.tasks.task import Task
 
 
 def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> tuple[Task, ...]:
-    """Every task with a weight above 0, in the table's order. Not for `training`: samples are encoded as they are."""
+    """All tasks with a weight above 0, in the table's order. `training=False`: samples are encoded without dropout."""
     pictures = PictureReader(recipe.data, recipe.model.vision)
     return tuple(
         named(spec.task)(pictures, tokenizer, getattr(recipe.tasks, spec.name), training)
@@ -25,7 +25,7 @@ def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> 
 
 
 def build_backbone(recipe: Recipe, activation_checkpointing: bool = False) -> VisionLanguageModel:
-    """The recipe's model with the heads of its tasks. Its parameters have no values yet that mean anything."""
+    """The recipe's model with the heads of its tasks. Its parameters are not initialised yet."""
     heads: dict[str, nn.Module] = {}
     for spec in learned_tasks(recipe):
         heads |= named(spec.task).heads(getattr(recipe.tasks, spec.name), recipe.model.width)
@@ -33,10 +33,9 @@ def build_backbone(recipe: Recipe, activation_checkpointing: bool = False) -> Vi
 
 
 class Encoder:
-    """What the loader calls: a sample to the segments of all tasks that it serves.
+    """Called by the loader: encodes a sample into the segments of all its tasks.
 
-    These are the tasks that its source is for and that KEY.json's `tasks` lists; either list, where it is missing,
-    stands for all.
+    A task must be in the `tasks` of the sample's source and in the `tasks` of its KEY.json. A missing list means all.
     """
 
     def __init__(self, tasks: tuple[Task, ...], sources: tuple[SourceConfig, ...]) -> None:
@@ -56,7 +55,7 @@ class Encoder:
                 except DataError as error:
                     if wanted is not None or isinstance(offered, list):
                         raise
-                    failure = error  # nobody has said that the sample serves this task
+                    failure = error  # no list asks for this task: try the others
         if not segments:
             raise failure
         return segments

@@ -1,8 +1,8 @@
-"""Image-text and video-text retrieval: two segments, each ended by its embedding token.
+"""Image-text and video-text retrieval: two segments, each ending with an embedding token.
 
 token   <image> * n  <embed>          "a"  "dog"  <embed>
 
-Pairs that show the same are no negatives of each other: those of one picture or video, or of one KEY.json `content`.
+Pairs with the same content are not negatives of each other: one picture or video, or equal `content` in KEY.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUMBER = task_number("retrieval")
 
 
 class RetrievalTask:
-    """See the module's drawing."""
+    """Token layout: see the module docstring."""
 
     name: str = "retrieval"
 
@@ -43,7 +43,7 @@ class RetrievalTask:
 
     @staticmethod
     def heads(settings: RetrievalConfig, width: int) -> dict[str, nn.Module]:
-        """The projections of both sides and the temperature."""
+        """Projections of both sides, and the temperature."""
         return {"retrieval": RetrievalHead(width, settings)}
 
     def encode(self, sample: Sample) -> list[Segment]:
@@ -53,20 +53,20 @@ class RetrievalTask:
         return [media, text]
 
     def media(self, sample: Sample) -> Segment:
-        """The picture's side. Raises DataError."""
+        """Segment of the picture or video. Raises DataError."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<embed>")
         return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
 
     def text(self, text: str) -> Segment:
-        """The text's side."""
+        """Segment of a text."""
         tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.control("<embed>")], dtype=np.int32)
         return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
-        """Sum of the contrastive losses of this rank's pairs against all pairs of the micro-step.
+        """Contrastive loss of this rank's pairs against all pairs of the micro-step, summed.
 
-        In training with the gradient cache the loss is left to it.
+        In training with the gradient cache, `training/gradient_cache.py` computes the loss from the embeddings.
         """
         embeddings = embed_pairs(model, hidden, batch)
         if self.settings.gradient_cache and model.training:
@@ -81,7 +81,7 @@ def embed_pairs(model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> Ret
 
 
 def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor:
-    """The loss sum of this rank's pairs, whose negatives are gathered from all ranks with exact gradients."""
+    """Loss sum of this rank's pairs. Negatives are gathered from all ranks, with exact gradients."""
     rows = batch.pairs_of_ranks
     first = sum(rows[: own_rank()]) if len(rows) > 1 else 0
     all_media, all_text = gather_rows(torch.cat((own.media, own.text), dim=-1), rows).chunk(2, dim=-1)
@@ -92,7 +92,7 @@ def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor
 
 
 def pair_id(sample: Sample) -> int:
-    """The same for all texts of what shows the same: from KEY.json's `content`, its `id`, or the key; 63 bits."""
+    """Id of a sample's content, from KEY.json's `content`, else its `id`, else the key; 63 bits."""
     shown = sample.meta.get("content") or f"{sample.source}/{sample.meta.get('id', sample.key)}"
-    name = str(shown).encode("utf-8", "surrogatepass")  # scraped JSON holds lone surrogates
+    name = str(shown).encode("utf-8", "surrogatepass")  # scraped JSON contains lone surrogates
     return zlib.crc32(name) << 31 | zlib.adler32(name) & 0x7FFFFFFF

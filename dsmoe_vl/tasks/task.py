@@ -1,4 +1,4 @@
-"""The contract of a task: how samples become segments, and how hidden states become loss sums.
+"""The interface of a task: samples to segments, and hidden states to loss sums.
 
 Shapes: T tokens of a batch, D width.
 """
@@ -22,9 +22,9 @@ from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings
 class TaskOutput(NamedTuple):
     """A task's part of one micro-step: sums over this rank's targets, never means.
 
-    `loss_sums` maps a term to a scalar fp32 sum; the number of its targets stands under the same name in
-    `Batch.counts`, where it is known before the first forward. `embeddings` are those of this rank's retrieval pairs,
-    for the gradient cache. A tuple: ZeRO-3 looks for tensors in tuples only.
+    `loss_sums` maps a term to a scalar fp32 sum. `Batch.counts` has its number of targets under the same name, known
+    before the first forward. `embeddings`: of this rank's retrieval pairs, for the gradient cache. A tuple, because
+    ZeRO-3 looks for tensors only in tuples.
     """
 
     loss_sums: dict[str, Tensor]
@@ -32,16 +32,16 @@ class TaskOutput(NamedTuple):
 
 
 class Task(Protocol):
-    """What the trainer knows of a task. Its name, settings and loss terms: `config/task_table.py`."""
+    """A task, as the trainer uses it. Its name, settings and loss terms are in `config/task_table.py`."""
 
     name: str
 
     def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, settings: Any, training: bool = True) -> None:
-        """`settings`: its table in the recipe. Not for `training`: samples are encoded as they are."""
+        """`settings`: its table in the recipe. `training=False`: samples are encoded without dropout."""
 
     @staticmethod
     def heads(settings: Any, width: int) -> dict[str, nn.Module]:
-        """Modules of its own that read hidden states of that width, by their names in the model."""
+        """The task's own modules, by their names in the model. They read hidden states of `width`."""
 
     def encode(self, sample: Sample) -> list[Segment]:
         """Segments of one sample. Raises DataError for a sample that cannot be used."""
@@ -51,7 +51,7 @@ class Task(Protocol):
 
 
 class MultiTaskModel(nn.Module):
-    """The one module that the engine wraps: the backbone and everything of the tasks that touches a parameter."""
+    """The module that the engine wraps: the backbone and all task computation that uses parameters."""
 
     def __init__(self, backbone: VisionLanguageModel, tasks: tuple[Task, ...]) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MultiTaskModel(nn.Module):
         self.tasks = tasks
 
     def forward(self, batch: Batch) -> tuple[TaskOutput, RouterStats | None]:
-        """One forward a micro-step, whatever mixture of tasks the batch holds."""
+        """One forward per micro-step, for any mixture of tasks."""
         hidden, stats = self.backbone(batch)
         outputs = [task.loss(self.backbone, hidden, batch) for task in self.tasks]
         sums = {term: value for output in outputs for term, value in output.loss_sums.items()}

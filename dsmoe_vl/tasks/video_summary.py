@@ -1,9 +1,9 @@
-"""Video summarization: the vision tokens of all frames, one frame token a frame, the task token, then the summary.
+"""Video summarization: the vision tokens of all frames, one frame token per frame, the task token, then the summary.
 
 token   <video> * n  <frame> * f  <summary>  "a"  "dog"  "barks"
 
-A frame's vision tokens come before the frame tokens, so that each of these is read with the whole video in view; a
-frame token receives its own frame's features once more, which tells it which frame it speaks of.
+All vision tokens come before the frame tokens, so that every frame token attends to the whole video. A frame token also
+receives the features of its own frame, which identify the frame.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dsmoe_vl.tasks.language import followed_by, language_loss
 from dsmoe_vl.tasks.pictures import PictureReader
 from dsmoe_vl.tasks.task import TaskOutput
 
-_LEAST_SECONDS = 1e-3  # of an annotated video
+_LEAST_SECONDS = 1e-3  # minimum duration of an annotated video
 _NUMBER = task_number("summary")
 
 
 class ImportanceHead(nn.Module):
-    """How much each frame matters to a summary, read at its frame token: hidden [F, D] -> logits, fp32 [F]."""
+    """Importance of each frame, read at its frame token: hidden [F, D] -> logits, fp32 [F]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ImportanceHead(nn.Module):
 
 
 class VideoSummaryTask:
-    """See the module's drawing."""
+    """Token layout: see the module docstring."""
 
     name: str = "summary"
 
@@ -52,11 +52,11 @@ class VideoSummaryTask:
 
     @staticmethod
     def heads(settings: SummaryConfig, width: int) -> dict[str, nn.Module]:
-        """The score of a frame."""
+        """The importance head."""
         return {"importance": ImportanceHead(width)}
 
     def encode(self, sample: Sample) -> list[Segment]:
-        """One segment. Raises DataError for what is no video, or has no summary or no importance."""
+        """One segment. Raises DataError if the sample is not a video, or has no summary or no importance."""
         summary = sample.meta.get("summary")
         if not isinstance(summary, str) or not summary.strip():
             raise DataError("no summary")
@@ -66,7 +66,7 @@ class VideoSummaryTask:
         return [followed_by(prompt, self.tokenizer.encode(summary.strip()), self.tokenizer.eos)]
 
     def prompt(self, sample: Sample) -> Segment:
-        """The segment up to the task token, from which a summary is generated. Raises DataError."""
+        """The prompt for generation: the segment up to and including the task token. Raises DataError."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         if modality is not Modality.VIDEO:
             raise DataError("no video to summarize")
@@ -80,7 +80,7 @@ class VideoSummaryTask:
         return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, numbered)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
-        """Sums over summary targets (cross entropy), frames (squared error) and compared pairs (logistic)."""
+        """Sums over summary targets (cross entropy), frames (squared error) and ranked pairs (logistic)."""
         scores = model.get_submodule("importance")(hidden.index_select(0, batch.frame_tokens))
         more, less = batch.ranked.unbind(1)
         return TaskOutput(
@@ -94,15 +94,15 @@ class VideoSummaryTask:
 
 
 def importance_at(sample: Sample, seconds: list[float]) -> np.ndarray:
-    """The mean annotator's importance of the frames at some times, in [0, 1]: float32 [f]. Raises DataError."""
+    """Importance at the given times, mean over annotators, in [0, 1]: float32 [f]. Raises DataError."""
     mean, duration = importance_curve(sample)
-    # A frame's time is a rounded fraction: what lies on a border belongs to the part that begins there.
+    # Frame times are rounded: a time on a border belongs to the part that begins there.
     parts = (np.asarray(seconds) / duration * len(mean) + 1e-6).astype(int)
     return mean[parts.clip(0, len(mean) - 1)]
 
 
 def importance_curve(sample: Sample) -> tuple[np.ndarray, float]:
-    """The mean annotator's importance of each equal part of the video, float32 in [0, 1], and the seconds of the whole.
+    """Importance of each equal part of the video, mean over annotators, float32 in [0, 1], and the duration in seconds.
 
     Raises DataError as `annotated_curves` does.
     """
@@ -111,11 +111,11 @@ def importance_curve(sample: Sample) -> tuple[np.ndarray, float]:
 
 
 def annotated_curves(sample: Sample) -> tuple[np.ndarray, float]:
-    """Every annotator's importance of each equal part of the video, float32 [annotators, parts] in [0, 1], and the
-    seconds of the whole.
+    """Importance of each equal part of the video by annotator, float32 [annotators, parts] in [0, 1], and the duration
+    in seconds.
 
-    From KEY.json: `importance`, one number for each part, or `saliency`, a list of those, one an annotator; and
-    `duration_seconds`. Raises DataError where they are missing or not what they should be.
+    From KEY.json: `importance`, one number per part, or `saliency`, one such list per annotator; and
+    `duration_seconds`. Raises DataError if they are missing or invalid.
     """
     meta = sample.meta
     try:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without making the accelerator wait for the host."""
+"""Times the phases of a step without synchronising host and accelerator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class PhaseClock:
-    """Adds up the time of named phases: on CUDA between two events in the stream, which are read when asked for."""
+    """Adds up the time of named phases; on CUDA between two stream events, which only `read` waits for."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -19,7 +19,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`."""
+        """Add the time inside the `with` to `name`."""
         if self._cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

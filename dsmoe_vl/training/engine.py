@@ -1,4 +1,4 @@
-"""From a run plan to a DeepSpeed engine."""
+"""Builds the DeepSpeed engine of a run plan."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dsmoe_vl.tasks.task import MultiTaskModel, Task
 def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> Any:
     """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks."""
     engine = wrap(plan, build_model(plan, ranks, tasks))
-    torch.manual_seed(plan.recipe.run.seed * 2**20 + ranks.rank)  # of routing noise: every rank has its own
+    torch.manual_seed(plan.recipe.run.seed * 2**20 + ranks.rank)  # for routing noise: a different seed on every rank
     return engine
 
 
 def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTaskModel:
-    """The module that the engine wraps, this rank's experts only."""
+    """The module that the engine wraps, with this rank's experts only."""
     backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
     initialise(backbone, plan.recipe.run.seed)
     model = MultiTaskModel(backbone, tasks)
@@ -37,7 +37,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTa
 
 
 def wrap(plan: RunPlan, model: nn.Module) -> Any:
-    """`deepspeed.initialize` with our optimizer. The config has no expert_parallel section: the layers exist."""
+    """`deepspeed.initialize` with our optimizer. No expert_parallel section: the expert layers are already built."""
     config = {
         key: value for key, value in plan.deepspeed.items() if key not in ("optimizer", "activation_checkpointing")
     }
@@ -47,16 +47,16 @@ def wrap(plan: RunPlan, model: nn.Module) -> Any:
         optimizer=optimizer_builder(plan),
         config=config,
     )
-    # Only now: at ZeRO-0 in bf16 initialize itself takes a step, without gradients, to make the optimizer's state.
+    # Not earlier: at ZeRO-0 in bf16, initialize takes a step without gradients to create the optimizer state.
     add_proximal_step(engine.basic_optimizer, plan.recipe.objective.l1)
     return engine
 
 
 def full_gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient of a parameter that ZeRO has partitioned, between the last backward of a step and its update.
+    """The full gradient of a parameter that ZeRO partitions, between the last backward of a step and the update.
 
-    Of an expert, that of this rank's slice. Collective.
+    For an expert: the gradient of this rank's slice. Collective.
     """
     gradient = safe_get_full_grad(parameter)
-    assert gradient is not None, "a parameter took no part"
+    assert gradient is not None, "a parameter has no gradient"
     return gradient

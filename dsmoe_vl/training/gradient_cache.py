@@ -1,7 +1,7 @@
-"""Contrast over all accumulation steps together, with the memory of one (Gao et al. 2021, section 3.2).
+"""Contrastive loss over all gradient accumulation steps, with the memory of one (Gao et al. 2021, section 3.2).
 
 A first pass without gradients embeds the pairs of every micro-step. The loss over all of them gives the gradient of
-each embedding, and a second pass, micro-step by micro-step, carries these gradients back through the model.
+each embedding, and a second pass, micro-step by micro-step, backpropagates these gradients through the model.
 Shapes: n pairs of a micro-step on this rank, W width of an embedding.
 """
 
@@ -21,14 +21,14 @@ from dsmoe_vl.tasks.task import TaskOutput
 
 @dataclass(frozen=True)
 class CachedGradients:
-    """Of one micro-step: the gradients of its embeddings, and its share of the loss sum (all of it in the first)."""
+    """Embedding gradients of one micro-step, and its part of the loss sum (all of it in the first, else 0)."""
 
     embeddings: RetrievalEmbeddings
     loss_sum: Tensor
 
 
 def cache_gradients(engine: Any, batches: list[Batch], loss: str) -> list[CachedGradients]:
-    """Embed all micro-steps' pairs and differentiate their joint loss by the embeddings. Collective."""
+    """Embed the pairs of all micro-steps and compute the gradients of their joint loss. Collective."""
     engine.eval()
     with torch.no_grad():
         embeddings = [engine(batch)[0].embeddings for batch in batches]
@@ -54,7 +54,7 @@ def cache_gradients(engine: Any, batches: list[Batch], loss: str) -> list[Cached
 
 
 def with_cached_gradients(output: TaskOutput, cache: CachedGradients) -> TaskOutput:
-    """The output with a retrieval loss whose value and gradients are the cached ones."""
+    """The output plus a retrieval loss with the cached value and gradients."""
     assert output.embeddings is not None, "retrieval is not learned"
     products = [(value * gradient).sum() for value, gradient in zip(output.embeddings, cache.embeddings, strict=True)]
     carried = torch.stack(products).sum()

@@ -41,15 +41,15 @@ class HeldOut:
             )
             share = max(1, recipe.run.evaluate_packs // (len(sources) * ranks.world_size))
             batches = [collate([pack]) for pack in islice(packs, share)]
-            pairs = host.gather([len(batch.pair_ids) for batch in batches])  # as many batches on every rank
+            pairs = host.gather([len(batch.pair_ids) for batch in batches])  # every rank has the same number of batches
             self.batches[source.name] = [
                 replace(batch, pairs_of_ranks=tuple(of_ranks)) for batch, *of_ranks in zip(batches, *pairs, strict=True)
             ]
 
     @torch.no_grad()
     def losses(self, engine: Any, device: torch.device) -> dict[str, float]:
-        """Mean loss per target of every term, over all sources (`eval_loss_TERM`) and per source, and the weighted sum
-        of the former (`eval_loss`). Collective."""
+        """Mean loss per target of every term, over all sources (`eval_loss_TERM`) and per source
+        (`eval_loss_TERM_SOURCE`), and the weighted sum over terms (`eval_loss`). Collective."""
         engine.eval()
         sums = {name: torch.zeros(2, len(self.terms), device=device, dtype=torch.float64) for name in self.batches}
         for name, batches in self.batches.items():

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and the end of the launcher as a request to stop after the current step."""
+"""Turns SIGINT, SIGTERM and the end of the launcher into a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class StopRequest:
-    """Received with the first signal, or when DeepSpeed's launcher is gone; a second Ctrl-C ends the process at once.
+    """Received with the first signal, or when DeepSpeed's launcher has ended; a second Ctrl-C ends the process at once.
 
-    SIGTERM after SIGINT is what DeepSpeed's launcher sends on Ctrl-C, so a SIGTERM never counts as the second one.
-    A signal to the `deepspeed` command itself ends that command alone. Its ranks would go on without anybody, and hold
-    the port of the next run. The launcher is the one that is there when this is made: soon after the process started.
+    On Ctrl-C, DeepSpeed's launcher sends SIGTERM after SIGINT, so a SIGTERM never counts as the second signal. A signal
+    to the `deepspeed` command ends only that command: its ranks would continue and block the port of the next run.
+    Create this soon after the process starts, because it records the launcher at that time.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,12 @@ class StopRequest:
 
 
 def _launchers() -> tuple[int, ...]:
-    """Process ids of DeepSpeed's launcher on this host and of what started that; () under others, and without /proc."""
+    """Process ids of DeepSpeed's launcher on this host and of its parent; () for other launchers or without /proc."""
     process = Path("/proc", str(os.getppid()))
     try:
         if b"deepspeed.launcher.launch" not in (process / "cmdline").read_bytes():
             return ()
-        # The fields after the name, which may hold anything, are the state and the parent.
+        # After the name, which may contain any character, come the state and the parent.
         return int(process.name), int((process / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return ()

@@ -1,4 +1,4 @@
-"""From files and ranks to a finished run. Every check that needs no model runs before a process group exists."""
+"""Plans and runs a training. Every check that needs no model runs before a process group exists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsmoe_vl.training.signals import StopRequest
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. `overrides`: section.key=value; `strict`: a plan that differs from it is an error."""
+    """A user's request. `overrides`: section.key=value; `strict`: a plan that differs from the request is an error."""
 
     recipe: Path
     deepspeed: Path
@@ -34,7 +34,7 @@ class Request:
 
 
 def plan_run(request: Request, world_size: int) -> RunPlan:
-    """The resolved plan on this kind of device. Raises ConfigError."""
+    """The resolved plan for this type of device. Raises ConfigError."""
     recipe = load_recipe(request.recipe, request.overrides)
     if request.run_dir is not None:
         run = replace(recipe.run, directory=str(request.run_dir.parent), name=request.run_dir.name)
@@ -53,7 +53,7 @@ def plan_run(request: Request, world_size: int) -> RunPlan:
 
 
 def missing_files(plan: RunPlan) -> Iterator[str]:
-    """What training will look for and this machine does not have. Raises ConfigError for a tokenizer that is unfit."""
+    """Files that training needs and this machine lacks. Raises ConfigError if the tokenizer does not fit the recipe."""
     data, tokenizer = plan.recipe.data, Path(plan.recipe.tokenizer.path)
     for part, sources in (("data.sources", data.sources), ("data.evaluation", data.evaluation)):
         for source in sources:
@@ -94,12 +94,12 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
 
 
 def _quiet_deepspeed(rank: int) -> None:
-    """DeepSpeed at warning level, on other ranks than 0 at error level, unless DSMOE_VL_VERBOSE asks for all of it."""
+    """Log level of DeepSpeed: warning on rank 0, error on other ranks, unchanged if DSMOE_VL_VERBOSE is set."""
     if "DSMOE_VL_VERBOSE" in os.environ:
         return
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR if rank else logging.WARNING)
-    # Its schedules ask themselves too early, and warn.
+    # Its schedulers read their learning rate before the first step, and warn.
     log.addFilter(lambda record: "before it has started" not in record.getMessage())
-    # DeepSpeed calls a collective by its old name; the user can do nothing about it.
+    # DeepSpeed calls a collective by its deprecated name; the user cannot change that.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)

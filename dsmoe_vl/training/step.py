@@ -29,14 +29,14 @@ from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.clock import PhaseClock
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
 
-# Groups of tokens among which load is balanced, by moe.balance_over.
+# Number of token groups for load balancing, by moe.balance_over.
 _GROUPS = {"all": 1, "task": len(TASKS), "modality": len(Modality)}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, over all ranks: loss terms (scalars), routing (None without MoE layers), counts, the
-    learning rate and gradient norm of the update, and the norm by part of the model where it was asked for.
+    """Results of a step over all ranks: loss terms (scalars), routing (None without MoE layers), counts, the learning
+    rate and gradient norm of the update, and, if requested, the norm by part of the model.
     """
 
     terms: dict[str, Tensor]
@@ -48,7 +48,7 @@ class StepResult:
 
 
 class OptimizerStep:
-    """Takes steps with an engine, and carries what one step leaves to the next: loads and the balancing bias."""
+    """Takes optimizer steps with an engine; keeps load fractions and the balancing bias for the next step."""
 
     def __init__(self, plan: RunPlan, ranks: Ranks, engine: Any, host: HostGroup, device: torch.device) -> None:
         self.plan, self.ranks, self.engine, self.host, self.device = plan, ranks, engine, host, device
@@ -61,12 +61,12 @@ class OptimizerStep:
         self.experts = torch.tensor(experts, device=device)
         self.load_fraction = self.even_load
         self.clock = PhaseClock(device)
-        self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are there
+        self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are accumulated
         self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
 
     def share(self, batches: list[Batch], stop: bool = False) -> tuple[list[Batch], dict[str, int], bool]:
-        """The batches with what their forwards must know of other ranks, the global counts ("patches" too), and whether
-        any rank wants to stop. One small all-reduce on the host. Collective.
+        """The batches with `pairs_of_ranks`, the global counts (including "patches"), and whether any rank wants to
+        stop. One small all-reduce on the host. Collective.
         """
         names = (*COUNTS, "patches")
         totals = [sum(batch.counts[name] for batch in batches) for name in COUNTS]
@@ -85,8 +85,8 @@ class OptimizerStep:
         return batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0
 
     def __call__(self, batches: list[Batch], counts: dict[str, int], part_norms: bool = False) -> StepResult:
-        """Update the model on batches and counts from `share`; with the gradient's norm by part on request, for which
-        every gradient is read once more. Collective."""
+        """Update the model with batches and counts from `share`. `part_norms`: also compute the gradient norm by part,
+        which reads every gradient once more. Collective."""
         learning_rate = self.engine.get_lr()[0]
         terms: dict[str, Tensor] = {}
         layer_stats: list[RouterStats] = []
@@ -113,7 +113,7 @@ class OptimizerStep:
             self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
             self._move_selection_bias(routing.load.sum((1, 2)))
         norm = self.engine.get_global_grad_norm()
-        # At ZeRO-0 in fp32 the engine has none: it is made of the parts' where these are there.
+        # At ZeRO-0 in fp32 the engine has no norm: compute it from the parts' norms, if available.
         grad_norm = float(norm) if norm is not None else math.hypot(*map(float, norms.values())) if norms else math.nan
         return StepResult(terms, routing, counts, learning_rate, grad_norm, norms)
 

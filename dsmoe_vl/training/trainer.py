@@ -1,7 +1,4 @@
-"""The training loop: one optimizer step after another, with evaluation, checkpoints and a clean stop.
-
-What a step does is in `step.py`.
-"""
+"""The training loop: optimizer steps (`step.py`), evaluation, checkpoints and a clean stop."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ from dsmoe_vl.training.window import Window
 
 
 class Trainer:
-    """Everything of one run on one rank. Building it starts no process group: `launch/train.py` has done so."""
+    """One run on one rank. Needs a process group, which `start.py` creates."""
 
     def __init__(self, plan: RunPlan, ranks: Ranks, stop: StopRequest) -> None:
         self.plan, self.ranks = plan, ranks
@@ -65,7 +62,7 @@ class Trainer:
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0
         self._resume()
-        self._read = self.loader.report()  # in a new run nothing, in one that continues the epochs so far
+        self._read = self.loader.report()  # empty in a new run; in a resumed run, the epochs so far
         self.log = RunLog(plan, ranks.rank, self.step)
         peak = peak_flops(self.device, plan.precision)
         self.window = Window(plan, None if peak is None else peak * ranks.world_size)
@@ -75,7 +72,7 @@ class Trainer:
             self.recorder = RouterRecorder(plan, self.step)
 
     def fit(self) -> None:
-        """Train to `run.steps`, or to a signal; both end with a checkpoint."""
+        """Train until `run.steps` or a stop request; both end with a checkpoint."""
         run = self.plan.recipe.run
         if self.step:
             self.log.say(f"resumed at step {self.step}")
@@ -83,7 +80,7 @@ class Trainer:
         with self.stop:
             batches = iter(self.loader)
             if self.step == 0:
-                self.evaluate()  # where the held-out losses start
+                self.evaluate()  # held-out losses before training
             while self.step < run.steps:
                 self.profiler.before(self.step + 1)
                 started = time.perf_counter()
@@ -115,12 +112,12 @@ class Trainer:
             self.log.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
 
     def _log_interval(self) -> None:
-        """The values of the interval that ends here. Collective."""
+        """Log the values of the interval that ends here. Collective."""
         values = self.window.close(self.take_step.clock.read())
         self.log.log(self.step, {**values, **self._sparsity(), **self._samples_read(), **self._memory()})
 
     def _record(self, result: StepResult) -> None:
-        """The routing of a step to the recorder, and its record to the monitor when one is due. Rank 0 alone."""
+        """Add a step's routing to the recorder, and log its record when one is due. Rank 0 only."""
         if self.recorder is None or result.routing is None:
             return
         self.recorder.add(result.routing, result.counts)
@@ -132,13 +129,13 @@ class Trainer:
             self.log.say(f"wrote {path}: open it in https://ui.perfetto.dev")
 
     def evaluate(self) -> None:
-        """Held-out losses, on all ranks together."""
+        """Log held-out losses. Collective."""
         if self.plan.recipe.data.evaluation:
             self.log.log_evaluation(self.step, self.held_out.losses(self.engine, self.device))
 
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
-        if self.recorder is not None:  # also what a continued run needs of it
+        """Write a checkpoint of the current step. Collective."""
+        if self.recorder is not None:  # a resumed run also needs it up to this step
             self.log.log_router(self.recorder.record(self.step))
         folder = training_state.save(
             self.plan, self.ranks, self.host, self.engine, self.tokenizer,
@@ -168,18 +165,18 @@ class Trainer:
         self.loader.load_state_dict(data)
 
     def _sparsity(self) -> dict[str, float]:
-        """Omega and the fractions of zeros, where the objective has the L1 term."""
+        """Omega and the fractions of zeros, if the objective has the L1 term."""
         if self.plan.recipe.objective.l1.weight == 0:
             return {}
         return sparsity(self.engine.module, self.plan, self.ranks.rank, self.device)
 
     def _memory(self) -> dict[str, float]:
-        """Of the rank that has most of each."""
+        """The maximum over ranks of each value."""
         of_ranks = self.host.gather(memory_gib(self.device))
         return {name: max(values[name] for values in of_ranks) for name in of_ranks[0]}
 
     def _samples_read(self) -> dict[str, int]:
-        """Samples, errors and epoch of every source, over all ranks; tells of epochs that have begun."""
+        """Samples, errors and epoch of every source, over all ranks; prints new epochs."""
         before, self._read = self._read, merge_reports(self.host.gather(self.loader.report()))
         for source in self.plan.recipe.data.sources:
             name = f"{source.name}/epoch"

@@ -1,4 +1,4 @@
-"""Sums over the steps of one logging interval, kept on the device; read back once an interval.
+"""Sums over the steps of one logging interval, kept on the device; read back once per interval.
 
 Shapes: N MoE layers, J tasks, M modalities, E experts.
 """
@@ -19,9 +19,9 @@ from dsmoe_vl.training.step import StepResult
 
 
 class Window:
-    """Collects steps; `close` returns their means and begins anew.
+    """Collects steps; `close` returns their means and starts the next interval.
 
-    peak_flops: operations a second that all ranks' devices can do at most; None where that is not known.
+    peak_flops: peak FLOP per second of all ranks' devices together; None if unknown.
     """
 
     def __init__(self, plan: RunPlan, peak_flops: float | None = None) -> None:
@@ -37,7 +37,7 @@ class Window:
         self.part_norms: dict[str, Tensor] = {}
 
     def add(self, step: StepResult) -> None:
-        """One step."""
+        """Add one step."""
         self.steps += 1
         for name, count in step.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
@@ -50,12 +50,12 @@ class Window:
         self.part_norms = step.part_norms
 
     def time(self, seconds: float, waited: float) -> None:
-        """Wall time of a step and the part of it that was spent waiting for data."""
+        """Add the wall time of a step, and the part of it spent waiting for data, seconds."""
         self.seconds += seconds
         self.waited += waited
 
     def close(self, phases: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
-        """Means over the interval, in the units that their names say. phases: seconds of each in the interval."""
+        """Means over the interval, in the units of their names. phases: seconds of each in the interval."""
         values = {name: float(total) / self.steps for name, total in self.terms.items()}
         values["lr"] = self.learning_rate
         values["grad_norm"] = self.grad_norm
@@ -75,11 +75,11 @@ class Window:
             experts = torch.tensor(experts_of_layers(self.plan.recipe), device=load.device).unsqueeze(-1)
             exists = torch.arange(per_expert.shape[-1], device=load.device) < experts
             share = per_expert / per_expert.sum(-1, keepdim=True) * experts
-            values["max_violation"] = float(share.max() - 1)  # the busiest expert over an even share, of any layer
-            values["max_violation_micro"] = float(violation.max()) / self.steps  # in a rank's micro-batch, on average
+            values["max_violation"] = float(share.max() - 1)  # busiest expert of all layers
+            values["max_violation_micro"] = float(violation.max()) / self.steps  # mean over micro-batches
             values["dead_fraction"] = float((share < 0.01)[exists].float().mean())
             values["entropy"] = float(entropy.sum(-1).mean()) / tokens
             values["drop_fraction"] = float(dropped.sum() / (load.sum() + dropped.sum()))
-            values["mutual_information"] = float(mutual_information(load.sum(2)).mean())  # of tasks and experts
+            values["mutual_information"] = float(mutual_information(load.sum(2)).mean())  # between tasks and experts
         self._begin()
         return values

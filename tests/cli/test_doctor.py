@@ -16,7 +16,7 @@ def test_the_grid_of_splits_agrees(tiny):
     table = [row for row in rows if row[0] in ("1", "2") and len(row) >= 8]
     assert len(table) == 18 + 36
     assert "ok" in result.out and "no silent faults" in result.out
-    assert "compared among splits of equal accumulation" not in result.out  # the gradient cache makes it unnecessary
+    assert "compared only for equal accumulation" not in result.out  # the gradient cache makes it unnecessary
 
 
 def test_a_recipe_without_shards(tiny, tmp_path):

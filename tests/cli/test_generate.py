@@ -148,7 +148,7 @@ def test_what_cannot_be_answered(tiny, three_tasks, tmp_path, media, here):
         (("retrieve", "--run", captions, "--media", media, *ask), "has learned caption, not retrieval: name a run"),
         (("retrieve", "--run", three_tasks, "--media", tmp_path / "none", *ask), "no such folder; name one"),
         (("retrieve", "--run", three_tasks, "--media", media, "--image", tmp_path / "none"), "name an existing file"),
-        (("retrieve", "--run", three_tasks, "--media", media, "--index", tmp_path / "text", *ask), "is no index of"),
+        (("retrieve", "--run", three_tasks, "--media", media, "--index", tmp_path / "text", *ask), "is not an index"),
         (("summarize", "--run", captions, "--video", media / "film.mp4", "--output", tmp_path), "tasks.summary.weight"),
         (("summarize", "--run", three_tasks, "--video", tmp_path / "bad.mp4", "--output", tmp_path), "a whole video"),
     ]:  # fmt: skip

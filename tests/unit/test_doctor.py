@@ -39,7 +39,7 @@ def test_padding_in_the_statistics(probe, monkeypatch):
 
     monkeypatch.setattr(RouterStats, "of", staticmethod(wrong))
     (fault,) = silent_faults(probe)
-    assert fault.startswith("padding is routed into the statistics")
+    assert fault.startswith("routing statistics include padding")
 
 
 def test_a_balancing_term_without_gradient(probe, monkeypatch):

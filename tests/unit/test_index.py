@@ -115,16 +115,16 @@ def test_an_interrupted_index_goes_on(trained, folder, monkeypatch):
 
 def test_files_that_are_no_index(tmp_path):
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(DataError, match=r"text is no index of `retrieve`: name another file, or remove this one"):
+    with pytest.raises(DataError, match=r"text is not an index of `retrieve`: name another file, or remove this one"):
         MediaIndex.load(tmp_path / "text")
-    with pytest.raises(DataError, match="is no index"):
+    with pytest.raises(DataError, match="is not an index"):
         MediaIndex.load(tmp_path)
     whole = MediaIndex("model", [Row("a", "/a", 1, 2)], np.zeros((1, 3), np.float32))
     whole.save(tmp_path / "index")
     content = (tmp_path / "index").read_bytes()
     for cut in (content[:-1], content[:20], b"", content.replace(b"dsmoe_vl media index 1", b"dsmoe_vl media index 9")):
         (tmp_path / "cut").write_bytes(cut)
-        with pytest.raises(DataError, match="is no index"):
+        with pytest.raises(DataError, match="is not an index"):
             MediaIndex.load(tmp_path / "cut")
     with pytest.raises(DataError, match=r"cannot be written: .*; name another file"):
         whole.save(tmp_path / "text" / "index")

@@ -91,7 +91,7 @@ def test_samples_are_drawn_now_and_then_and_at_the_end_and_end_no_training(tmp_p
         monitor.log_samples(step)
     monitor.close()
     assert drawn == [40, 80, 100]
-    assert "no samples of step 40: RuntimeError: out of memory" in capsys.readouterr().out
+    assert "no samples at step 40: RuntimeError: out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [(5,), (0, 3), (6, 5), (1, 2, 3)])

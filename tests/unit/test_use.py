@@ -130,7 +130,7 @@ def test_wrong_runs_and_devices(tiny, run, tmp_path, files):
     with pytest.raises(CheckpointError, match="no complete checkpoint under"):
         dsmoe_vl.load(tmp_path)
     for device, message in [
-        ("tpu9", "is none: give cpu"),
+        ("tpu9", "is unknown: give cpu"),
         ("mps", "is not supported"),
         ("cuda:99", "GPUs are visible"),
     ]:
