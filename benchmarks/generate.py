@@ -26,7 +26,7 @@ from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.inference.generate import CachedDecoder, prompt_batch, unspeakable
 from dsmoe_vl.inference.load import TrainedModel
-from dsmoe_vl.inference.search import Decoder, greedy
+from dsmoe_vl.inference.token_search import Decoder, greedy
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.tasks.language import followed_by
 from dsmoe_vl.tasks.registry import build_backbone
@@ -68,8 +68,8 @@ class PicturesOnceDecoder(UncachedDecoder):
 
     def __init__(self, trained: TrainedModel, prompts: list[Segment], room: int) -> None:
         super().__init__(trained, prompts, room)
-        see = trained.model._see
-        self.seen = see(prompt_batch(trained, prompts)).split([prompt.length for prompt in prompts])
+        embedded = trained.model._embed_pictures(prompt_batch(trained, prompts))
+        self.seen = embedded.split([prompt.length for prompt in prompts])
 
     def start(self) -> Tensor:
         """As `UncachedDecoder.start`."""
@@ -78,11 +78,11 @@ class PicturesOnceDecoder(UncachedDecoder):
         for seen, text in zip(self.seen, self.written, strict=True):
             parts += [seen, seen.new_zeros(len(text), seen.shape[-1])]
         placed = torch.cat(parts)
-        model._see = lambda _: placed  # type: ignore[method-assign]
+        model._embed_pictures = lambda _: placed  # type: ignore[method-assign]
         try:
             return super().start()
         finally:
-            del model._see
+            del model._embed_pictures
 
 
 WAYS: dict[str, Callable[..., Decoder]] = {

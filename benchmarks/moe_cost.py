@@ -50,7 +50,7 @@ class Variant:
     """One engine; `take` times a step of it."""
 
     def __init__(self, plan: RunPlan, ranks: Ranks, device: torch.device) -> None:
-        from dsmoe_vl.parallel.launch import HostGroup
+        from dsmoe_vl.parallel.process_group import HostGroup
         from dsmoe_vl.tasks.caption import CaptionTask
         from dsmoe_vl.training.engine import build_engine
         from dsmoe_vl.training.step import OptimizerStep
@@ -128,7 +128,7 @@ def statistics_seconds(plan: RunPlan, tokens: int, device: torch.device) -> floa
 
 def measure(plans: dict[str, RunPlan], ranks: Ranks, steps: int) -> dict[str, Any]:
     """Medians and pair-by-pair ratios; the same work on every rank, reported by rank 0."""
-    from dsmoe_vl.parallel.launch import start_process_group
+    from dsmoe_vl.parallel.process_group import start_process_group
 
     plan = plans["moe"]
     device = use_device(plan.device, ranks)

@@ -33,7 +33,7 @@ class Bench:
     def __init__(self, plan: RunPlan, ranks: Ranks) -> None:
         from dsmoe_vl.monitor.recorder import RouterRecorder
         from dsmoe_vl.monitor.run_log import RunLog
-        from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+        from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
         from dsmoe_vl.tasks.caption import CaptionTask
         from dsmoe_vl.training.engine import build_engine
         from dsmoe_vl.training.step import OptimizerStep

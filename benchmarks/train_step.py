@@ -125,7 +125,7 @@ def _now(device: torch.device) -> float:
 
 def measure(plan: RunPlan, ranks: Ranks, steps: int, profile: bool) -> dict[str, Any]:
     """Median phases of a step, the product rate and their ratio; on every rank at once, reported by rank 0."""
-    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+    from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
     from dsmoe_vl.tasks.caption import CaptionTask
     from dsmoe_vl.training.engine import build_engine
     from dsmoe_vl.training.step import OptimizerStep

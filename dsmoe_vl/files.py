@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,3 +52,15 @@ def publish(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """The same names for files or folders side by side; repeated ones get a number: a, a_2, a_3."""
+    distinct: list[str] = []
+    for name in names:
+        unique, number = name, 1
+        while unique in distinct:
+            number += 1
+            unique = f"{name}_{number}"
+        distinct.append(unique)
+    return distinct

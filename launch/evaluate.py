@@ -44,7 +44,7 @@ def parse() -> Options:
         "--gallery", type=int, default=200, help="distinct samples to search (%(default)s); 5000: COCO's folds"
     )
     parser.add_argument("--show", type=int, default=6, help="texts to print per folder (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="maximum tokens per text (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=Options.max_tokens, help="tokens per text (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per rank) or cuda:N")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> int:
             evaluate_on_ranks(options, ranks)
     except BaseException as error:
         if ranks.world_size > 1:
-            from dsmoe_vl.parallel.launch import end_rank
+            from dsmoe_vl.parallel.process_group import end_rank
 
             end_rank(error, ranks)
         if not isinstance(error, DsmoeVlError):

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.inference.commands import Question, caption_media, print_error, retrieve, summarize_videos
+from dsmoe_vl.inference.generate import MAX_TOKENS
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.inference.media import Media, media_files, open_media
-from dsmoe_vl.inference.search import Search
+from dsmoe_vl.inference.token_search import Search
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse() -> argparse.Namespace:
     captions.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of probability P")
     captions.add_argument("--temperature", type=float, default=1.0, metavar="T", help="for sampling (%(default)s)")
     captions.add_argument("--seed", type=int, default=0, help="for sampling (%(default)s)")
-    captions.add_argument("--max-tokens", type=positive, default=64, help="maximum tokens per caption (%(default)s)")
+    captions.add_argument("--max-tokens", type=positive, default=MAX_TOKENS, help="tokens at most (%(default)s)")
     captions.add_argument("--json", type=Path, metavar="FILE", help="also write the captions to this file")
 
     search = commands.add_parser("retrieve", parents=[common], help="search images and videos")
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     summaries.add_argument(
         "--key-frames", type=positive, metavar="N", help="key frames per video (default: 15 %% of the sampled frames)"
     )
-    summaries.add_argument("--max-tokens", type=positive, default=64, help="maximum tokens per summary (%(default)s)")
+    summaries.add_argument("--max-tokens", type=positive, default=MAX_TOKENS, help="tokens at most (%(default)s)")
     args = parser.parse_args()
     if args.command == "caption" and not (args.image or args.video or args.media):
         captions.error("name at least one file with --image or --video, or a folder with --media")

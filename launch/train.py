@@ -62,7 +62,7 @@ def main() -> int:
             from data_tools.synthetic.default_data import make_default_data as make_data
         train(plan, ranks, stop, make_data)
     except BaseException as error:
-        from dsmoe_vl.parallel.launch import end_rank
+        from dsmoe_vl.parallel.process_group import end_rank
 
         end_rank(error, ranks)
     return 0

@@ -90,7 +90,7 @@ def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def hold(run_dir: Path) -> TextIO:
+def lock_run(run_dir: Path) -> TextIO:
     """Lock a run while the returned file is open. Raises CheckpointError if another training has the lock.
 
     Does nothing on file systems without locks.

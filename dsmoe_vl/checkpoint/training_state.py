@@ -25,7 +25,7 @@ from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_json
-from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.moe.capacity import CapacityMoE, one_process_name
-from dsmoe_vl.moe.layer import ExpertParallelMoE
+from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, one_process_name
 from dsmoe_vl.tasks.registry import build_backbone
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")

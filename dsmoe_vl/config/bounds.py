@@ -25,11 +25,14 @@ def bounded(
 
 
 def out_of_bounds(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Dotted key, value and rule of every setting that is out of bounds, nested dataclasses included."""
+    """Dotted key, value and rule of every setting out of bounds, also in nested dataclasses and tuples of them."""
     for item in fields(settings):
         key, value = f"{prefix}{item.name}", getattr(settings, item.name)
         if is_dataclass(value):
             yield from out_of_bounds(value, f"{key}.")
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            for number, one in enumerate(value):
+                yield from out_of_bounds(one, f"{key}[{number}].")
         elif rule := _broken_rule(value, item.metadata.get(_BOUNDS, {})):
             yield key, value, rule
 

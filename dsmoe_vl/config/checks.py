@@ -192,8 +192,6 @@ def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: s
                     f'{place}: tasks of source "{source.name}" name "{task}"; the recipe trains {", ".join(learned)} '
                     f"(weight above 0 in [tasks.NAME])"
                 )
-        if source.weight <= 0:
-            raise ConfigError(f'{place}: weight = {source.weight} of source "{source.name}" must be above 0')
         names.add(source.name)
 
 

@@ -113,7 +113,7 @@ class SourceConfig:
     # A folder, relative to the working directory; the URL of a folder (http, https, or fsspec's: s3, gs, ...); or
     # "pipe:COMMAND", a shell command that writes the file {} of a folder to standard output.
     path: str = ""
-    weight: float = 1.0  # relative sampling weight, in samples
+    weight: float = bounded(1.0, above=0)  # relative sampling weight, in samples
     tasks: tuple[str, ...] = ()  # tasks to use its samples for; empty: every task of the recipe that they qualify for
 
 

@@ -139,7 +139,7 @@ def register(spec: TaskSpec) -> None:
     TASKS.append(spec)
 
 
-def named(path: str) -> Any:
+def import_class(path: str) -> Any:
     """Import and return the class that "module:class" names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

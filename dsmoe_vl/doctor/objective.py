@@ -36,7 +36,7 @@ def examine(recipe_file: Path, deepspeed_file: Path, overrides: list[str], resul
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from dsmoe_vl.doctor.silent_faults import silent_faults
     from dsmoe_vl.doctor.splits import Probe, Split, shrink
-    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+    from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
     ranks = Ranks.discover()
     start_process_group(ranks, "cpu")

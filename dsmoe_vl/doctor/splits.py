@@ -24,7 +24,7 @@ from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.resolve import resolve

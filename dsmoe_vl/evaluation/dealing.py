@@ -14,7 +14,7 @@ from dsmoe_vl.parallel.ranks import Ranks
 
 # Its module imports DeepSpeed, which takes seconds and is not needed by one process.
 if TYPE_CHECKING:
-    from dsmoe_vl.parallel.launch import HostGroup
+    from dsmoe_vl.parallel.process_group import HostGroup
 
 T = TypeVar("T")
 

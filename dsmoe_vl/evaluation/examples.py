@@ -10,7 +10,7 @@ import hashlib
 import io
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -41,7 +41,7 @@ class Counts:
     @staticmethod
     def of(folders: int) -> Counts:
         """Fewer per folder if there are many folders, so that the page stays small."""
-        return Counts(*(max(1, min(most, most * 6 // max(folders, 1))) for most in (8, 4, 4, 3)))
+        return Counts(*(max(1, min(most, most * 6 // max(folders, 1))) for most in astuple(Counts())))
 
 
 class Chosen(Generic[T]):

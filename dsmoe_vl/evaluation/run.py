@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import PLAN_NAME, read_manifest
 from dsmoe_vl.config.recipe import learned_tasks
-from dsmoe_vl.config.task_table import TaskSpec, named
+from dsmoe_vl.config.task_table import TaskSpec, import_class
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Counts
@@ -43,7 +43,7 @@ def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
     kind = "cuda" if options.device.startswith("cuda") else "cpu"
     os.environ["DS_ACCELERATOR"] = kind  # DeepSpeed reads it when imported
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+    from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
     device = use_device(device_name(), ranks)
     if options.device == "cuda":
@@ -64,7 +64,7 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
         raise CheckpointError(f"{options.run} got a new checkpoint while it was read: run the evaluation again")
     wanted = wanted_tasks(options, trained)
     evaluations: dict[str, TaskEvaluation] = {
-        spec.name: named(spec.evaluation)(trained, options, dealer) for spec in wanted
+        spec.name: import_class(spec.evaluation)(trained, options, dealer) for spec in wanted
     }
     counter = LoadCounter(trained.recipe)
     with counter.watching(trained.model.layers):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from dsmoe_vl.files import distinct_names
+
 
 def write_scalars(directory: Path, step: int, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
     """Write `eval/TASK/METRIC` at an optimizer step, one folder of event files per source.
@@ -17,14 +19,8 @@ def write_scalars(directory: Path, step: int, scores: Mapping[str, Mapping[str, 
     Args:
         scores: by source (a folder of shards, or its URL), task and metric. A source is named by its last part.
     """
-    names: set[str] = set()
-    for source, tasks in scores.items():
-        name = base = source.rstrip("/").rpartition("/")[2] or "data"
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{base}_{number}"
-        names.add(name)
+    names = distinct_names(source.rstrip("/").rpartition("/")[2] or "data" for source in scores)
+    for name, tasks in zip(names, scores.values(), strict=True):
         with SummaryWriter(str(directory / name)) as writer:
             for task, values in tasks.items():
                 for metric, value in values.items():

@@ -13,6 +13,7 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.evaluation.dealing import Dealer, Dealt
 from dsmoe_vl.evaluation.examples import Counts
+from dsmoe_vl.inference.generate import MAX_TOKENS
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report.content import ScoreLabel, Section
 
@@ -39,7 +40,7 @@ class Options:
     limit: int | None = None  # maximum samples per folder
     gallery: int = 200  # samples with different content that retrieval searches
     show: int = 6  # texts to print per folder
-    max_tokens: int = 64  # per text
+    max_tokens: int = MAX_TOKENS  # per text
     device: str = "cpu"
 
 

@@ -19,11 +19,11 @@ from PIL import Image
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.embed import embed_media, embed_texts
-from dsmoe_vl.inference.generate import caption
+from dsmoe_vl.inference.generate import MAX_TOKENS, caption
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.inference.media import BATCH, to_sample
-from dsmoe_vl.inference.search import Search
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
+from dsmoe_vl.inference.token_search import Search
 
 Video = str | os.PathLike[str] | bytes
 Picture = Video | Image.Image | np.ndarray
@@ -50,7 +50,7 @@ class Model:
     def caption(self, picture: Picture, *, max_tokens: int = ..., **search: Any) -> str: ...
     @overload
     def caption(self, picture: Sequence[Picture], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
-    def caption(self, picture: Any, *, max_tokens: int = 64, **search: Any) -> Any:
+    def caption(self, picture: Any, *, max_tokens: int = MAX_TOKENS, **search: Any) -> Any:
         """Caption of a picture. `search`: `beams`, or `top_p`, `temperature` and `seed`; see `Search`."""
         return self._caption(picture, "image", max_tokens, Search(**search))
 
@@ -58,7 +58,7 @@ class Model:
     def caption_video(self, video: Video, *, max_tokens: int = ..., **search: Any) -> str: ...
     @overload
     def caption_video(self, video: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
-    def caption_video(self, video: Any, *, max_tokens: int = 64, **search: Any) -> Any:
+    def caption_video(self, video: Any, *, max_tokens: int = MAX_TOKENS, **search: Any) -> Any:
         """Caption of a video; `search` as in `caption`."""
         return self._caption(video, "video", max_tokens, Search(**search))
 
@@ -95,7 +95,7 @@ class Model:
     def summarize(self, video: Video, *, max_tokens: int = ..., **search: Any) -> VideoSummary: ...
     @overload
     def summarize(self, video: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[VideoSummary]: ...
-    def summarize(self, video: Any, *, max_tokens: int = 64, **search: Any) -> Any:
+    def summarize(self, video: Any, *, max_tokens: int = MAX_TOKENS, **search: Any) -> Any:
         """Summary of a video: `text`, and `seconds`, `importance` and `key_frames()` of the sampled frames."""
         options = Search(**search)
         return _mapped(

@@ -14,15 +14,15 @@ from PIL import Image
 
 from dsmoe_vl.drawing.pages import Tile, page
 from dsmoe_vl.errors import ConfigError, DataError
-from dsmoe_vl.files import write_json
+from dsmoe_vl.files import distinct_names, write_json
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption_task, texts
 from dsmoe_vl.inference.index import Hit, MediaIndex, update_index
 from dsmoe_vl.inference.load import TrainedModel, require_task
 from dsmoe_vl.inference.media import Media, first_picture, format_hint, in_batches, read_file
-from dsmoe_vl.inference.search import Search
 from dsmoe_vl.inference.summarize import summarize
-from dsmoe_vl.inference.summary_files import folder_names, write_summary
+from dsmoe_vl.inference.summary_files import write_summary
+from dsmoe_vl.inference.token_search import Search
 
 _WITHOUT_INDEX = 200  # files; above this number `retrieve` suggests --index
 
@@ -149,7 +149,7 @@ def summarize_videos(
     """
     require_task(trained, "summary")
     outcome = Outcome()
-    for path, name in zip(videos, folder_names(list(videos)), strict=True):
+    for path, name in zip(videos, distinct_names(path.stem for path in videos), strict=True):
         try:
             sample = read_file(path, "video")
         except DataError as error:

@@ -23,12 +23,16 @@ from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all
-from dsmoe_vl.inference.search import GREEDY, Decoder, Search, beam, greedy, sample
+from dsmoe_vl.inference.token_search import GREEDY, Decoder, Search, beam, greedy, sample
 from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask
 
+MAX_TOKENS = 64  # of a text, unless the caller wants another limit
 
-def caption(trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY) -> list[str]:
+
+def caption(
+    trained: TrainedModel, samples: list[Sample], max_tokens: int = MAX_TOKENS, search: Search = GREEDY
+) -> list[str]:
     """One caption per sample. Raises ConfigError for a model without captions, DataError for unreadable media."""
     task = caption_task(trained)
     return texts(trained, encode_all(task.prompt, samples), max_tokens, search)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.inference.generate import CachedDecoder, continuations
+from dsmoe_vl.inference.generate import MAX_TOKENS, CachedDecoder, continuations
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all
-from dsmoe_vl.inference.search import GREEDY, Search
+from dsmoe_vl.inference.token_search import GREEDY, Search
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask
 
 KEY_SHARE = 0.15  # of the frames become key frames: the budget of SumMe and TVSum (Zhang et al. 2016, section 4.1)
@@ -52,7 +52,7 @@ class VideoSummary:
 
 @torch.inference_mode()
 def summarize(
-    trained: TrainedModel, samples: list[Sample], max_tokens: int = 64, search: Search = GREEDY
+    trained: TrainedModel, samples: list[Sample], max_tokens: int = MAX_TOKENS, search: Search = GREEDY
 ) -> list[VideoSummary]:
     """One summary per video. Raises ConfigError if the model has not learned it, DataError for unreadable media."""
     prompts = encode_all(trained.task(VideoSummaryTask).prompt, samples)

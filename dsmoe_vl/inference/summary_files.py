@@ -57,15 +57,3 @@ def write_summary(
         place = error.filename or folder
         raise ConfigError(f"{place} cannot be written: {error.strerror}; name another --output") from None
     return written
-
-
-def folder_names(paths: list[Path]) -> list[str]:
-    """A folder name for each video: its file name without the extension; repeated names get a number."""
-    names: list[str] = []
-    for path in paths:
-        name, number = path.stem, 1
-        while name in names:
-            number += 1
-            name = f"{path.stem}_{number}"
-        names.append(name)
-    return names

@@ -15,7 +15,11 @@ from dsmoe_vl.moe.balance import updated_selection_bias
 
 
 class Routing(NamedTuple):
-    """The decision for T tokens. A tuple, because ZeRO-3 looks for tensors in tuples only."""
+    """The decision for T tokens. A tuple, because ZeRO-3 looks for tensors in tuples only.
+
+    Other files rely on `softmax(logits) = probabilities`: `expert_parallel_capacity.py` lets DeepSpeed make its gates
+    from logits, and the balancing terms need rows of probabilities that sum to 1.
+    """
 
     experts: Tensor  # int64 [T, K]
     gates: Tensor  # float32 [T, K], each row sums to 1; with K = 1, p

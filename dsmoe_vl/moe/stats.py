@@ -15,6 +15,7 @@ from torch import Tensor
 from dsmoe_vl.moe.balance import entropy
 from dsmoe_vl.moe.router import Routing
 
+LIVE_SHARE = 0.01  # an expert with less than this fraction of an even share is dead
 GATE_BINS = 20  # bins of the histogram of gates, from 0 to 1
 
 

@@ -16,10 +16,10 @@ from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import replacing
+from dsmoe_vl.moe.stats import LIVE_SHARE
 
 FILE = "router.npz"
 RECORDS_AT_MOST = 256  # then the older half is summed in pairs, so that the file stays small in long runs
-LIVE_SHARE = 0.01  # an expert with less than this fraction of an even share is dead
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
-from dsmoe_vl.config.task_table import named
+from dsmoe_vl.config.task_table import import_class
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> 
     """All tasks with a weight above 0, in the table's order. `training=False`: samples are encoded without dropout."""
     pictures = PictureReader(recipe.data, recipe.model.vision)
     return tuple(
-        named(spec.task)(pictures, tokenizer, getattr(recipe.tasks, spec.name), training)
+        import_class(spec.task)(pictures, tokenizer, getattr(recipe.tasks, spec.name), training)
         for spec in learned_tasks(recipe)
     )
 
@@ -28,7 +28,7 @@ def build_backbone(recipe: Recipe, activation_checkpointing: bool = False) -> Vi
     """The recipe's model with the heads of its tasks. Its parameters are not initialised yet."""
     heads: dict[str, nn.Module] = {}
     for spec in learned_tasks(recipe):
-        heads |= named(spec.task).heads(getattr(recipe.tasks, spec.name), recipe.model.width)
+        heads |= import_class(spec.task).heads(getattr(recipe.tasks, spec.name), recipe.model.width)
     return VisionLanguageModel(recipe, activation_checkpointing, heads)
 
 

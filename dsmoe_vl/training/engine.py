@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.moe.layer import spread_experts
+from dsmoe_vl.moe.expert_parallel import spread_experts
 from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.optim.optimizer import optimizer_builder
 from dsmoe_vl.optim.parameter_groups import parameter_groups

@@ -13,7 +13,7 @@ from dsmoe_vl.config.recipe import learned_tasks, term_weights
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.held_out_packs import held_out_packs
 from dsmoe_vl.data.pack import collate
-from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.registry import Encoder

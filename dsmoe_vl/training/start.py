@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsmoe_vl.checkpoint.store import PLAN_NAME, hold
+from dsmoe_vl.checkpoint.store import PLAN_NAME, lock_run
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.shards.download import is_remote
@@ -68,7 +68,7 @@ def missing_files(plan: RunPlan) -> Iterator[str]:
 def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[RunPlan], None] | None = None) -> None:
     """Start the process group and train, on every rank. `make_data` is called once on each host before data is read."""
     _quiet_deepspeed(ranks.rank)
-    from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+    from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
     start_process_group(ranks, plan.device)
     if make_data is not None:
@@ -77,7 +77,7 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
         HostGroup().barrier()
     if ranks.rank == 0:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = hold(plan.run_dir)
+        lock = lock_run(plan.run_dir)
         changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
         for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
             print(f"note: {note}", flush=True)

@@ -22,7 +22,7 @@ from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
 from dsmoe_vl.optim.gradients import PARTS, local_squares
-from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan

@@ -18,7 +18,7 @@ from dsmoe_vl.monitor.recorder import RouterRecorder
 from dsmoe_vl.monitor.run_log import RunLog
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import memory_gib, peak_flops, use_device
-from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan

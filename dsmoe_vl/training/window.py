@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.moe.balance import mutual_information
-from dsmoe_vl.moe.stats import RoutingSums
+from dsmoe_vl.moe.stats import LIVE_SHARE, RoutingSums
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.step import StepResult
@@ -77,7 +77,7 @@ class Window:
             share = per_expert / per_expert.sum(-1, keepdim=True) * experts
             values["max_violation"] = float(share.max() - 1)  # busiest expert of all layers
             values["max_violation_micro"] = float(violation.max()) / self.steps  # mean over micro-batches
-            values["dead_fraction"] = float((share < 0.01)[exists].float().mean())
+            values["dead_fraction"] = float((share < LIVE_SHARE)[exists].float().mean())
             values["entropy"] = float(entropy.sum(-1).mean()) / tokens
             values["drop_fraction"] = float(dropped.sum() / (load.sum() + dropped.sum()))
             values["mutual_information"] = float(mutual_information(load.sum(2)).mean())  # between tasks and experts

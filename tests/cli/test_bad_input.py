@@ -10,7 +10,7 @@ import tarfile
 import pytest
 
 from data_tools.tokenizer.train import train as train_tokenizer
-from dsmoe_vl.checkpoint.store import hold
+from dsmoe_vl.checkpoint.store import lock_run
 from tests.distributed.ranks import run_ranks, try_ranks
 from tests.support.runs import STEPS, TRAIN, metrics
 
@@ -148,7 +148,7 @@ class TestResume:
         refused(tiny.arguments(run, setting), f"step_{STEPS:08d} is of another model", difference, "new run.name")
 
     def test_another_training(self, tiny, run):
-        with hold(run):
+        with lock_run(run):
             first, other = try_ranks(TRAIN, tiny.arguments(run), 2, timeout_seconds=100)
         assert first.status == 2 and other.status, first.err + other.err
         assert f"error (rank 0): {run} is being trained by process {os.getpid()} of " in first.err

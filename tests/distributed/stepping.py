@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsmoe_vl.data.pack import collate
-from dsmoe_vl.parallel.launch import HostGroup
+from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.step import OptimizerStep

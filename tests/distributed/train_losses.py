@@ -33,7 +33,7 @@ from dsmoe_vl.config.recipe import (
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.device import use_device
-from dsmoe_vl.parallel.launch import HostGroup, start_process_group
+from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_backbone, build_tasks

@@ -8,7 +8,7 @@ import json
 import torch.distributed as dist
 
 from dsmoe_vl.parallel.device import use_device
-from dsmoe_vl.parallel.launch import start_process_group
+from dsmoe_vl.parallel.process_group import start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks

@@ -17,7 +17,7 @@ from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
-from dsmoe_vl.parallel.launch import start_process_group
+from dsmoe_vl.parallel.process_group import start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks

@@ -10,8 +10,8 @@ import torch
 from dsmoe_vl.config.recipe import MoEConfig
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.layers import SwiGLU
-from dsmoe_vl.moe.capacity import CapacityMoE
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, expert_slots, within_capacity
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward
 from dsmoe_vl.moe.router import Router

@@ -13,7 +13,7 @@ from benchmarks.generate import UncachedDecoder
 from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.inference.generate import CachedDecoder, caption_task, generate, prompt_batch, unspeakable
 from dsmoe_vl.inference.load import load_run
-from dsmoe_vl.inference.search import LENGTH_POWER, Search, beam, greedy, nucleus, sample
+from dsmoe_vl.inference.token_search import LENGTH_POWER, Search, beam, greedy, nucleus, sample
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.tasks.language import followed_by
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from dsmoe_vl.config.task_table import TASKS, named
+from dsmoe_vl.config.task_table import TASKS, import_class
 from dsmoe_vl.report.content import (
     Candidate,
     CaptionExample,
@@ -73,7 +73,7 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
     }
     tasks = {}
     for spec in TASKS:
-        evaluation = named(spec.evaluation)
+        evaluation = import_class(spec.evaluation)
         tasks[spec.name] = TaskPart(spec.title, evaluation.labels, evaluation.section, examples[spec.name])
     scores = {
         FOLDERS[0]: {

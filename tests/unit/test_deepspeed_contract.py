@@ -7,20 +7,20 @@ import inspect
 import pytest
 
 NAMES = [
-    ("moe/layer.py", "deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer"),
-    ("moe/layer.py", "deepspeed.module_inject.auto_ep_layer", "_AllToAllV"),
-    ("moe/layer.py", "deepspeed.module_inject.auto_ep_layer", "compute_split_plan"),
-    ("moe/layer.py", "deepspeed.module_inject.auto_ep_config", "AutoEPConfig"),
-    ("moe/layer.py", "deepspeed.module_inject.auto_ep_config", "MoELayerSpec"),
-    ("moe/layer.py", "deepspeed.module_inject.auto_ep_folding", "mark_autoep_folding_router_parameter"),
-    ("moe/capacity.py", "deepspeed.moe.layer", "MoE"),
-    ("moe/capacity.py", "deepspeed.moe.sharded_moe", "TopKGate"),
-    ("moe/capacity.py", "deepspeed.moe.sharded_moe", "gumbel_rsample"),
-    ("moe/capacity.py", "deepspeed.moe.sharded_moe", "multiplicative_jitter"),
-    ("moe/capacity.py", "deepspeed.comm.pg_utils", "is_parallel"),
+    ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer"),
+    ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_layer", "_AllToAllV"),
+    ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_layer", "compute_split_plan"),
+    ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_config", "AutoEPConfig"),
+    ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_config", "MoELayerSpec"),
+    ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_folding", "mark_autoep_folding_router_parameter"),
+    ("moe/expert_parallel_capacity.py", "deepspeed.moe.layer", "MoE"),
+    ("moe/expert_parallel_capacity.py", "deepspeed.moe.sharded_moe", "TopKGate"),
+    ("moe/expert_parallel_capacity.py", "deepspeed.moe.sharded_moe", "gumbel_rsample"),
+    ("moe/expert_parallel_capacity.py", "deepspeed.moe.sharded_moe", "multiplicative_jitter"),
+    ("moe/expert_parallel_capacity.py", "deepspeed.comm.pg_utils", "is_parallel"),
     ("optim/optimizer.py", "deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
     ("optim/l1.py", "deepspeed.utils", "safe_get_local_fp32_param"),
-    ("parallel/launch.py", "deepspeed.ops.op_builder.cpu.comm", "ShareMemCommBuilder"),
+    ("parallel/process_group.py", "deepspeed.ops.op_builder.cpu.comm", "ShareMemCommBuilder"),
     ("checkpoint/weights.py", "deepspeed.runtime.zero", "GatheredParameters"),
 ]
 

@@ -27,7 +27,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _PLACEHOLDER = re.compile(r"[A-Z]{3}|[*<>{}\[\]]|://|\.\.")  # runs/NAME/..., formats/*.py, a URL, another folder
 _MODULE = re.compile(r"-m ([\w.]+)")
 _NAME = re.compile(r"`([A-Za-z_]\w*)`")
-_NAME_IN = re.compile(r"`([\w/]+\.py): (\w+)`")  # `parallel/launch.py: end_rank`
+_NAME_IN = re.compile(r"`([\w/]+\.py): (\w+)`")  # `parallel/process_group.py: end_rank`
 
 
 def code(page: Path) -> Iterator[tuple[str, bool]]:

@@ -34,11 +34,11 @@ ORDER = (
 LEVELS = {folder: level for level, row in enumerate(ORDER) for folder in row}
 
 MAY_IMPORT_DEEPSPEED = (
-    "moe/layer.py",
-    "moe/capacity.py",
+    "moe/expert_parallel.py",
+    "moe/expert_parallel_capacity.py",
     "training/engine.py",
     "optim/*",
-    "parallel/launch.py",
+    "parallel/process_group.py",
     "checkpoint/*",
 )
 

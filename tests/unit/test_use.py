@@ -14,11 +14,12 @@ from data_tools.synthetic.films import film
 from data_tools.synthetic.scenes import scene
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
+from dsmoe_vl.files import distinct_names
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.inference.media import read_file
-from dsmoe_vl.inference.search import Search
 from dsmoe_vl.inference.summarize import VideoSummary
-from dsmoe_vl.inference.summary_files import folder_names, write_summary
+from dsmoe_vl.inference.summary_files import write_summary
+from dsmoe_vl.inference.token_search import Search
 from tests.support.trained import THREE_TASKS, random_run
 
 
@@ -197,4 +198,4 @@ def test_the_files_of_a_summary(run, files, tmp_path):
 
 def test_folders_of_videos_with_one_name(tmp_path):
     paths = [tmp_path / name for name in ("a/x.mp4", "b/x.mp4", "x_2.mp4", "y.webm")]
-    assert folder_names(paths) == ["x", "x_2", "x_2_2", "y"]
+    assert distinct_names(path.stem for path in paths) == ["x", "x_2", "x_2_2", "y"]

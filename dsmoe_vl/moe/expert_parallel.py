@@ -17,8 +17,8 @@ from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_p
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
 from torch import Tensor, nn
 
-from dsmoe_vl.moe.capacity import CapacityMoE
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
 from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.stats import RouterStats
