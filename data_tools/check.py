@@ -1,4 +1,4 @@
-"""Whether a record can be trained on, and what it then is: its bytes and their type, clean captions, KEY.json."""
+"""Checks whether a record can be trained on, and makes its sample: media, media type, clean captions, KEY.json."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
 
 IMAGE_TYPES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension
-ORIENTATION_TAG = 0x0112  # of EXIF; from 5 on the picture lies on its side
-CHECKED_FRAMES = 16  # of a video are decoded to see whether it is whole
-QUALITY = 92  # of a JPEG that has to be made smaller, where none was asked for
+ORIENTATION_TAG = 0x0112  # of EXIF; with 5 and above the picture lies on its side
+CHECKED_FRAMES = 16  # of a video are decoded to check it
+QUALITY = 92  # of a JPEG that is scaled down, by default
 
 
 @dataclass(frozen=True)
 class Reencoding:
-    """How images are written anew; the default keeps their bytes. Videos always keep theirs."""
+    """How images are re-encoded. By default they keep their bytes; videos always do."""
 
-    max_side: int = 0  # pixels; a larger image is scaled down to it; 0: no limit
-    quality: int = 0  # JPEG quality at which every image is written; 0: only those that are scaled, at QUALITY
+    max_side: int = 0  # pixels; larger images are scaled down; 0: no limit
+    quality: int = 0  # every image becomes a JPEG of this quality; 0: only scaled ones, of QUALITY
 
     def __post_init__(self) -> None:
         if self.max_side < 0:
@@ -42,14 +42,14 @@ class Checked:
 
     identifier: str
     media: bytes
-    media_type: str  # extension without a dot, that of the content
-    text: str  # the first caption, or the summary where there is none
+    media_type: str  # extension without a dot, by content
+    text: str  # the first caption; without captions, the summary
     meta: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that cannot, and why: a class of problems, and this one's detail."""
+    """A record that cannot be trained on. `reason`: the kind of problem, `detail`: this one."""
 
     identifier: str
     reason: str
@@ -57,7 +57,7 @@ class Rejected:
 
 
 def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Rejected:
-    """Read and decode one record's media as training will, and clean its captions."""
+    """Read and decode the media of a record as training will, and clean its captions."""
     if record.problem:
         reason, _, detail = record.problem.partition(":")
         return Rejected(record.identifier, reason, detail.strip())
@@ -75,7 +75,7 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
         data = record.media.read_bytes()
     except FileNotFoundError:
         return Rejected(record.identifier, "missing file", str(record.media))
-    except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
         return Rejected(record.identifier, "unreadable file", f"{record.media}: {error}")
     try:
         if record.kind == "image":
@@ -91,16 +91,16 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
 
 
 def tasks_of(record: Record, captions: list[str]) -> list[str]:
-    """What a record with these clean captions can be used for."""
+    """The tasks that a record with these clean captions can be used for."""
     return [spec.name for spec in TASKS if spec.qualifies(record.kind, captions, record.meta)]
 
 
 def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[str, Any]]:
-    """The bytes to keep, their extension by content, and width and height of the upright picture.
+    """The bytes to store, their extension by content, and width and height of the upright picture.
 
-    Raises DataError where they do not decode.
+    Raises DataError if the image cannot be decoded.
     """
-    # At an eighth of its sides a JPEG is read to its end all the same, in half of the time.
+    # At an eighth of its sides a JPEG is still read to its end, in half the time.
     decode_image(data, enough_pixels=1)
     with Image.open(io.BytesIO(data)) as opened:
         media_type = IMAGE_TYPES[opened.format or ""]
@@ -119,13 +119,13 @@ def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[s
 
 
 def video_facts(data: bytes, suffix: str) -> tuple[str, dict[str, Any]]:
-    """Extension, width, height, fps and duration_seconds. Raises DataError where frames do not decode.
+    """Extension, width, height, fps and duration_seconds. Raises DataError if frames cannot be decoded.
 
-    The times come from the packets: several containers leave frame count and duration out of their headers.
+    The times come from the packets, because several containers have no frame count and duration in their headers.
     """
     media_type = suffix.lower().removeprefix(".")
     if media_type not in VIDEO_EXTENSIONS:
-        raise DataError(f"a {suffix or 'nameless'} file; {', '.join(VIDEO_EXTENSIONS)} are read")
+        raise DataError(f"a {suffix or 'nameless'} file; only {', '.join(VIDEO_EXTENSIONS)} are supported")
     height, width = decode_video(data, CHECKED_FRAMES)[0][1].shape[:2]
     with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]

@@ -1,4 +1,4 @@
-"""How every tool of this package ends: a user's error is one line on stderr and exit status 2."""
+"""Runs a command line tool: a user's error becomes one line on stderr and exit status 2."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Turn a raw dataset into shards: plain WebDataset tars with the original bytes, and an `index.json` beside them.
+"""Convert a raw dataset to shards: plain WebDataset tars with the original bytes, and an `index.json`.
 
-Records that cannot be used are skipped, counted by reason and listed in rejected.jsonl in the output folder. Work that
-was interrupted continues where it stopped when the same command is given again. Over several hosts with a common file
-system: mpirun -np N python -m data_tools.convert ...
+Records that cannot be used are skipped, counted by reason and listed in rejected.jsonl in the output folder. Repeat an
+interrupted command to continue it. On several hosts with a common file system:
+mpirun -np N python -m data_tools.convert ...
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def convert(
     workers: int = 1,
     hosts: Hosts | None = None,
 ) -> Outcome:
-    """Check `records` and write those that can be used into the shard folder `output`, in their order.
+    """Check `records` and write the usable ones to the shard folder `output`, in order.
 
-    Neither `workers` (processes) nor `hosts` changes a byte of the output. Collective over `hosts`.
+    The output does not depend on `workers` (processes) or `hosts`. Collective over `hosts`.
 
     Args:
-        max_rejected: fraction of records that may be skipped; with more, no shard is left behind.
+        max_rejected: fraction of records that may be rejected; above it no shards are written.
 
     Raises:
-        DataError: too many records rejected, a folder that holds other shards, an identifier that occurs twice.
+        DataError: too many records rejected, a folder with other shards, an identifier that occurs twice.
     """
     if not 0.0 <= max_rejected <= 1.0:
-        raise DataError(f"--max-rejected {max_rejected}: a fraction between 0 and 1")
+        raise DataError(f"--max-rejected {max_rejected}: give a fraction between 0 and 1")
     hosts = hosts or Hosts()
     with hosts.together():
         parts = Parts(output, list(records), settings)
@@ -116,16 +116,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_common(options: argparse._ArgumentGroup) -> None:
-    options.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="folder; must hold no shards")
-    options.add_argument("--split", default="train", metavar="NAME", help="names the shards (%(default)s)")
+    options.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="folder without shards; created")
+    options.add_argument("--split", default="train", metavar="NAME", help="begins the names of shards (%(default)s)")
     options.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="at most (%(default)s)")
     options.add_argument("--mib-per-shard", type=int, default=256, metavar="N", help="about, at most (%(default)s)")
     options.add_argument("--max-side", type=int, default=0, metavar="PIXELS", help="scale larger images down to this")
     options.add_argument("--quality", type=int, default=0, metavar="Q", help="write every image as a JPEG, 1 to 100")
     options.add_argument(
-        "--max-rejected", type=float, default=0.1, metavar="F", help="fraction that may be skipped (%(default)s)"
+        "--max-rejected",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="fraction of records that may be skipped (%(default)s)",
     )
-    options.add_argument("--workers", type=int, default=0, metavar="N", help="processes (one a core, up to 8)")
+    options.add_argument("--workers", type=int, default=0, metavar="N", help="processes (one per core, up to 8)")
 
 
 if __name__ == "__main__":

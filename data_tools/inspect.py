@@ -1,7 +1,7 @@
-"""Look at a folder of shards: what is in it, whether it is whole, and whether every sample can be read.
+"""Check a folder of shards: print statistics of its samples, and list damaged, missing and unreadable ones.
 
-Shards of other tools (img2dataset, video2dataset, any WebDataset) are read too; of these a manifest and KEY.json are
-not expected. The exit status is 0 for sound shards, 1 where problems were found, 2 where there is nothing to look at.
+Also reads shards of other tools (img2dataset, video2dataset, any WebDataset), without a manifest and KEY.json.
+The exit status is 0 without problems, 1 with problems, 2 without shards.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
 
-FRAMES = 6  # decoded of a video, and shown
+FRAMES = 6  # of a video that are decoded and shown
 SHEET_CELLS = 48
-EXAMPLES = 3  # shown of each kind of problem
+EXAMPLES = 3  # that are shown of each kind of problem
 BAR = 40  # characters
 
 
 @dataclass
 class Report:
-    """What was found. `problems`: kind -> where, each time it was met."""
+    """Statistics and problems of a shard folder. `problems`: kind -> the places where it occurs."""
 
     samples: int = 0
     shards: int = 0
     total_bytes: int = 0
     media_types: Counter[str] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)  # what samples are for; one that names none is for all
-    foreign: int = 0  # samples that other tools have written
-    lengths: list[int] = field(default_factory=list)  # of captions, in words or tokens
+    tasks: Counter[str] = field(default_factory=Counter)  # of samples; one without `tasks` counts as "every task"
+    foreign: int = 0  # samples written by other tools
+    lengths: list[int] = field(default_factory=list)  # of captions, in `unit`
     unit: str = "words"
     kib: list[int] = field(default_factory=list)  # of the media
-    sides: list[int] = field(default_factory=list)  # pixels, the longer one of an image or video
+    sides: list[int] = field(default_factory=list)  # pixels, the longer side of images and videos
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     cells: list[Cell] = field(default_factory=list)
 
     def add_error(self, error: DataError, where: str = "") -> None:
-        """File an error under its message's first words, up to the colon."""
+        """Add an error. Its kind is the beginning of its message, up to the colon."""
         kind, _, detail = str(error).partition(": ")
         self.problems[kind].append(": ".join(part for part in (where, detail) if part))
 
 
 @dataclass(frozen=True)
 class Look:
-    """One sample as it was found: `sample` is None where `errors` has why it could not be read."""
+    """A sample and its errors. `sample` is None if it could not be read."""
 
     sample: Sample | None
     pictures: list[Image.Image]
@@ -68,10 +68,9 @@ class Look:
 
 
 def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None = None) -> Report:
-    """Read and decode the samples of a shard folder, the first `limit` of them if given.
+    """Read and decode the samples of a folder, or the first `limit` of them, and compare all tars with `index.json`.
 
-    The length of captions is counted in pieces of `tokenizer`, or in words. The tars themselves are compared with
-    `index.json` in any case. Raises DataError where there are no tars.
+    Captions are measured in pieces of `tokenizer`, or in words. Raises DataError if there are no tars.
     """
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: must be positive")
@@ -110,7 +109,7 @@ def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None 
 
 
 def _scan(folder: Path, report: Report) -> ShardIndex:
-    """The shards as they are on disk, whatever the manifest says of them."""
+    """The shards on disk, without the manifest."""
     shards = []
     for path in sorted(folder.glob("*.tar")):
         scan = scan_shard(path)
@@ -124,7 +123,7 @@ def _scan(folder: Path, report: Report) -> ShardIndex:
 
 
 def _compare_with_manifest(index: ShardIndex, report: Report) -> bool:
-    """Whether there is one."""
+    """Returns whether there is a manifest."""
     path = index.folder / INDEX_NAME
     if not path.exists():
         return False
@@ -164,7 +163,7 @@ def _look(index: ShardIndex, shard: int, number: int) -> Look:
 
 
 def _thumbnails(pictures: list[Image.Image]) -> list[Image.Image]:
-    """Copies that are small enough to keep many of them."""
+    """Small copies, because many are kept."""
     copies = [picture.copy() for picture in pictures]
     for copy in copies:
         copy.thumbnail((320, 320))
@@ -182,7 +181,7 @@ def describe(report: Report) -> Iterator[str]:
     yield "media: " + (", ".join(f"{count} {name}" for name, count in report.media_types.most_common()) or "none")
     yield "for: " + (", ".join(f"{task} {count}" for task, count in sorted(report.tasks.items())) or "none")
     if report.foreign:
-        yield f"{report.foreign} samples of another tool, read as they are; `convert img2dataset` adds what ours have"
+        yield f"{report.foreign} samples of another tool; `convert img2dataset` would add the missing metadata"
     yield from _histogram(f"caption length, {report.unit}", report.lengths)
     yield from _histogram("longer side, pixels", report.sides)
     yield from _histogram("media size, KiB", report.kib)
@@ -213,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of tars")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help=f"draw up to {SHEET_CELLS} samples")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="count captions in its tokens, not in words")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="measure captions in its tokens, not in words")
     parser.add_argument("--limit", type=int, metavar="N", help="decode the first N samples only")
     given = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""A parallel map for work that releases the interpreter lock (reading, decoding, encoding)."""
+"""A parallel map over threads, for work that releases the interpreter lock (reading, decoding, encoding)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-BATCH = 16  # items a worker; their results are what memory has to hold
+BATCH = 16  # items per worker whose results are in memory together
 
 
 def default_workers() -> int:
-    """Threads that keep this machine busy without holding many decoded videos in memory."""
+    """One thread per core, and at most 8, because each has decoded videos in memory."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map(function, items)` over `workers` threads: results in the order of `items`.
+    """`map(function, items)` in `workers` threads; results in the order of `items`.
 
-    It goes in batches: `ThreadPoolExecutor.map` alone would start on all items and hold every result until it is asked
-    for, which for a data set of media is more than memory.
+    Items are processed in batches: `ThreadPoolExecutor.map` alone would keep the results of all items in memory.
     """
     remaining = iter(items)
     with ThreadPoolExecutor(workers) as pool:

@@ -1,8 +1,8 @@
-"""A conversion in parts: what any number of processes on any number of hosts do, and do again after an interruption.
+"""A conversion in parts, which any number of processes and hosts can make, and which can be interrupted.
 
-Records n * samples_per_shard and the following are part n. It becomes a complete folder of shards of its own,
-`OUTPUT/.unfinished/part-00000n/`, whose `index.json` is written last; a part without one is done again. Which process
-makes a part does not change its bytes. When all are there, `publish` gives the shards their final names.
+Part n has `samples_per_shard` records, from number n * samples_per_shard on. It becomes a shard folder of its own,
+`OUTPUT/.unfinished/part-00000n/`. Its `index.json` is written last; a part without it is made again. The bytes of a
+part do not depend on the process that makes it. When all parts are complete, `publish` gives the shards their names.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _PLAN_NAME = "conversion.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """What, besides the records, the bytes of the output depend on."""
+    """The settings that the output depends on, besides the records."""
 
-    source: str  # name of the dataset, noted in every KEY.json
+    source: str  # name of the dataset, written to every KEY.json
     split: str = "train"
     samples_per_shard: int = 1000
     bytes_per_shard: int = 256 * 2**20
@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion came to. `reasons`: records that were skipped, by reason; all are listed in `listing`."""
+    """The result of a conversion. `reasons`: counts of rejected records; `listing`: the file that lists them."""
 
     written: int
     reasons: Counter[str]
@@ -98,8 +98,8 @@ class Parts:
     def publish(self, max_rejected: float) -> Outcome:
         """Give all shards their final names, list what was rejected, write index.json and remove the parts.
 
-        May be repeated after an interruption. Raises DataError, and leaves only the list, where more than the fraction
-        `max_rejected` of the records was rejected or none could be used.
+        Can be repeated after an interruption. If more than the fraction `max_rejected` of the records was rejected, or
+        none could be used, raises DataError and leaves only the list.
         """
         indexes = [_loaded(self.path(number) / INDEX_NAME)["shards"] for number in range(self.count)]
         listing = self.output / REJECTED_NAME
@@ -153,7 +153,7 @@ class Parts:
 
 
 def make_part(folder: Path, records: Sequence[Record], settings: Settings, progress: Callable[[int], Any]) -> None:
-    """Check and write the records of one part. `progress(n)` is called after each n records."""
+    """Check and write the records of one part. Calls `progress(n)` after every n records."""
     shutil.rmtree(folder, ignore_errors=True)
     rejected: list[Rejected] = []
     with ShardWriter(folder, settings.split, settings.samples_per_shard, settings.bytes_per_shard) as writer:
@@ -172,7 +172,7 @@ def make_part(folder: Path, records: Sequence[Record], settings: Settings, progr
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """Hash over everything that the annotations say."""
+    """Hash of all annotations."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(repr(record).encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""What KEY.json of a sample must be: the project's own layout, and what is known of others."""
+"""Checks of a sample's KEY.json, as this project or another tool has written it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def is_own(sample: Sample) -> bool:
 
 
 def captions_of(sample: Sample) -> list[str]:
-    """All captions: those of KEY.json, or its `caption` as img2dataset and video2dataset write it, or KEY.txt."""
+    """All captions: `captions` of KEY.json, else KEY.txt, else `caption` of KEY.json (img2dataset, video2dataset)."""
     captions = sample.meta.get("captions") or [sample.text or sample.meta.get("caption")]
     captions = captions if isinstance(captions, list) else [captions]
     return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
 
 
 def problems(sample: Sample) -> Iterator[str]:
-    """What a sample lacks for training, each as `kind: detail`."""
+    """The problems of a sample, each as `kind: detail`."""
     if sample.media is None:
         yield "no image or video"
     if not is_own(sample):
@@ -52,7 +52,7 @@ def problems(sample: Sample) -> Iterator[str]:
 
 
 def curves_problem(meta: dict[str, Any]) -> str:
-    """What is wrong with `importance` and `saliency`, as `kind: detail`; "" where nothing is, or there is neither."""
+    """The problem of `importance` or `saliency` as `kind: detail`; "" if they are correct or absent."""
     importance, saliency = meta.get("importance"), meta.get("saliency")
     if importance is not None and not _is_curve(importance):
         return "malformed importance: a list of numbers from 0 to 1 is expected"
@@ -60,7 +60,7 @@ def curves_problem(meta: dict[str, Any]) -> str:
         return ""
     is_list = isinstance(saliency, list) and bool(saliency) and all(_is_curve(curve) for curve in saliency)
     if not is_list or len({len(curve) for curve in saliency}) > 1:
-        return "malformed saliency: a list of equally long lists of numbers from 0 to 1 is expected, one an annotator"
+        return "malformed saliency: a list of equally long lists of numbers from 0 to 1 is expected, one per annotator"
     return ""
 
 

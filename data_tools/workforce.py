@@ -1,4 +1,4 @@
-"""Who makes the parts of a conversion: processes of this host, and hosts that mpirun has started."""
+"""Processes on this host and on the hosts of mpirun, among which work is divided."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.parallel.ranks import Ranks
 
 Value = TypeVar("Value")
-Progress = Callable[[int], Any]  # told of every record that is finished
+Progress = Callable[[int], Any]  # called with the number of records that were finished
 
 _TICK_SECONDS = 0.2
 
-_done: Any = None  # records that this pool has finished, shared by its processes
+_done: Any = None  # records finished by the pool, shared by its processes
 
 
 class Hosts:
-    """The processes that mpirun started, this one being `rank` of `count`; without mpirun one."""
+    """The processes that mpirun started; this one is number `rank` of `count`. Without mpirun there is one."""
 
     def __init__(self) -> None:
         self._comm: Any = None
         self.rank, self.count = 0, 1
         ranks = Ranks.discover()
         if ranks.starts_mpi and ranks.world_size > 1:
-            from mpi4py import MPI  # starts MPI, which is not wanted elsewhere
+            from mpi4py import MPI  # starts MPI
 
             self._comm = MPI.COMM_WORLD
             self.rank, self.count = self._comm.Get_rank(), self._comm.Get_size()
 
     def once(self, function: Callable[[], Value]) -> Value:
-        """The result of `function` on rank 0, known to all. Raises its DataError on every rank."""
+        """Call `function` on rank 0; returns its result, or raises its DataError, on every rank."""
         value: Any = None
         error: str | None = None
         if self.rank == 0:
@@ -49,7 +49,7 @@ class Hosts:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks leave this block, and by a DataError where one of them did."""
+        """Waits for all ranks at the end of the block. If one raised a DataError there, all do."""
         error: str | None = None
         try:
             yield
@@ -60,31 +60,31 @@ class Hosts:
             raise DataError(failed[0])
 
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
-        """This rank's part of what is to be done."""
+        """This rank's part of `items`."""
         return items[self.rank :: self.count]
 
 
 def work(make: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress) -> None:
-    """`make(*job, progress)` for every job, by `workers` processes, or in this one with 1.
+    """Call `make(*job, progress)` for every job, in `workers` processes; with 1, in this process.
 
-    All arguments can be pickled. What `make` raises ends the work and is raised here.
+    All arguments must be picklable. An exception of `make` ends the work and is raised here.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             make(*job, progress)
         return
-    # Forked from a process that has no threads, whose locks a fork would copy, and that imports once for all.
+    # Forked from a server that imports once and has no threads: a fork would copy their locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__, "webdataset"])
     done = context.Value("q", 0)
-    told = 0
+    reported = 0
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (done,)) as pool:
         waiting = {pool.submit(_make, make, job) for job in jobs}
         try:
             while waiting:
                 finished, waiting = wait(waiting, _TICK_SECONDS, FIRST_COMPLETED)
-                progress(done.value - told)
-                told = done.value
+                progress(done.value - reported)
+                reported = done.value
                 for future in finished:
                     future.result()
         except BaseException:

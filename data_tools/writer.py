@@ -16,14 +16,14 @@ from dsmoe_vl.files import PARTIAL, publish, write_atomically
 if TYPE_CHECKING:
     from webdataset import TarWriter
 
-KEY_LENGTH = 80  # characters; a tar member's name holds 100 with its extension
+KEY_LENGTH = 80  # characters; the name of a tar member has up to 100, with the extension
 
 
 def sample_key(identifier: str) -> str:
-    """A tar key made from any identifier: letters, digits, `_` and `-`, at most KEY_LENGTH characters.
+    """A tar key for any identifier: letters, digits, `_` and `-`, at most KEY_LENGTH characters.
 
-    A WebDataset key ends at the first dot and a slash is a folder, so neither may stay. An identifier that had to be
-    changed ends in eight hex digits of its hash, so that `a/b` and `a.b` remain two keys.
+    A WebDataset key ends at the first dot, and a slash makes a folder. A changed identifier gets eight hex digits of
+    its hash as a suffix, so that `a/b` and `a.b` have different keys.
     """
     key = re.sub(r"[^A-Za-z0-9_-]", "_", identifier)[:KEY_LENGTH]
     if key == identifier and key:
@@ -34,12 +34,12 @@ def sample_key(identifier: str) -> str:
 class ShardWriter:
     """Writes `{split}-00000.tar`, `{split}-00001.tar`, ... and `index.json` into the folder `output`.
 
-    Same samples, same bytes. Shards have the suffix `.partial` until `close()` publishes them all, so that a folder
-    with an `index.json` is always complete; leaving the `with` block by an exception publishes nothing.
+    The same samples give the same bytes. Shards have the suffix `.partial` until `close()` publishes them, so a folder
+    with an `index.json` is complete. An exception in the `with` block removes them.
 
     Args:
-        output: folder; created. One that holds shards already is refused with a DataError.
-        samples_per_shard, bytes_per_shard: a shard ends when it has reached either (bytes of media and text).
+        output: folder; created. Raises DataError if it has shards.
+        samples_per_shard, bytes_per_shard: a shard ends when it reaches one of these (bytes of media and text).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ShardWriter:
             raise DataError(f"cannot make the folder {output}: {error.strerror}") from error
         if (output / INDEX_NAME).exists() or any(output.glob("*.tar")):
             raise DataError(f"{output} already has shards: give an empty folder, or delete it first")
-        for leftover in output.glob(f"*.tar{PARTIAL}"):  # of a run that was interrupted
+        for leftover in output.glob(f"*.tar{PARTIAL}"):  # of an interrupted run
             leftover.unlink()
         self.output = output
         self.split = split
@@ -71,14 +71,14 @@ class ShardWriter:
         self._tar_bytes = 0
 
     def write(self, key: str, media: bytes | None, media_type: str, text: str, meta: dict[str, Any]) -> None:
-        """Append one sample: KEY.`media_type`, KEY.txt, and KEY.json with `meta` and what the writer knows itself.
+        """Append one sample: KEY.`media_type`, KEY.txt, and KEY.json with `meta`, schema_version, split and sha256.
 
         Args:
-            key: made safe by `sample_key`. A key that was written before is refused with a DataError.
-            media: encoded bytes, stored as they are; None for a text-only sample.
+            key: changed by `sample_key` if necessary. Raises DataError if it was written before.
+            media: encoded bytes, stored unchanged; None for a text-only sample.
             media_type: extension without a dot ("jpg", "mp4"); ignored without media.
             text: the first caption.
-            meta: JSON values; those that are None are left out.
+            meta: JSON values; None is left out.
         """
         safe_key = sample_key(key)
         if safe_key in self._keys:
@@ -92,7 +92,7 @@ class ShardWriter:
         sample["json"] = _utf8(json.dumps(known, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
 
         if self._tar is None:
-            from webdataset import TarWriter  # imports torch, which takes seconds that --help should not
+            from webdataset import TarWriter  # imports torch, which takes seconds; --help should not
 
             self._file = _Hashed(self._partial(len(self._shards)))
             self._tar = TarWriter(self._file, mtime=0, encoder=False)
@@ -104,14 +104,14 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> None:
-        """Give the shards their names and write `index.json`, last."""
+        """Give the shards their final names, then write `index.json`."""
         self._finish_shard()
         for number, shard in enumerate(self._shards):
             publish(self._partial(number), self.output / shard["name"])
         write_index(self.output, self.split, self._shards)
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove the shards that were written."""
         if self._tar is not None:
             self._tar.close()
             self._file.close()
@@ -151,19 +151,19 @@ class ShardWriter:
 
 
 def check_split(split: str) -> None:
-    """Raise DataError where a split cannot be part of a file's name."""
+    """Raise DataError if a split cannot be part of a file name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
         raise DataError(f"split {split!r} names the shard files: use letters, digits, '_' and '-'")
 
 
 def write_index(folder: Path, split: str, shards: list[dict[str, Any]]) -> None:
-    """Write `index.json`, at once or not at all. A shard's row has its name, samples, bytes and sha256."""
+    """Write `index.json` atomically. The row of a shard has name, samples, bytes and sha256."""
     index = {"schema_version": SCHEMA_VERSION, "split": split, "shards": shards}
     write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 class _Hashed:
-    """A file that hashes what is written to it, which saves reading it again."""
+    """A file that hashes its content while it is written, so that it need not be read again."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -180,11 +180,11 @@ class _Hashed:
         self._file.flush()
 
     def close(self) -> str:
-        """The hash of all that was written, in hexadecimal digits."""
+        """Close the file; returns its sha256 in hexadecimal digits."""
         self._file.close()
         return self._digest.hexdigest()
 
 
 def _utf8(text: str) -> bytes:
-    """`text` encoded; the lone surrogates that JSON files of scraped text contain become question marks."""
+    """`text` in UTF-8. Lone surrogates, which occur in scraped text, become question marks."""
     return text.encode("utf-8", "replace")

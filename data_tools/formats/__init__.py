@@ -4,10 +4,10 @@
     HELP: str                                       its one line in the list of formats
     DESCRIPTION: str                                the expected files, with an example
     add_arguments(parser) -> None                   its options
-    records(arguments) -> Iterator[Record]          DataError where the annotations cannot be read
+    records(arguments) -> Iterator[Record]          raises DataError if the annotations cannot be read
 
-`records` reads annotations alone, no media, and yields the same records in the same order every time: every process of
-a conversion enumerates them. A new format is added to `convert.FORMATS`; `tables.py` reads what annotations come in.
+`records` reads annotations, not media, and always yields the same records in the same order, because every process of a
+conversion enumerates them. A new format is added to `convert.FORMATS`. `tables.py` reads annotation files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
 
 @dataclass(frozen=True)
 class Stored:
-    """A file inside of a larger one, a tar: `size` bytes at `offset` of `path`. `name` is its own name there."""
+    """A file in a tar: `size` bytes at `offset` of `path`. `name`: its name in the tar."""
 
     path: Path
     offset: int
@@ -42,13 +42,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Record:
-    """One image or video with its captions, as a dataset's annotations describe it; nothing of it was checked.
+    """One image or video with its captions, as the annotations of a dataset describe it, unchecked.
 
-    `identifier` is unique within the dataset. `captions` may hold anything that the annotations held; those that are no
-    text are dropped, and a record without any is rejected unless it has a summary, saliency or importance.
-    `meta` goes to KEY.json: url, licence, segments, saliency, summary, content, ... Its `tasks`, where it has them,
-    replace those that follow from what the record holds. `problem`, `reason: detail`, says why the annotations alone
-    make it unusable ("reversed timestamps: 12.5 to 3.0 s"); it is then rejected with that reason.
+    `identifier`: unique in the dataset. `captions`: any values; those that are not text are dropped. A record without
+    captions is rejected unless it has a summary, saliency or importance. `meta` goes to KEY.json: url, licence,
+    segments, saliency, summary, content, ... `tasks` in it replaces the tasks that follow from the annotations.
+    `problem`: why the annotations make the record unusable, as `reason: detail` ("reversed timestamps: 12.5 to 3.0 s");
+    it is rejected with this reason.
     """
 
     identifier: str
@@ -60,6 +60,6 @@ class Record:
 
 
 def video_path(folder: Path, name: str) -> Path:
-    """The video `name` of a folder, whatever its extension; `name`.mp4 where there is none, to be reported missing."""
+    """The video `name` in a folder, with any extension; if missing, the path `name`.mp4, to be reported."""
     candidates = [folder / f"{name}.{extension}" for extension in VIDEO_EXTENSIONS]
     return next((path for path in candidates if path.is_file()), candidates[0])

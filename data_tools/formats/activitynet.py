@@ -24,9 +24,9 @@ Expected files:
       val_1.json, val_2.json       the same; two annotators saw the same videos
       videos/v_QOlSCBRmfWY.mp4     or webm, mkv, avi
 
-A video's caption is the paragraph of its sentences in time order, one for each of the files that know the video; the
-sentences with their times are its `segments`. Times behind the end are cut. A sentence with reversed or empty times is
-rejected as v_QOlSCBRmfWY#3 (the third; v_QOlSCBRmfWY@2#3 in the second file) and the video does without it.
+Each file gives a video one caption: the paragraph of its sentences in time order. The sentences with their times become
+`segments`. Times after the end of the video are cut. A sentence with reversed or empty times is left out and listed as
+rejected: v_QOlSCBRmfWY#3 is the third one, v_QOlSCBRmfWY@2#3 the third one in the second file.
 
 Example:
 
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a video, in the order of first mention, each followed by its rejected sentences.
+    """One record per video, in the order of first mention, followed by its rejected sentences.
 
-    Raises DataError where a file is missing or is none of ActivityNet Captions, or the folder is missing.
+    Raises DataError if a file is missing or not of ActivityNet Captions, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     files = [_read(path) for path in arguments.annotations]
@@ -78,8 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
     content = read_json(path, "--annotations")
     if not isinstance(content, dict):
         raise DataError(
-            f"--annotations {path}: not of ActivityNet Captions: an object by video is expected (the list of test "
-            "videos has no captions)"
+            f"--annotations {path}: not of ActivityNet Captions: an object with videos as keys is expected (the list "
+            "of test videos has no captions)"
         )
     for video, entry in content.items():
         missing = [name for name in FIELDS if not isinstance(entry, dict) or name not in entry]

@@ -20,7 +20,7 @@ Expected files:
     coco/
       annotations/captions_train2017.json     {"images":      [{"id": 790, "file_name": "000000000790.jpg", ...}, ...],
                                                 "annotations": [{"image_id": 790, "caption": "A dog ...", ...}, ...]}
-      train2017/000000000790.jpg               one file an image, named by `file_name`
+      train2017/000000000790.jpg               one file per image, named by `file_name`
 
 Example:
 
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record an image, in the order of `images`, then those that only `annotations` know; captions in their order.
+    """One record per image, in the order of `images`, then those that occur in `annotations` only.
 
-    Raises DataError where the file is missing or is no COCO caption file, or the folder is missing.
+    Raises DataError if the file is missing or not a COCO caption file, or the folder is missing.
     """
     path: Path = arguments.annotations
     if not arguments.images.is_dir():

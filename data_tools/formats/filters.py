@@ -1,4 +1,4 @@
-"""`--filter "punsafe<=0.5"`: which rows of a dataset are wanted, by the values of their columns."""
+"""`--filter "punsafe<=0.5"`: selects rows of a dataset by the values of their columns."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Condition:
             raise DataError(f"--filter {text!r}: {condition.comparison} compares numbers; write == or != for a text")
         return condition
 
-    def holds(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row meets it. One without a value there does not, whatever the comparison.
+    def is_met(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row meets the condition. A row without a value in the column does not.
 
-        Values are compared as numbers where both are numbers, in a text cell too, and else as texts.
+        If both values are numbers, also in a text cell, they are compared as numbers, else as texts.
         """
         found = row.get(self.column)
-        if found is None or found == "" or found != found:  # a NaN stands for a missing number
+        if found is None or found == "" or found != found:  # NaN: a missing number
             return False
         number, wanted = _number(found), _number(self.value)
         if number is not None and wanted is not None:
@@ -62,28 +62,28 @@ class Condition:
 
 
 class Filters:
-    """All conditions of a command line: rows must meet each of them."""
+    """All conditions of a command line. Rows must meet each of them."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Raises DataError for what is no condition."""
+        """Raises DataError for a malformed condition."""
         self.conditions = [Condition.parse(text) for text in texts]
-        self._columns: dict[str, None] = {}  # those of all rows, in the order of their first
+        self._columns: dict[str, None] = {}  # of all rows, in the order of first occurrence
         self._rows = self._accepted = 0
 
     def accept(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is wanted."""
+        """Whether a row meets all conditions."""
         if not self.conditions:
             return True
         self._columns.update(dict.fromkeys(row))
-        accepted = all(condition.holds(row) for condition in self.conditions)
+        accepted = all(condition.is_met(row) for condition in self.conditions)
         self._rows += 1
         self._accepted += accepted
         return accepted
 
     def check(self, place: str) -> None:
-        """To be called after all rows, which came from `place`.
+        """Check, after all rows of `place`, that the filters made sense.
 
-        Raises DataError where none of them had one of the columns, which then is misspelt, or none was accepted.
+        Raises DataError if no row had one of the columns, which is probably misspelt, or if no row was accepted.
         """
         if self._rows == 0:
             return
@@ -97,18 +97,18 @@ class Filters:
 
 
 def add_filter_argument(parser: argparse.ArgumentParser, columns: str) -> None:
-    """`--filter`, repeatable; `columns` says whose they are."""
+    """Add `--filter`, repeatable. `columns`: what its columns are, for the help."""
     parser.add_argument(
         "--filter",
         action="append",
         default=[],
         metavar="CONDITION",
-        help=f"use only what meets it, such as 'punsafe<=0.5' ({' '.join(_COMPARISONS)}), over {columns}; repeatable",
+        help=f"use only rows that meet it, such as 'punsafe<=0.5' ({' '.join(_COMPARISONS)}); of {columns}; repeatable",
     )
 
 
 def _number(value: Any) -> float | None:
-    """`value`, or what its text says, as a number that can be compared."""
+    """`value`, a number or its text, as a number; None if it is not one."""
     if not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Flickr8k and Flickr30k as they are published: a file with one caption a line beside a folder of photos."""
+"""Flickr8k and Flickr30k as published: a file with one caption per line beside a folder of photos."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ Expected files:
       results_20130124.token          1000092795.jpg#0<TAB>Two young guys ...
       flickr30k-images/1000092795.jpg
 
-The captions may also be in Flickr8k.token.txt, or in a table that begins with one of these lines; what kind a file is
-follows from its first line:
+The captions may also be in Flickr8k.token.txt, or in a table with one of these headers; the first line decides:
 
     image,caption
     image_name,comment_number,comment
     image_name| comment_number| comment
 
-A line that is none of its kind is rejected; the image keeps its other captions. For the splits that results are
-published on, see the format `karpathy`.
+A malformed line is rejected; the image keeps its other captions. For the splits of published results, see the format
+`karpathy`.
 
 Example:
 
@@ -51,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record an image, in the order of first mention, then one for each line that cannot be read.
+    """One record per image, in the order of first mention, then one per malformed line.
 
-    Raises DataError where the file is missing or begins with something else, or the folder is missing.
+    Raises DataError if the file is missing or has another first line, or the folder is missing.
     """
     path: Path = arguments.captions
     folder = existing_folder(arguments.images, "--images")
@@ -80,7 +79,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def _parser(first: str) -> Callable[[str], Caption | None] | None:
-    """What reads the lines of a file with this first one; None for a file of another kind."""
+    """The parser of a file's lines, by its first line; None for an unknown file."""
     if _TOKEN_LINE.fullmatch(first):
         return _token_caption
     for delimiter in ",|":
@@ -97,10 +96,9 @@ def _token_caption(line: str) -> Caption | None:
 
 
 def _table_caption(line: str, delimiter: str, columns: int) -> Caption | None:
-    """Image, numbers, and the caption, which may hold the delimiter.
+    """Image, numbers, and the caption, which may contain the delimiter.
 
-    Line by line rather than by a reader of csv, which would take a stray quote for the beginning of a long cell and
-    lose all captions up to the next one.
+    Not by csv.reader, for which a stray quote would begin a cell and swallow all captions up to the next quote.
     """
     cells = [cell.strip() for cell in line.split(delimiter, columns - 1)]
     if len(cells) < columns or "." not in cells[0] or not all(number.isdigit() for number in cells[1:-1]):
@@ -109,6 +107,6 @@ def _table_caption(line: str, delimiter: str, columns: int) -> Caption | None:
     if delimiter == "," and text.startswith('"'):
         try:
             (text,) = next(csv.reader([text], strict=True))
-        except (csv.Error, ValueError):  # quotes that do not match; something after the closing one
+        except (csv.Error, ValueError):  # unbalanced quotes, or text after the closing one
             return None
     return name, text

@@ -1,4 +1,4 @@
-"""A folder of images, videos or both, and their texts: in a table, or in a text file beside each."""
+"""A folder of images, videos or both, with their texts in a table or in text files beside them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ DESCRIPTION = """\
 Expected files, with a table (.csv, .tsv, .jsonl or .parquet):
 
     clips/
-      texts.csv              file,text                      or texts.jsonl, an object a line:
+      texts.csv              file,text                      or texts.jsonl, an object per line:
                              kitchen/a.mp4,a man cooks        {"file": "kitchen/a.mp4", "text": "a man cooks"}
                              b.jpg,"two dogs, running"        {"file": "b.jpg", "text": ["two dogs", "dogs run"]}
       kitchen/a.mp4          mp4, webm, mkv or avi
       b.jpg                  jpg, jpeg, png or webp
 
-or without one, with a caption a line of a text file:
+or without one, with one caption per line in text files:
 
     photos/
       2024/c.jpg
       2024/c.txt
 
-Several rows of one file are several captions of it; of all else, the first of them counts. Columns that it knows:
-file, text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1,
-one for each equal part of a video) and saliency (a list of such lists, one an annotator). In csv and tsv the lists are
-JSON. --map text=caption gives a column of another name, --map id= says that there is none.
+Several rows of one file are several captions; other columns are taken from the first of them. Known columns: file,
+text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1, one
+for each equal part of a video) and saliency (a list of such lists, one per annotator). In csv and tsv the lists are
+JSON. --map text=caption names another column, --map id= ignores the column id.
 
 Examples:
 
@@ -54,29 +54,29 @@ FIELDS = ("file", "text", "id", "url", "licence", *LABELS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--media`, `--table`, `--map`, `--keep` and `--filter`."""
     parser.add_argument("--media", type=Path, required=True, metavar="DIR", help="folder of the images and videos")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="their texts; without it, in NAME.txt beside each")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="their texts; without a table they are in NAME.txt")
     parser.add_argument(
         "--map",
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help=f"the column of {', '.join(FIELDS)} (default: the one of that name; FIELD= for none)",
+        help=f"the column of {', '.join(FIELDS)} (default: of the same name; FIELD= for none)",
     )
-    parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help="copied to KEY.json")
+    parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help="copy it to KEY.json")
     add_filter_argument(parser, "the table's columns")
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a file, in the order of first mention in the table, or else of the paths.
+    """One record per file, in the order of first mention in the table; without a table, sorted by path.
 
-    Raises DataError where the table is missing, malformed or lacks a column, an id belongs to two files, an option is
+    Raises DataError if the table is missing, malformed or lacks a column, an id belongs to two files, an option is
     malformed, or the folder is missing.
     """
     folder = existing_folder(arguments.media, "--media")
     if arguments.table:
         yield from _in_table(folder, arguments)
     elif arguments.map or arguments.keep or arguments.filter:
-        raise DataError("--map, --keep and --filter are about a table's columns: name it with --table FILE")
+        raise DataError("--map, --keep and --filter need a table: name it with --table FILE")
     else:
         yield from records_beside_text(folder)
 
@@ -92,7 +92,7 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
         if rows and column not in known:
             raise DataError(f"{option}: no column {column!r} in {path}; there are {', '.join(known)}")
     columns = {field: column for field in FIELDS if (column := mapped.get(field, field)) in known}
-    if not columns.keys() & set(LABELS):  # with one of these a text is not needed
+    if not columns.keys() & set(LABELS):  # with one of these a text is optional
         require_columns(rows, path, {mapped.get("text") or "text": "--map text=COLUMN"})
 
     found: dict[str, Record] = {}
@@ -125,22 +125,22 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
 def _record(
     folder: Path, name: str, line: int, row: dict[str, Any], columns: dict[str, str], keep: list[str]
 ) -> Record:
-    """The record of a file, still without captions, by the first of its rows."""
+    """The record of a file from its first row, without captions."""
     values = {field: _as_json(row.get(column)) for field, column in columns.items()}
     meta = {column: _as_json(row.get(column)) for column in keep}
     meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
     kind, problem = media_kind(name), ""
     if name.startswith(("/", "../")) or name in (".", ".."):
-        problem = f"outside of the folder: {name} is no file in {folder}"
+        problem = f"outside of the folder: {name} is not in {folder}"
     elif kind is None:
-        problem = f"unknown kind: {name} is none of {', '.join(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)}"
+        problem = f"unknown kind: {name} is not one of {', '.join(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)}"
     for field, kind_of_value in LABELS.items():
         value = meta.get(field)
         try:
             if kind_of_value is list and isinstance(value, str):  # in a cell of csv
                 meta[field] = value = json.loads(value)
             if not isinstance(value, kind_of_value | None):
-                raise ValueError(f"{value!r} is no {kind_of_value.__name__}")
+                raise ValueError(f"{value!r} is not a {kind_of_value.__name__}")
         except ValueError as error:
             problem = problem or f"malformed {field}: line {line}: {error}"
     identifier = name if values.get("id") is None else str(values["id"])
@@ -148,7 +148,7 @@ def _record(
 
 
 def _parse_map(texts: list[str]) -> dict[str, str]:
-    """The column of each field that was given one, "" where it has none. Raises DataError."""
+    """The column of each field in `--map`, "" for none. Raises DataError."""
     columns = {}
     for text in texts:
         field, sign, column = (part.strip() for part in text.partition("="))
@@ -159,7 +159,7 @@ def _parse_map(texts: list[str]) -> dict[str, str]:
 
 
 def _as_json(value: Any) -> Any:
-    """A cell as JSON can hold it: dates and the like as text, an empty one and NaN as None."""
+    """A cell as a JSON value: dates and the like as text, an empty cell and NaN as None."""
     if value is None or value == "" or value != value:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What img2dataset downloads: tars of images, captions and metadata (LAION, CC3M, CC12M, COYO, DataComp)."""
+"""Downloads of img2dataset: tars of images, captions and metadata (LAION, CC3M, CC12M, COYO, DataComp)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Expected files (img2dataset with output_format=webdataset):
       00000.tar             000000012.jpg       jpg, png or webp; numbers of failed downloads are missing
                             000000012.txt       the caption
                             000000012.json      {"url": ..., "original_width": 640, "punsafe": 0.02, ...}
-      00000.parquet         not read: a row an attempt, and all of it is in the .json files
+      00000.parquet         not read: the .json files have the same content
 
-`url`, the licence, `original_width` and `original_height` are kept, and all other columns as one object, `img2dataset`.
-Of a damaged tar the samples before the damage are used.
+`url`, the licence, `original_width` and `original_height` are kept, and all other columns in one object, `img2dataset`.
+Samples before the damage of a damaged tar are used.
 
 Example:
 
@@ -37,7 +37,7 @@ Example:
         --output shards/laion
 """
 
-# What img2dataset notes of the download itself, or what is found anew in the picture's bytes.
+# About the download itself, or determined again from the image.
 DROPPED = ("caption", "sha256", "status", "error_message", "width", "height")
 KEPT = ("url", "original_width", "original_height")
 LICENCE_COLUMNS = ("licence", "license", "LICENCE", "LICENSE")
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a sample that the filters want, in the order of the tars' names; one more for a tar's damage.
+    """One record per sample that the filters accept, in the order of the tars' names, and one per damaged tar.
 
-    Raises DataError where the folder is missing or has no tars, one cannot be opened, or no sample has the column of a
-    filter; the last after all samples.
+    Raises DataError if the folder is missing or has no tars, or a tar cannot be opened; after all samples, if none has
+    the column of a filter.
     """
     filters = Filters(arguments.filter)
     folder = existing_folder(arguments.shards, "--shards")
@@ -82,7 +82,7 @@ def _records(tar: Path, filters: Filters) -> Iterator[Record]:
             continue
         media = _picture(tar, start, end)
         problem = "" if media else f"no image: {tar}: {key}"
-        # A key has its tar's number in it, but the numbers of two downloads in one folder may be the same.
+        # Keys begin with the number of their tar, which two downloads in one folder may share.
         yield Record(f"{tar.stem}-{key}", "image", media, [text or row.get("caption")], _meta(row), problem)
     if scan.damage:
         yield Record(tar.name, "image", None, [], problem=f"damaged shard: {tar}: {scan.damage}")
@@ -100,7 +100,7 @@ def _annotations(tar: Path, key: str, files: dict[str, bytes]) -> tuple[dict[str
 
 
 def _meta(row: dict[str, Any]) -> dict[str, Any]:
-    """What KEY.json keeps of theirs. Columns may have any name, also one with a meaning here: `tasks`, `content`."""
+    """The columns to keep. The others go into an object, as their names may have a meaning here: `tasks`, `content`."""
     known = {name: value for name, value in row.items() if value is not None and value == value}  # NaN: none
     licence = next((known[name] for name in LICENCE_COLUMNS if name in known), None)
     others = {name: known[name] for name in known if name not in (*DROPPED, *KEPT, *LICENCE_COLUMNS)}
@@ -108,7 +108,7 @@ def _meta(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _picture(tar: Path, start: int, end: int) -> Stored | None:
-    """Where the image of the sample in the bytes [start, end) lies; found by the headers."""
+    """The image of the sample in the bytes [start, end), found by the headers; None if there is none."""
     with tar.open("rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as members:

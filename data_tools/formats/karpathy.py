@@ -24,7 +24,7 @@ Expected files:
       val2014/COCO_val2014_000000391895.jpg      `filepath`/`filename`; those of Flickr have no `filepath`
       train2014/...
 
-`--part train` has the images of `restval` too, as published results do: 113,287 of COCO.
+`--part train` includes the images of `restval`, as in published results: 113,287 of COCO.
 
 Examples:
 
@@ -34,23 +34,23 @@ Examples:
         --output shards/flickr30k_train
 """
 
-# The part of COCO's validation images that is neither `val` nor `test` was added to the training images.
+# `restval`: COCO's validation images that are neither in `val` nor in `test`.
 PARTS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--images`, `--annotations` and `--part`."""
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder that holds train2014, or photos"
+        "--images", type=Path, required=True, metavar="DIR", help="folder with train2014, or of the photos"
     )
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="dataset_*.json")
-    parser.add_argument("--part", choices=PARTS, required=True, help="which images; train: those of restval too")
+    parser.add_argument("--part", choices=PARTS, required=True, help="which images; train includes restval")
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record an image of the part, in the order of the file.
+    """One record per image of the part, in the order of the file.
 
-    Raises DataError where the file is missing or has other contents, or the folder is missing, or the part is empty.
+    Raises DataError if the file is missing or malformed, the folder is missing, or the part is empty.
     """
     path: Path = arguments.annotations
     folder = existing_folder(arguments.images, "--images")
@@ -73,8 +73,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 def _record(folder: Path, row: dict[str, Any]) -> tuple[str, Record]:
     """The split and the record of one image.
 
-    The stem of the file's name is what identifies it: COCO's have the folder in them, and unlike `imgid` it says what
-    is shown.
+    The stem of the file name is the identifier. It is unique: in COCO it includes the folder.
     """
     name = Path(row["filename"])
     captions = [sentence["raw"] for sentence in row["sentences"]]

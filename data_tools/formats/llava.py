@@ -22,8 +22,8 @@ Expected files:
                                           {"from": "gpt", "value": "a mattress on a bed"}, ...]}, ...]
       images/00453/004539375.jpg      DIR/`image`
 
-The first answer becomes the caption; the whole conversation is kept in `conversations`. What has several turns is for
-the caption task alone. Rows without an image, or with several, are rejected.
+The first answer becomes the caption; the whole conversation is kept in `conversations`. A conversation of several turns
+is for the caption task only. Rows without an image, or with several, are rejected.
 
 Example:
 
@@ -31,19 +31,19 @@ Example:
         --annotations llava/blip_laion_cc_sbu_558k.json --output shards/llava_pretrain
 """
 
-PLACEHOLDER = "<image>"  # where the picture stands in a conversation
+PLACEHOLDER = "<image>"  # marks the place of the image in a conversation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--images` and `--annotations`."""
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder that `image` is relative to")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="a JSON list of conversations")
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a row, in the order of the file.
+    """One record per row, in the order of the file.
 
-    Raises DataError where the file is missing or is no list, or the folder is missing.
+    Raises DataError if the file is missing or not a list, or the folder is missing.
     """
     path: Path = arguments.annotations
     folder = existing_folder(arguments.images, "--images")
@@ -57,14 +57,13 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def _record(folder: Path, number: int, row: Any) -> Record:
-    """The record of the row with this number, from 0.
+    """The record of row `number`, counted from 0.
 
-    Only the first answer is a caption. It follows a request to describe the picture, or the first question about it;
-    later ones answer questions that a caption's reader does not see ("Yes, two of them"). With several turns even the
-    first is often no description, but an answer, which retrieval should not look for: `tasks` leaves that out.
+    Only the first answer is used as a caption. Later ones answer questions that are not part of a caption ("Yes, two of
+    them"). With several turns even the first is often an answer and not a description, so `tasks` leaves out retrieval.
     """
     content = row if isinstance(row, dict) else {}
-    # The same photo, and so the same `id`, occurs in many rows of one file.
+    # An `id` occurs in many rows: once per conversation about its image.
     identifier = "-".join([f"{number:07d}", *([str(content["id"])] if "id" in content else [])])
     image = content.get("image")
     names = image if isinstance(image, list) else [image] if image else []
@@ -72,7 +71,7 @@ def _record(folder: Path, number: int, row: Any) -> Record:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         problem = f"malformed row: number {number} has no list `conversations` of objects"
     elif not names:
-        problem = f"no image: row {number} is text alone"
+        problem = f"no image: row {number} is text only"
     elif len(names) > 1:
         problem = f"several images: row {number} has {len(names)}"
     elif not isinstance(names[0], str):

@@ -21,9 +21,9 @@ Expected files:
       MSRVTT_data.json              {"videos":    [{"video_id": "video7010", "split": "test", "url": "https://...",
                                                     "start time": 137.72, "end time": 149.44, ...}, ...],
                                      "sentences": [{"video_id": "video7010", "caption": "a man ...", ...}, ...]}
-      MSRVTT_JSFUSION_test.csv      key,vid_key,video_id,sentence     optional; selects the clips of the 1k-A test
-      MSRVTT_train.9k.csv           video_id                          optional; those of its training part
-      TrainValVideo/video7010.mp4   one clip a video, named by `video_id`
+      MSRVTT_JSFUSION_test.csv      key,vid_key,video_id,sentence     optional: the clips of the 1k-A test
+      MSRVTT_train.9k.csv           video_id                          optional: the clips of its training part
+      TrainValVideo/video7010.mp4   one file per clip, named by `video_id`
 
 Examples:
 
@@ -38,18 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--videos`, `--annotations`, and `--part` or `--subset`."""
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of the clips")
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="JSON of videos and sentences")
-    # Not both: the parts of 1k-A cut across those of the original split.
+    # Not both: 1k-A divides the clips in another way than the original split.
     selection = parser.add_mutually_exclusive_group()
-    selection.add_argument("--part", choices=["train", "validate", "test"], help="by `split` (all of the file)")
+    selection.add_argument("--part", choices=["train", "validate", "test"], help="clips of this `split` (default: all)")
     selection.add_argument(
-        "--subset", type=Path, metavar="FILE", help="csv of a `video_id` and, replacing all captions, a `sentence`"
+        "--subset", type=Path, metavar="FILE", help="csv with `video_id`; a column `sentence` replaces the captions"
     )
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a clip, in the order of `videos` (of the subset, where there is one); then those only captioned.
+    """One record per clip: the subset in its order, or `videos` in order and then those in `sentences` only.
 
-    Raises DataError where a file is missing or malformed, the folder is missing, or `--part` selects nothing.
+    Raises DataError if a file is missing or malformed, the folder is missing, or `--part` selects nothing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations
@@ -60,7 +60,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
         splits = {name: row.get("split") for name, row in videos.items()}
         for row in content["sentences"]:
             of_video = captions.setdefault(str(row["video_id"]), [])
-            if row["caption"] not in of_video:  # crowd workers typed the same sentence several times
+            if row["caption"] not in of_video:  # annotators repeated some sentences
                 of_video.append(row["caption"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -87,7 +87,7 @@ def _record(folder: Path, name: str, row: dict[str, Any], captions: list[Any]) -
     times = [row.get("start time"), row.get("end time")]
     if times != [None, None]:
         try:
-            # Where the clip was cut from the video at `url`: no times within the clip.
+            # The place of the clip in the video at `url`; not times in the clip.
             meta["url_start_seconds"], meta["url_end_seconds"] = time_range(times)
         except Problem as error:
             problem = str(error)
@@ -95,7 +95,7 @@ def _record(folder: Path, name: str, row: dict[str, Any], captions: list[Any]) -
 
 
 def _subset(path: Path, captions: dict[str, list[Any]]) -> list[str]:
-    """The videos of a csv, in the order of first mention; its sentences, where it has them, replace `captions`."""
+    """The videos of a csv, in the order of first mention. Its sentences, if any, replace `captions`."""
     sentences: dict[str, list[Any]] = {}
     for line, row in read_rows(path, "--subset"):
         if "video_id" not in row:

@@ -24,7 +24,7 @@ Expected files:
                                          mv89psg6zh4,33,46,588702,clean,55,English,A bird ...
       YouTubeClips/mv89psg6zh4_33_46.avi
 
-Which of the two it is shows in the content. Of the csv file, descriptions in English are kept.
+The content shows which of the two it is. Only the English descriptions of the csv file are kept.
 
 Example:
 
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a clip, in the order of first mention; clips without a description in English do not occur.
+    """One record per clip with a description in English, in the order of first mention.
 
-    Raises DataError where the file is missing or neither of the two kinds, or the folder is missing.
+    Raises DataError if the file is missing or neither of the two, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations
@@ -70,7 +70,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
         clip, *caption = content.split(maxsplit=1)
         if not re.fullmatch(r".+_\d+_\d+", clip):
             raise DataError(
-                f"--annotations {path}, line {line}: {clip[:40]!r} is no VIDEOID_start_end: give "
+                f"--annotations {path}, line {line}: {clip[:40]!r} is not VIDEOID_start_end: give "
                 "AllVideoDescriptions.txt, or video_corpus.csv with its header"
             )
         yield clip, "".join(caption)

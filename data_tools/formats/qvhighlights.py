@@ -1,4 +1,4 @@
-"""QVHighlights: JSON lines of queries, each with its moments in a video and three annotators' scores for them."""
+"""QVHighlights: JSON lines of queries, each with its moments in a video and the scores of three annotators."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ DESCRIPTION = """\
 Expected files:
 
     qvhighlights/
-      highlight_val_release.jsonl            an object a line:
+      highlight_val_release.jsonl            an object per line:
           {"qid": 2579, "query": "A cat sleeps ...", "duration": 150, "vid": "NUsG9BgSes0_210.0_360.0",
            "relevant_windows": [[82, 150]],                  seconds
            "relevant_clip_ids": [41, 42, ...],               clips of two seconds, from 0
            "saliency_scores": [[4, 3, 4], [4, 3, 4], ...]}   for each of those clips: three annotators, 0 to 4
       videos/NUsG9BgSes0_210.0_360.0.mp4     named by `vid`
 
-A sample is a query: it is both caption and summary, and `saliency` is each annotator's score / 4, 0 where a clip is not
-relevant to it. Several queries speak of one video, so it is stored several times, with the same `content`. Queries
-without the last three fields (those of the public test file) become captions alone.
+Each query becomes a sample, with the query as caption and summary. `saliency` has the score / 4 of each annotator, 0
+for clips that are not relevant. A video with several queries is stored several times, with the same `content`. Queries
+without the last three fields, as in the public test file, become captions only.
 
 Example:
 
@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a query, in their order, each followed by its unusable windows as `qid`#n.
+    """One record per query, in order, followed by its unusable windows as `qid`#n.
 
-    Raises DataError where the file is missing or is none of QVHighlights, or the folder is missing.
+    Raises DataError if the file is missing or not of QVHighlights, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations
@@ -83,13 +83,13 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def clip_scores(clips: Any, scores: Any, duration: float) -> np.ndarray:
-    """Importance in 0 to 1 of all clips of a video: float64 [annotators, ceil(duration / 2)].
+    """Importance from 0 to 1 of all clips of a video: float64 [annotators, ceil(duration / 2)].
 
     Args:
-        clips: numbers of the relevant ones, from 0.
-        scores: 0 to 4 for each of those: [clips, annotators].
+        clips: numbers of the relevant clips, from 0.
+        scores: their scores from 0 to 4: [clips, annotators].
 
-    Raises Problem where they do not belong together, or to the video.
+    Raises Problem if these do not fit each other or the video.
     """
     count = math.ceil(duration / CLIP_SECONDS)
     if not isinstance(clips, list) or not all(type(clip) is int and 0 <= clip < count for clip in clips):

@@ -1,4 +1,4 @@
-"""SumMe: 25 videos, of which 15 to 18 users each cut a summary; a MATLAB file a video."""
+"""SumMe: 25 videos with the summaries of 15 to 18 users each, in one MATLAB file per video."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Expected files:
       GT/Saving dolphines.mat         user_score (frames x users; 0: not in the user's summary), nFrames, ...
       videos/Saving dolphines.mp4     or webm, mkv, avi
 
-SumMe has no text: the summary is the file's name. `saliency` is one curve a user, 0 or 1 for each half second or so:
-the video is divided into equal parts of at most 15 frames, and a part is in a user's summary when at least half of its
-frames are. So the curves remain summaries, with which the F of each user can be computed, and their borders move by
-less than 8 frames (a choice shorter than that vanishes). `annotated_frames` is how many frames there were.
+SumMe has no texts: the file name becomes the summary. `saliency` is one curve per user, with 0 or 1 for each part of at
+most 15 frames: 1 if at least half of the frames are in the user's summary. So curves remain summaries, for which F can
+be computed. Their borders move by less than 8 frames, and shorter choices vanish. `annotated_frames` is the original
+number of frames.
 
 Reading needs scipy: pip install 'dsmoe-vl[summe]'.
 
@@ -36,7 +36,7 @@ Example:
     python -m data_tools.convert summe --videos SumMe/videos --annotations SumMe/GT --output shards/summe
 """
 
-STEP = 15  # frames, at most, in a part
+STEP = 15  # frames of a part, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a .mat file, by name.
+    """One record per .mat file, sorted by name.
 
-    Raises DataError where a folder is missing, scipy is, or a file is none of SumMe's.
+    Raises DataError if a folder or scipy is missing, or a file is not of SumMe.
     """
     folder = existing_folder(arguments.videos, "--videos")
     files = sorted(existing_folder(arguments.annotations, "--annotations").glob("*.mat"))
@@ -70,9 +70,9 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def binary_parts(variables: dict[str, Any]) -> tuple[np.ndarray, int]:
-    """Which parts are in which user's summary: bool [users, ceil(frames / STEP)], and the number of frames.
+    """Which parts are in each user's summary: bool [users, ceil(frames / STEP)]; and the number of frames.
 
-    Raises Problem where `user_score` holds what is no score or is not `nFrames` long.
+    Raises Problem if `user_score` has an invalid score or is not `nFrames` long.
     """
     selected = checked_scores(variables["user_score"].T, 0, np.inf) > 0
     frames = selected.shape[1]
@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"--annotations {path}: {error.strerror}") from error
     try:
         variables: dict[str, Any] = loadmat(content, variable_names=["user_score", "nFrames"])
-    except Exception as error:  # for a damaged file loadmat raises whatever its parts raise
+    except Exception as error:  # loadmat raises anything for a damaged file
         raise DataError(f"--annotations {path}: not a MATLAB file, or saved without -v7: {error}") from error
     for name in ("user_score", "nFrames"):
         if name not in variables:

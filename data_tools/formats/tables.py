@@ -11,9 +11,9 @@ from typing import Any
 
 from dsmoe_vl.errors import DataError
 
-csv.field_size_limit(2**27)  # characters of a cell; an importance curve has more than Python's 131,072
+csv.field_size_limit(2**27)  # characters of a cell; Python's 131,072 are too few for an importance curve
 
-Row = tuple[int, dict[str, Any]]  # line in the file, from 1; value by column
+Row = tuple[int, dict[str, Any]]  # line number, from 1; values by column
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -36,19 +36,19 @@ def read_json(path: Path, option: str) -> Any:
 
 
 def existing_folder(path: Path, option: str) -> Path:
-    """`path`. Raises DataError where it is no folder."""
+    """Returns `path`. Raises DataError if it is not a folder."""
     if not path.is_dir():
         raise DataError(f"{option} {path}: no such folder")
     return path
 
 
 def read_rows(path: Path, option: str, columns: dict[str, str] | None = None) -> list[Row]:
-    """The rows of a table, its kind being that of its suffix (TABLE_SUFFIXES).
+    """The rows of a table, in the format of its suffix (TABLE_SUFFIXES).
 
     Args:
-        columns: of those that every row must have, name -> the option that says which column it is; none: any.
+        columns: columns that every row must have -> the option that names them, for messages.
 
-    Raises DataError where the file is missing, malformed, or lacks a column.
+    Raises DataError if the file is missing, malformed, or lacks a column.
     """
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
@@ -66,7 +66,7 @@ def read_rows(path: Path, option: str, columns: dict[str, str] | None = None) ->
 
 
 def require_columns(rows: list[Row], path: Path, columns: dict[str, str]) -> None:
-    """Raises DataError where a row lacks one of `columns`, as in `read_rows`."""
+    """Raises DataError if a row lacks one of `columns`, as in `read_rows`."""
     for line, row in rows:
         for column, named_by in columns.items():
             if column not in row:
@@ -75,7 +75,7 @@ def require_columns(rows: list[Row], path: Path, columns: dict[str, str]) -> Non
 
 
 def csv_rows(path: Path, option: str, delimiter: str = ",") -> Iterator[Row]:
-    """Rows of a table with a header; cells that are missing are None. Raises DataError."""
+    """Rows of a table with a header. Missing cells are None. Raises DataError."""
     reader = csv.DictReader(
         io.StringIO(read_text(path, option), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
     )
@@ -87,8 +87,8 @@ def csv_rows(path: Path, option: str, delimiter: str = ",") -> Iterator[Row]:
         for row in reader:
             if None in row:
                 raise DataError(
-                    f"{option} {path}, line {reader.line_num}: more cells than columns; a text with the delimiter in "
-                    "it needs quotes"
+                    f"{option} {path}, line {reader.line_num}: more cells than columns; a text that contains the "
+                    "delimiter needs quotes"
                 )
             yield reader.line_num, row
     except csv.Error as error:

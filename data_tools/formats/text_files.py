@@ -1,4 +1,4 @@
-"""Images and videos, each with its captions in a text file beside it."""
+"""Images and videos with their captions in text files beside them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 
 def media_kind(name: str) -> Literal["image", "video"] | None:
-    """What a file is by its extension; None where that is neither."""
+    """The kind of a file by its extension; None for other extensions."""
     extension = PurePosixPath(name).suffix.lower().removeprefix(".")
     return "image" if extension in IMAGE_EXTENSIONS else "video" if extension in VIDEO_EXTENSIONS else None
 
 
 def records_beside_text(folder: Path) -> Iterator[Record]:
-    """One record an image or video in `folder` and below, by path, then one for each text file that belongs to none.
+    """One record per image or video in `folder` and its subfolders, sorted by path, then one per unused text file.
 
-    NAME.txt has the captions of NAME.jpg, one a line. Where it is missing or no UTF-8, the record has a problem.
+    NAME.txt has the captions of NAME.jpg, one per line. If it is missing or not UTF-8, the record has a problem.
     """
-    # Hidden files are no data: macOS leaves a ._NAME.jpg beside each NAME.jpg that it packs.
+    # Hidden files are not data: macOS adds ._NAME.jpg beside NAME.jpg to archives.
     found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     paths = [path for path in found if not any(part.startswith(".") for part in path.parts)]
     texts = {path for path in paths if path.suffix == ".txt"}

@@ -1,4 +1,4 @@
-"""Time ranges and importance curves of videos: what annotators typed is not always a time or a score."""
+"""Checks of annotated time ranges and importance curves of videos."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from data_tools.formats import Record
 
 
 class Problem(Exception):
-    """Why annotations are unusable, as `Record.problem` takes it."""
+    """Annotations are unusable. The message is a `Record.problem`."""
 
 
 def finite(value: Any, name: str) -> float:
-    """`value` as a number; `name` says what it is. Raises Problem where it is none, NaN or infinite."""
+    """`value` as a number. Raises Problem, with its `name`, if it is not a number, NaN or infinite."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -26,7 +26,7 @@ def finite(value: Any, name: str) -> float:
 
 
 def positive_seconds(value: Any) -> float:
-    """The duration of a video. Raises Problem where it is no positive number."""
+    """The duration of a video. Raises Problem if it is not a positive number."""
     duration = finite(value, "duration")
     if duration <= 0:
         raise Problem(f"invalid duration: {duration} s")
@@ -34,7 +34,7 @@ def positive_seconds(value: Any) -> float:
 
 
 def time_range(pair: Any, duration: float = math.inf) -> tuple[float, float]:
-    """Start and end in seconds, the end cut at `duration`. Raises Problem where nothing lies between them."""
+    """Start and end in seconds, the end at most `duration`. Raises Problem for an invalid or empty range."""
     try:
         start, end = pair
     except (TypeError, ValueError):
@@ -52,16 +52,16 @@ def time_range(pair: Any, duration: float = math.inf) -> tuple[float, float]:
 def segments(
     identifier: str, timestamps: Any, captions: Any, duration: float
 ) -> tuple[list[dict[str, Any]], list[Record]]:
-    """The captioned parts of a video, for `meta`, in time order; they may overlap.
+    """The captioned parts of a video in time order, which may overlap.
 
     Args:
         timestamps: [[start, end], ...] in seconds.
-        captions: as many.
+        captions: one for each.
 
     Returns:
-        The usable parts, and for each of the others a record with a problem, `identifier`#n for the nth, from 1.
+        The usable parts, for `meta`; and for each other part a record with a problem, named `identifier`#n, from 1.
 
-    Raises Problem where the two do not belong together.
+    Raises Problem if the two differ in length or are not lists.
     """
     if not isinstance(timestamps, list) or not isinstance(captions, list):
         raise Problem(f"invalid timestamps: {timestamps!r:.60} for {captions!r:.60}")
@@ -81,14 +81,14 @@ def segments(
 
 
 def checked_scores(rows: Any, lowest: float, highest: float) -> np.ndarray:
-    """What annotators gave the parts of a video, from `lowest` to `highest`, as it was: float64 [annotators, parts].
+    """The unchanged scores of annotators for the parts of a video, `lowest` to `highest`: float64 [annotators, parts].
 
-    Raises Problem where rows differ in length or hold anything else.
+    Raises Problem if rows differ in length or have anything else.
     """
     try:
         scores = np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise Problem("invalid scores: something else than numbers, or annotators of different lengths") from None
+        raise Problem("invalid scores: not numbers, or rows of different lengths") from None
     if scores.ndim != 2 or scores.size == 0:
         raise Problem(f"invalid scores: shape {list(scores.shape)}, not annotators x parts")
     if not np.isfinite(scores).all():

@@ -19,14 +19,14 @@ DESCRIPTION = """\
 Expected files:
 
     ydata-tvsum50-v1_1/
-      data/ydata-tvsum50-anno.tsv      AwmHb44_ouw<tab>VT<tab>1,1,1,3,3,...     20 lines a video, no header; a score
+      data/ydata-tvsum50-anno.tsv      AwmHb44_ouw<tab>VT<tab>1,1,1,3,3,...     20 lines per video, no header; a score
                                                                                from 1 to 5 for each frame
       data/ydata-tvsum50-info.tsv      category<tab>video_id<tab>title<tab>url<tab>length
       video/AwmHb44_ouw.mp4
 
-The title is both caption and summary: TVSum has no other text. Of the scores every 15th frame's are kept, as
-(score - 1) / 4: the published rank correlations are computed from these (Otani et al. 2019), and lists of all frames
-would make KEY.json megabytes long. `annotated_frames` is how many there were.
+TVSum has no texts but the titles, which become caption and summary. The scores of every 15th frame are kept, as
+(score - 1) / 4: published rank correlations are computed from these (Otani et al. 2019), and the scores of all frames
+would be megabytes. `annotated_frames` is the original number of frames.
 
 Example:
 
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a video, in the order of the annotations, then those that only the titles know.
+    """One record per video, in the order of the annotations, then those that have only a title.
 
-    Raises DataError where a file is missing or malformed, or the folder is missing.
+    Raises DataError if a file is missing or malformed, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     scores: dict[str, list[str]] = {}
@@ -56,7 +56,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
         scores.setdefault(video, []).append(row)
     titles: dict[str, tuple[str, str, str]] = {}
     for category, video, title, url, _ in _cells(arguments.info, "--info", 5):
-        if video != "video_id" and title:  # it stands in the header
+        if video != "video_id" and title:  # the header
             titles[video] = (title.strip('"'), url, category)
     for video in [*scores, *(video for video in titles if video not in scores)]:
         media = video_path(folder, video)
@@ -81,12 +81,12 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def sampled_scores(rows: list[str]) -> tuple[np.ndarray, int]:
-    """Every STEP-th frame's scores in 0 to 1, float64 [annotators, ceil(frames / STEP)], and the number of frames.
+    """Scores from 0 to 1 of every STEP-th frame, float64 [annotators, ceil(frames / STEP)]; and the number of frames.
 
-    Annotators' lists end up to a STEP apart, and are cut to the shortest. The last value stands for fewer than STEP
-    frames but is read as an equal part of the video: times shift by less than STEP frames, a quarter of a scored shot.
+    Annotators' lists differ by less than STEP frames and are cut to the shortest. The last value stands for fewer than
+    STEP frames but is read as an equal part of the video: times shift by less than STEP frames, a quarter of a shot.
 
-    Raises Problem for what is no score, or lists that do not belong to one video.
+    Raises Problem for invalid scores, or lists that differ more in length.
     """
     lists = [row.split(",") for row in rows]
     frames, longest = min(map(len, lists)), max(map(len, lists))
@@ -97,7 +97,7 @@ def sampled_scores(rows: list[str]) -> tuple[np.ndarray, int]:
 
 
 def _cells(path: Path, option: str, columns: int) -> Iterator[list[str]]:
-    """The cells of every line that is not blank. A quotation mark in a title means nothing."""
+    """The cells of every line that is not blank. Quotation marks have no special meaning."""
     for line, text in enumerate(read_text(path, option).split("\n"), 1):
         if not text.strip():
             continue

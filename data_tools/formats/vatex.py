@@ -21,7 +21,7 @@ Expected files:
                                                 "enCap": ["A person ...", ...], "chCap": ["...", ...]}, ...]
       videos/Ptf_2VRj-V0_000122_000132.mp4     ten seconds of a YouTube video, named by `videoID`
 
-Many of the videos are gone from YouTube: `--max-rejected` says how many clips may be missing.
+Many of the videos are no longer on YouTube: `--max-rejected` is the fraction of clips that may be missing.
 
 Example:
 
@@ -40,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a clip, in the order of the file.
+    """One record per clip, in the order of the file.
 
-    Raises DataError where the file is missing, is no VATEX file or has no captions in the language, or the folder is
-    missing.
+    Raises DataError if the file is missing, not of VATEX or has no captions in the language, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations

@@ -1,4 +1,4 @@
-"""VideoXum: a JSON file of text summaries, and of the seconds that ten annotators chose, beside a folder of videos."""
+"""VideoXum: a JSON file of text summaries and of ten annotators' choices of seconds, beside a folder of videos."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Expected files:
 
     videoxum/
       train_videoxum.json          [{"video_id": "v_QOlSCBRmfWY", "duration": 82.73, "sampled_frames": 83,
-                                     "timestamps": [[0.83, 19.86], ...],       a segment of the video each
-                                     "tsum": ["A girl enters.", ...],       its sentence
+                                     "timestamps": [[0.83, 19.86], ...],       one per segment of the video
+                                     "tsum": ["A girl enters.", ...],       one per segment
                                      "vsum": ...,                              not read: the same as
-                                     "vsum_onehot": [[0, 0, 1, ...], ...]},    10 annotators x a frame a second
+                                     "vsum_onehot": [[0, 0, 1, ...], ...]},    10 annotators x one frame per second
                                     ...]
       videos/v_QOlSCBRmfWY.mp4     the videos of ActivityNet
 
-The sentences in a row are both the summary and the caption, for they are those of ActivityNet Captions.
+The joined sentences are both summary and caption; they come from ActivityNet Captions.
 
 Example:
 
@@ -44,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a video, in the order of the file, each followed by its sentences with unusable times.
+    """One record per video, in the order of the file, followed by its sentences with unusable times.
 
-    `saliency` is one curve an annotator, 1 for the seconds in the summary. Those sentences are in the summary all the
-    same: it is the published one.
+    `saliency` is one curve per annotator, 1 for the seconds in the summary. The text summary is the published one and
+    keeps the sentences with unusable times.
 
-    Raises DataError where the file is missing or is none of VideoXum, or the folder is missing.
+    Raises DataError if the file is missing or not of VideoXum, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     for row in _rows(arguments.annotations):

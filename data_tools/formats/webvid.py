@@ -1,4 +1,4 @@
-"""WebVid: a CSV file of stock footage with its captions, and the copies of the videos that are on this machine."""
+"""WebVid: a CSV file of stock videos and captions, with local copies of the videos."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(arguments: argparse.Namespace) -> Iterator[Record]:
-    """One record a row, in their order.
+    """One record per row, in order.
 
-    A few videos were crawled twice: their second row is rejected, as `videoid`#line. (Ten million captions are not kept
-    in memory to join them.)
+    A few videos occur twice: their second row is rejected as `videoid`#line. To join their captions, all ten million
+    would have to be in memory.
 
-    Raises DataError where the file is missing, malformed or lacks a column, or the folder is missing.
+    Raises DataError if the file is missing, malformed or lacks a column, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations
@@ -64,7 +64,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def _local(folder: Path, page: str, video: str) -> Path:
-    """The copy in its page's folder or in `folder` itself; where the first should be if there is neither."""
+    """The copy in the folder `page`, or else in `folder`; if missing, the path in `page`."""
     paged = video_path(folder / page, video)
     flat = video_path(folder, video)
     return flat if flat.is_file() and not paged.is_file() else paged

@@ -1,6 +1,6 @@
-"""Videos of the synthetic world: shapes enter, rest, change colour or collide, and every frame has its truth.
+"""Videos of the synthetic world: shapes enter, rest, change colour or collide. Every frame is annotated.
 
-The truth is that of the frames: an event happens at the first frame that shows it.
+An event happens at the first frame that shows it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FRAMES_PER_SECOND = 8
 FRAME_COUNT = (20, 28)  # least and greatest
 CELLS = 8  # of the grid that shapes move on
 DIAMETER = 4  # cells across
-SIDES = {"right": "left", "left": "right", "down": "top", "up": "bottom"}  # motion -> where it comes from
+SIDES = {"right": "left", "left": "right", "down": "top", "up": "bottom"}  # motion -> side of entry
 VECTORS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-# How much each kind of event matters to a summary, and what a frame without one is worth.
+# Importance of each kind of event, and of frames without an event.
 WEIGHTS = {"enters": 0.6, "stops": 0.5, "turns": 1.0, "collide": 1.0}
 IDLE, MOVING = 0.1, 0.3
 EVENT_SPREAD_SECONDS = 0.25
@@ -30,7 +30,7 @@ EVENT_SPREAD_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Stage:
-    """The frames that a video has."""
+    """Size and number of the frames of a video."""
 
     size: int  # pixels, width and height
     frames: int
@@ -54,9 +54,9 @@ class Stage:
 
 @dataclass
 class Actor:
-    """One moving shape: from `start` to `end` (pixels, x and y of the centre) between two times, at rest before and
-    after; `becomes` is its colour from `turn_seconds` on. `seen_seconds` are the frames where it is first in the
-    picture, and where it has come to rest.
+    """A moving shape. Its centre (x and y in pixels) moves from `start` to `end` between `start_seconds` and
+    `stop_seconds`; its colour is `becomes` from `turn_seconds` on. `seen_seconds`: when it is first visible, and when
+    it has come to rest.
     """
 
     shape: str
@@ -84,7 +84,7 @@ class Actor:
         return self.seen_seconds[0] <= seconds < self.seen_seconds[1]
 
     def watch(self, stage: Stage) -> None:
-        """Find `seen_seconds`: a shape stands on a grid, so it is seen to move later than it does."""
+        """Set `seen_seconds`. A shape is drawn on a grid, so its motion is visible later than it begins."""
         corners = [on_grid(stage.diameter, self.centre(seconds), stage.cell) for seconds in stage.times]
         inside = [all(-stage.diameter < side < stage.size for side in corner) for corner in corners]
         moved = [i for i in range(1, stage.frames) if corners[i] != corners[i - 1]]
@@ -97,7 +97,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Event:
-    """A key moment; `name` begins with a key of WEIGHTS."""
+    """A key moment. `name` begins with a key of WEIGHTS."""
 
     name: str
     time_seconds: float
@@ -105,21 +105,21 @@ class Event:
 
 @dataclass(frozen=True)
 class Plot:
-    """What happens in one video, and how to say it."""
+    """The events of a video, and texts that describe them."""
 
     actors: list[Actor]
     events: list[Event]
     captions: list[str]
     summary: str
-    content: str  # the same for all films that some caption cannot tell apart
+    content: str  # equal for films that can have a caption in common
 
 
 def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
     """An H.264 MP4 of `size` x `size` pixels and its KEY.json values.
 
     The values: width, height, fps, frames, duration_seconds, captions, summary, content, `attributes` (of each actor),
-    `events` (name, time_seconds) and `importance` (one number in [0, 1] a frame). Two-object plots need `max_objects`
-    >= 2.
+    `events` (name, time_seconds) and `importance` (a number in [0, 1] per frame). Plots of two objects need
+    `max_objects` >= 2.
     """
     stage = Stage(size, int(rng.integers(FRAME_COUNT[0], FRAME_COUNT[1] + 1)))
     plots = (_move, _turn, _collide)[: 2 + (max_objects > 1)]
@@ -149,16 +149,16 @@ def film(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) 
 
 
 def encode_mp4(pictures: list[Image.Image]) -> bytes:
-    """RGB pictures of one size as H.264; the same pictures give the same bytes."""
+    """Encode RGB pictures of one size as H.264. The same pictures give the same bytes."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # Without the macroblock tree: below 64 pixels it reads memory that it has not written, and one file in a
-        # hundred comes out differently.
+        # Without the macroblock tree, which below 64 pixels reads uninitialised memory: one file in a hundred would
+        # have other bytes.
         options = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
         stream.width, stream.height = pictures[0].size
         stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1  # the encoder's output depends on its number of threads
+        stream.thread_count = 1  # the output depends on the number of threads
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
             frame.pts = number
@@ -215,12 +215,12 @@ def _collide(rng: np.random.Generator, choice: list[Combination], stage: Stage) 
     across = rng.uniform(0.3, 0.7) * stage.size
     actors = []
     pair = (("right", "left"), ("down", "up"))[rng.integers(2)]
-    of_split = int(rng.integers(2))  # the other actor is one that training shows
+    of_split = int(rng.integers(2))  # the other actor is one of the training split
     for number, motion in enumerate(pair):
         pool = choice if number == of_split else combinations(list(VECTORS), False)
         fitting = [combination for combination in pool if combination[2] == motion]
         combination = fitting[rng.integers(len(fitting))]
-        reach = 0.5 * (stage.size - stage.diameter)  # centres one diameter apart: they touch in the middle
+        reach = 0.5 * (stage.size - stage.diameter)  # centres are one diameter apart: shapes touch in the middle
         actors.append(_entering(rng, combination, stage, reach, start, meet, across))
     enters, rests = zip(*(actor.seen_seconds for actor in actors), strict=True)
     first, second = (article(str(actor)) for actor in actors)
@@ -246,7 +246,7 @@ def _entering(
     stop_seconds: float,
     across: float | None = None,
 ) -> Actor:
-    """An actor that starts just outside and moves until its centre is `reach` pixels inside of the edge it crossed."""
+    """An actor that starts just outside the picture and stops with its centre `reach` pixels inside."""
     shape, colour, motion = combination
     size, diameter = stage.size, stage.diameter
     across = across if across is not None else rng.uniform(diameter / 2, size - diameter / 2)
@@ -259,7 +259,7 @@ def _entering(
 
 
 def _importance(plot: Plot, seconds: float) -> float:
-    """The largest of what the moment is worth: resting, moving, or near an event (a Gaussian around it)."""
+    """The greatest importance of the moment: resting, moving, or near an event (a Gaussian around it)."""
     worth = MOVING if any(actor.moves(seconds) for actor in plot.actors) else IDLE
     for event in plot.events:
         distance = (seconds - event.time_seconds) / EVENT_SPREAD_SECONDS

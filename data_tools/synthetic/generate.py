@@ -1,6 +1,6 @@
 """A small synthetic dataset for a first run and for tests: scenes and videos whose captions are exactly true.
 
-The evaluation splits show only combinations of shape, colour and size (motion, in videos) that never occur in training.
+Evaluation splits have only combinations of shape, colour and size (in videos, motion) that do not occur in training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import DataError
 
 SAMPLES_PER_SHARD = 500
-_CHUNK = 64  # samples that a process draws at a time
+_CHUNK = 64  # samples that a process makes at a time
 
 Draw = Callable[[np.random.Generator, bool, int, int], tuple[bytes, dict[str, Any]]]
 
@@ -43,18 +43,18 @@ def generate(
 ) -> None:
     """Write the shard folders images_train, images_eval, videos_train and videos_eval into `output`.
 
-    The same arguments give the same bytes, and sample i does not depend on how many there are. A count of 0 leaves its
-    folder out. The folders appear together, when all are complete.
+    The same arguments give the same bytes, and sample i does not depend on the counts. A folder with a count of 0 is
+    left out. The folders appear when all are complete.
 
     Args:
         size: pixels, the longer side of an image and both sides of a video; a multiple of 16, at least 48.
         max_objects: shapes in a scene, 1 or 2.
 
     Raises:
-        DataError: bad arguments, or a folder that holds shards already.
+        DataError: bad arguments, or a folder that exists already.
     """
     if size < 48 or size % 16:
-        raise DataError(f"--size {size}: give a multiple of 16 that is at least 48, for shapes that can be told apart")
+        raise DataError(f"--size {size}: give a multiple of 16 that is at least 48, else shapes look alike")
     if max_objects not in (1, 2):
         raise DataError(f"--max-objects {max_objects}: a scene has 1 or 2 shapes")
     if seed < 0:
@@ -72,13 +72,13 @@ def generate(
             raise DataError(f"{output / name} exists already: delete it first, or choose another --output")
     unfinished = output / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    # Spawned, since a trainer that makes its default data has threads, which a fork would not carry over.
+    # Spawned: a trainer that makes its default data has threads, which a fork does not copy.
     pool = ProcessPoolExecutor(default_workers(), multiprocessing.get_context("spawn"))
     for stream, (name, _, draw, media_type, held_out, count) in enumerate(kinds):
         if count == 0:
             continue
         one = partial(_sample, draw, seed, stream, held_out, size, max_objects)
-        # A few samples are sooner drawn than a process is started.
+        # Starting a process takes longer than making a few samples.
         samples = pool.map(one, range(count), chunksize=_CHUNK) if count > _CHUNK else map(one, range(count))
         with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
             for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets one folder of shards a split")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets one folder of shards per split")
     parser.add_argument("--images", type=int, default=8000, metavar="N", help="training images (%(default)s)")
     parser.add_argument("--videos", type=int, default=1200, metavar="N", help="training videos (%(default)s)")
     parser.add_argument("--eval-images", type=int, default=600, metavar="N", help="held-out images (%(default)s)")

@@ -1,7 +1,6 @@
 """The synthetic world: coloured shapes on a light background, and pictures of one or two of them with exact captions.
 
-Everything drawn from a numpy Generator, so that a scene is a pure function of its seed. Lengths are in
-cells of a grid, which scales with the picture.
+A scene is a pure function of its numpy Generator. Lengths are in cells of a grid, which scales with the picture.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ COLOURS = {
     "black": (25, 25, 25),
     "cyan": (25, 190, 210),
 }
-CELLS = 4  # of the grid that shapes stand on, along the longer side; it lets a small model learn them in minutes
+CELLS = 4  # of the grid of shapes, along the longer side; with it a small model learns in minutes
 SIZES = {"small": 1, "large": 2}  # cells across
-RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # with their inverses
-TWO_OBJECTS = 0.4  # of the scenes
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverses
+TWO_OBJECTS = 0.4  # share of the scenes
 
 Corner = tuple[int, int]  # column and row of the upper left cell
 Combination = tuple[str, str, str]  # (shape, colour, and size in a picture or motion in a video)
@@ -55,10 +54,10 @@ def article(noun_phrase: str) -> str:
 
 
 def combinations(third: Sequence[str], held_out: bool) -> list[Combination]:
-    """What a split may show, in a fixed order; `third` are the values of the third attribute.
+    """The combinations of a split, in a fixed order. `third`: the values of the third attribute.
 
-    One combination of each colour is held out. Training shows every value of every attribute and every coloured shape,
-    but never a held-out combination; every evaluation sample shows one.
+    One combination of each colour is held out. Training has every value of every attribute and every coloured shape,
+    but no held-out combination; every evaluation sample has one.
     """
     diagonal = [(SHAPES[i % len(SHAPES)], colour, third[i % len(third)]) for i, colour in enumerate(COLOURS)]
     if held_out:
@@ -75,7 +74,7 @@ def shape_mask(shape: str, diameter: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
 
     def corners(count: int, *radii: float) -> list[tuple[float, float]]:
-        """`count` points around the centre, the first one at the top, radii in turn as fractions of the half side."""
+        """`count` points around the centre, from the top on; radii alternate, as fractions of half the side."""
         return [
             (
                 side / 2 * (1 + radii[i % len(radii)] * math.sin(2 * math.pi * i / count)),
@@ -114,15 +113,15 @@ def background(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 
 def paint(canvas: Image.Image, shape: str, colour: str, diameter: int, centre: tuple[float, float], cell: int) -> None:
-    """Draw a shape onto `canvas`, its corner moved up and left to the grid of `cell` pixels.
+    """Draw a shape onto `canvas`; its corner is rounded up and left to the grid of `cell` pixels.
 
-    `centre` (x, y) and `diameter` in pixels. Parts outside of the canvas are cut off.
+    `centre` (x, y) and `diameter` in pixels. Parts outside the canvas are cut off.
     """
     canvas.paste(COLOURS[colour], on_grid(diameter, centre, cell), shape_mask(shape, diameter))
 
 
 def on_grid(diameter: int, centre: tuple[float, float], cell: int) -> tuple[int, int]:
-    """Where `paint` puts the upper left corner, pixels."""
+    """The upper left corner at which `paint` draws, in pixels."""
     left, top = (math.floor((middle - diameter / 2) / cell) * cell for middle in centre)
     return left, top
 
@@ -130,8 +129,8 @@ def on_grid(diameter: int, centre: tuple[float, float], cell: int) -> tuple[int,
 def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int) -> tuple[bytes, dict[str, Any]]:
     """A JPEG and its KEY.json values: width, height, captions, `attributes` of each shape, `relation`, and `content`.
 
-    `relation` is that of the first shape of `attributes` to the second; absent for a single shape. `content` is the
-    same for all scenes that their captions cannot tell apart.
+    `relation`: of the first shape in `attributes` to the second; None for a single shape. `content`: equal for scenes
+    with the same captions.
     """
     choice = combinations(list(SIZES), held_out)
     chosen = [choice[rng.integers(len(choice))]]
@@ -151,7 +150,7 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
         paint(canvas, item.shape, item.colour, diameter, (x * cell + diameter / 2, y * cell + diameter / 2), cell)
 
     file = io.BytesIO()
-    canvas.save(file, "JPEG", quality=90, subsampling=0)  # full-resolution colour: it is what the captions are about
+    canvas.save(file, "JPEG", quality=90, subsampling=0)  # full-resolution colour, which the captions name
     return file.getvalue(), {
         "width": width,
         "height": height,
@@ -164,9 +163,9 @@ def scene(rng: np.random.Generator, held_out: bool, size: int, max_objects: int)
 
 @cache
 def placements(columns: int, rows: int, first: int, second: int = 0) -> list[tuple[str | None, tuple[Corner, ...]]]:
-    """Every way to place one or two shapes of so many cells, and the relation of the first to the second.
+    """All ways to place one or two shapes of these sizes, and the relation of the first to the second.
 
-    Two shapes do not overlap along the relation's axis, and are further apart along it than across it.
+    Two shapes do not overlap along the axis of their relation, and their distance is greater along it than across it.
     """
     at_first = list(product(range(columns - first + 1), range(rows - first + 1)))
     if not second:
@@ -190,7 +189,7 @@ def _content(items: list[Item], relation: str | None) -> str:
 
 
 def _captions(rng: np.random.Generator, items: list[Item], relation: str | None) -> list[str]:
-    """Every true sentence of the world about the scene, in random order."""
+    """All captions of the scene, in random order."""
     if relation is None:
         item = article(str(items[0]))
         sentences = [item, f"there is {item}", f"one {items[0]}"]

@@ -1,7 +1,7 @@
 """Train a SentencePiece tokenizer on the captions of shards.
 
-The model is lossless (no normalisation, bytes for what it has never seen), and its special tokens are control symbols:
-a caption that contains "<image>" is ordinary text.
+The model is lossless: it does not normalise text, and unknown characters become bytes. Special tokens are control
+symbols, so "<image>" in a caption is ordinary text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
 
-CHUNK = 100_000  # characters; at most four bytes each, so that no chunk reaches MAX_BYTES
+CHUNK = 100_000  # characters of at most four bytes: less than MAX_BYTES
 MAX_BYTES = 2**20  # longer lines are dropped by SentencePiece without an error
-# SentencePiece drops a whole line for one of these: NUL, and the character that it uses inside for unknown ones.
+# SentencePiece drops lines with one of these: NUL, and the character that it uses for unknown ones.
 FORBIDDEN = {0x0000: None, 0x2585: None}
 
 
@@ -35,9 +35,9 @@ def train(
     """Train on the texts of the shard folders `data` and write the model file `output`.
 
     Args:
-        vocab_size: pieces, control symbols and the 256 bytes included. Where the texts cannot fill it, the largest
-            possible vocabulary is trained and a line says so.
-        max_samples: texts; from more, a uniform sample of this size is drawn with `seed`.
+        vocab_size: pieces, including control symbols and the 256 bytes. If the texts have too few pieces, the
+            vocabulary is smaller and a line is printed.
+        max_samples: texts at most; of more, a uniform sample is drawn with `seed`.
 
     Raises:
         DataError: no text, shards that cannot be read, a vocabulary too small, or an `output` that exists.
@@ -62,7 +62,7 @@ def train(
 
 
 def sample_texts(sample: Sample) -> Iterator[str]:
-    """All captions of KEY.json, or else KEY.txt; and the summary, where there is one."""
+    """All captions of KEY.json, or else KEY.txt; and the summary, if any."""
     captions = sample.meta.get("captions") or [sample.text]
     for text in (*captions, sample.meta.get("summary")):
         if isinstance(text, str) and text.strip():
@@ -70,7 +70,7 @@ def sample_texts(sample: Sample) -> Iterator[str]:
 
 
 def reservoir(texts: Iterable[str], size: int, rng: random.Random) -> tuple[list[str], int]:
-    """A uniform sample of at most `size` texts and the number of all (Vitter's algorithm R, one pass)."""
+    """A uniform sample of up to `size` texts, and the number of all texts (Vitter's algorithm R, one pass)."""
     chosen: list[str] = []
     total = 0
     for total, text in enumerate(texts, 1):
@@ -82,7 +82,7 @@ def reservoir(texts: Iterable[str], size: int, rng: random.Random) -> tuple[list
 
 
 def _lines(texts: list[str]) -> Iterator[str]:
-    """What SentencePiece takes without dropping a line."""
+    """Lines that SentencePiece does not drop."""
     for text in texts:
         clean = text.encode("utf-8", "replace").decode().translate(FORBIDDEN)
         for start in range(0, len(clean), CHUNK):
@@ -90,7 +90,7 @@ def _lines(texts: list[str]) -> Iterator[str]:
 
 
 def _fit(texts: list[str], vocab_size: int) -> bytes:
-    """The trained model file, with fewer pieces than `vocab_size` where the texts cannot fill it."""
+    """The trained model file. It has fewer pieces than `vocab_size` if the texts have too few."""
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -113,7 +113,7 @@ def _fit(texts: list[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         too_high = re.search(r"too high \(\d+\).*<= (\d+)", str(error))
         if too_high and int(too_high[1]) < vocab_size:
-            print(f"the texts fill {too_high[1]} pieces, not {vocab_size} (--vocab-size)")
+            print(f"the texts have only {too_high[1]} pieces, not {vocab_size} (--vocab-size)")
             return _fit(texts, int(too_high[1]))
         too_low = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
         if too_low:
@@ -137,9 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Example:\n\n    python -m data_tools.tokenizer train --data shards/train --output tokenizer.model",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_argument(
-        "--data", required=True, nargs="+", metavar="SHARDS", help="folders of shards, or URLs of such"
-    )
+    options.add_argument("--data", required=True, nargs="+", metavar="SHARDS", help="folders or URLs of shards")
     options.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model file, tokenizer.model")
     options.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="pieces (%(default)s)")
     options.add_argument("--max-samples", type=int, default=1_000_000, metavar="N", help="texts (%(default)s)")

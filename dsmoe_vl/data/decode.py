@@ -1,6 +1,6 @@
 """Encoded bytes -> pixels -> patches.
 
-Pixels are RGB, uint8 [h, w, 3]. Shapes: p patches, C = 3 * patch_size**2 bytes a patch, ordered (channel, y, x).
+Pixels are RGB, uint8 [h, w, 3]. Shapes: p patches, C = 3 * patch_size**2 bytes per patch, ordered (channel, y, x).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def iterate_video(
             stream.thread_type = "NONE"
             pixels = stream.codec_context.width * stream.codec_context.height
             if pixels > MAX_PIXELS:
-                raise DataError(f"video too large: {pixels} pixels a frame, at most {MAX_PIXELS} are decoded")
+                raise DataError(f"video too large: {pixels} pixels per frame, at most {MAX_PIXELS} are decoded")
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a later frame may be larger
             packets, left = [], 4 * len(data)
             for packet in container.demux(stream):

@@ -84,7 +84,7 @@ class ReadReport:
     """In the rank: counts since its start, the epochs of the run, and the list of bad samples."""
 
     def __init__(self, quarantine: Path | None) -> None:
-        """Bad samples are appended to the file `quarantine`, one JSON object a line."""
+        """Bad samples are appended to the file `quarantine`, one JSON object per line."""
         self._quarantine = quarantine
         self._samples: Counter[str] = Counter()
         self._reasons: dict[str, Counter[str]] = {}

@@ -1,6 +1,6 @@
 """Segments -> packs of fixed shape -> flat batches.
 
-Letters as in `segment.py`: L tokens and P patches a pack, Q = P / merge**2 cells a pack, C bytes a patch, B packs.
+Letters as in `segment.py`: L tokens, P patches and Q = P / merge**2 cells per pack, C bytes per patch, B packs.
 """
 
 from __future__ import annotations

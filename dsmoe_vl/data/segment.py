@@ -1,7 +1,7 @@
 """The data types from samples to the model: segments -> pack -> batch (in `batch.py`).
 
-Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes a patch, L tokens a pack, P patches a pack,
-Q = P / merge**2 cells a pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
+Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes per patch, L tokens and P patches per pack,
+Q = P / merge**2 cells per pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
 The merge**2 patches of a cell are adjacent; cells are ordered row by row.
 
 Does not import torch: that takes seconds, and the data tools do not need it.

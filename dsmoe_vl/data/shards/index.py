@@ -165,7 +165,7 @@ def _scan_folder(folder: Path) -> ShardIndex:
     shards = []
     for tar in tars:
         scan = _cached_scan(tar)
-        # What is lost by damage counts as one sample, which is reported as bad once per epoch.
+        # The damaged part counts as one sample, which is reported as bad once per epoch.
         shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, ""))
     return ShardIndex(folder, "", tuple(shards))
 

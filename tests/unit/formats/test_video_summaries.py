@@ -109,7 +109,7 @@ def test_videoxum_reversed_times_leave_the_summary_as_published(read_videos):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"vsum_onehot": [[0, 1, 0], [0, 1]]}, "invalid scores: something else than numbers"),
+        ({"vsum_onehot": [[0, 1, 0], [0, 1]]}, "invalid scores: not numbers"),
         ({"vsum_onehot": [[0, NAN, 0]]}, "invalid scores: 1 NaN"),
         ({"vsum_onehot": [[0, 2, 0]]}, "scores out of range: 0 to 2"),
         ({"duration": None}, "invalid duration: None"),
@@ -175,7 +175,7 @@ def test_tvsum_annotators_a_frame_apart_are_cut_to_the_shortest(read_videos, tmp
         ([[1] * 60, [1] * 30], "unequal annotations: 30 to 60 frames"),
         ([[1, 7, 1]], "scores out of range: 1 to 7, not 1 to 5"),
         ([[1, "nan", 1]], "invalid scores: 1 NaN"),
-        ([[1, "", 1]], "invalid scores: something else"),
+        ([[1, "", 1]], "invalid scores: not numbers"),
     ],
 )
 def test_tvsum_rejects_what_are_no_scores(read_videos, tmp_path, curves, problem):

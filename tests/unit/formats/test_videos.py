@@ -99,7 +99,7 @@ def test_msvd_text_and_csv_are_told_apart_by_content(read_videos, tmp_path):
 
 
 def test_msvd_refuses_other_files(read_videos):
-    with pytest.raises(DataError, match=r"line 2: 'squirrel' is no VIDEOID_start_end"):
+    with pytest.raises(DataError, match=r"line 2: 'squirrel' is not VIDEOID_start_end"):
         read_videos(msvd, "# MSVD\nsquirrel eats\n")
     with pytest.raises(DataError, match=r"line 2: Start and End must be whole seconds, not 'mv_33_'"):
         read_videos(msvd, "VideoID,Start,End,Language,Description\nmv,33,,English,a bird\n")
