@@ -140,6 +140,8 @@ class DataConfig:
     shuffle_block: int = bounded(256, least=1)  # samples read and shuffled together
     workers: int = bounded(2, least=0)  # loader processes per rank; 0: load in the training process
     max_bad_fraction: float = bounded(0.01, least=0, most=1)  # error budget per source: bad samples / samples read
+    # MiB per second at which local shards are hashed during training and compared with index.json; 0: not at all
+    verify_mib_per_second: float = bounded(20.0, least=0)
     # For sources whose path is not a local folder:
     cache: str = "~/.cache/dsmoe_vl/shards"  # folder on a local disk, shared by all processes and runs of a host
     # GiB; above it the least recently used shards are removed from the cache; 0: no limit

@@ -65,8 +65,8 @@ class Loader:
         self._micro_batch, self._packs_per_step = micro_batch, micro_batch * accumulation
         _check_lanes(data, ranks)
         _check_sources(sources)
-        self._indexes = {source.name: _open(source, data) for source in sources}
-        self._order = order_identity(data.lanes, data.shuffle_block, seed, self._indexes)
+        self.indexes = {source.name: _open(source, data) for source in sources}
+        self._order = order_identity(data.lanes, data.shuffle_block, seed, self.indexes)
         self._packs = 0  # consumed, over all ranks
         self._lane_states: dict[str, Any] = {}
         self._report = ReadReport(quarantine)
@@ -133,7 +133,7 @@ class Loader:
         stream = PackStream(
             self._data,
             self._sources,
-            self._indexes,
+            self.indexes,
             self._encode,
             self._shape,
             self._seed,

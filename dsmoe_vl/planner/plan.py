@@ -67,25 +67,35 @@ def plan_to_json(plan: RunPlan) -> str:
 def changed_settings(plan: RunPlan, path: Path) -> list[str]:
     """Settings of recipe and DeepSpeed JSON that differ from a run's `plan.json`: "run.steps 100 -> 200".
 
-    [] if the file is absent or unreadable. Settings that only one of them has are skipped: another version wrote it.
+    [] if the file is absent or unreadable. Recipe keys that only one of them has are skipped: another version wrote it.
+    In the DeepSpeed JSON they are changes of the user, such as a scheduler that was removed.
     """
     try:
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(plan_to_json(plan))
-        pairs = [(dict(before[part]), now[part]) for part in ("recipe", "deepspeed")]
+        recipes, engines = ((dict(before[part]), now[part]) for part in ("recipe", "deepspeed"))
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [change for old, new in pairs for change in _differences(old, new, "")]
+    return [*_differences(*recipes, "", both=True), *_differences(*engines, "", both=False)]
 
 
-def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
+def _differences(before: Any, now: Any, name: str, both: bool) -> Iterator[str]:
+    """`both`: keys that only one side has are skipped."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in (key for key in now if key in before):
-            yield from _differences(before[key], now[key], f"{name}.{key}" if name else key)
+        for key in dict.fromkeys((*before, *now)):
+            inner = f"{name}.{key}" if name else key
+            if key in before and key in now:
+                yield from _differences(before[key], now[key], inner, both)
+            elif not both:
+                yield f"{inner} {_or_absent(before, key)} -> {_or_absent(now, key)}"
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for number, (old, new) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(old, new, f"{name}[{number}]")
+            yield from _differences(old, new, f"{name}[{number}]", both)
     elif before != now:
         yield f"{name} {json.dumps(before)} -> {json.dumps(now)}"
+
+
+def _or_absent(section: dict[str, Any], key: str) -> str:
+    return json.dumps(section[key]) if key in section else "(absent)"
 
 
 def recipe_from_json(path: Path) -> Recipe:

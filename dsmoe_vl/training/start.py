@@ -85,7 +85,7 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
     from dsmoe_vl.training.trainer import Trainer
 
     trainer = Trainer(plan, ranks, stop)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and trainer.step < plan.recipe.run.steps:
         write_atomically(plan.run_dir / PLAN_NAME, plan_to_json(plan))
     trainer.fit()
     trainer.close()

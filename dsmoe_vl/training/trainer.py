@@ -12,6 +12,7 @@ from dsmoe_vl.checkpoint.store import newest_complete, require_fit
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.data.shards.verify import ShardVerifier
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.monitor.profiler import StepProfiler
 from dsmoe_vl.monitor.recorder import RouterRecorder
@@ -62,6 +63,9 @@ class Trainer:
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0
         self._resume()
+        # One process of a host hashes its shards: hosts may have copies of their own.
+        verified = self.loader.indexes if ranks.local_rank == 0 else {}
+        self.verifier = ShardVerifier(verified, recipe.data.verify_mib_per_second)
         self._read = self.loader.report()  # empty in a new run; in a resumed run, the epochs so far
         self.log = RunLog(plan, ranks.rank, self.step)
         peak = peak_flops(self.device, plan.precision)
@@ -74,7 +78,11 @@ class Trainer:
     def fit(self) -> None:
         """Train until `run.steps` or a stop request; both end with a checkpoint."""
         run = self.plan.recipe.run
-        if self.step:
+        if self.step >= run.steps:
+            self.log.say(
+                f"trained to step {self.step} of {run.steps} already: raise run.steps to go on, or set another run.name"
+            )
+        elif self.step:
             self.log.say(f"resumed at step {self.step}")
         saved = self.step
         with self.stop:
@@ -146,6 +154,7 @@ class Trainer:
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""
+        self.verifier.close()
         self.loader.close()
         self.log.close()
         self.engine.destroy()
@@ -157,8 +166,11 @@ class Trainer:
         if found is None:
             return
         folder, manifest = found
-        require_fit(folder, manifest, training_state.topology_of(self.plan), self.tokenizer.sha256)
         require_same_model(folder, self.plan.recipe)
+        if manifest.step >= self.plan.recipe.run.steps:  # nothing is left to train, on any topology
+            self.step = manifest.step
+            return
+        require_fit(folder, manifest, training_state.topology_of(self.plan), self.tokenizer.sha256)
         self.step, self.take_step.load_fraction, data = training_state.restore(
             folder, self.ranks, self.engine, self.device
         )
@@ -176,8 +188,11 @@ class Trainer:
         return {name: max(values[name] for values in of_ranks) for name in of_ranks[0]}
 
     def _samples_read(self) -> dict[str, int]:
-        """Samples, errors and epoch of every source, over all ranks; prints new epochs."""
-        before, self._read = self._read, merge_reports(self.host.gather(self.loader.report()))
+        """Samples, errors and epoch of every source, over all ranks; prints new epochs and changed shards."""
+        reports, findings = zip(*self.host.gather((self.loader.report(), self.verifier.findings())), strict=True)
+        for finding in dict.fromkeys(finding for of_rank in findings for finding in of_rank):
+            self.log.say(f"warning: {finding}")
+        before, self._read = self._read, merge_reports(reports)
         for source in self.plan.recipe.data.sources:
             name = f"{source.name}/epoch"
             if self._read.get(name, 0) > before.get(name, 0):

@@ -118,6 +118,9 @@ class TestTokenizer:
         refused(arguments, "tokenizer.vocab_size = 300", tiny.data / "tokenizer.model", "320", world_size=1)
 
 
+LONGER = f"run.steps={STEPS + 8}"  # of a finished run nothing is loaded
+
+
 class TestResume:
     """A checkpoint that does not fit what is asked for now; it is left as it was."""
 
@@ -129,12 +132,13 @@ class TestResume:
 
     def test_another_tokenizer(self, tiny, run, tmp_path):
         train_tokenizer([tiny.data / "images_train"], tmp_path / "other.model", vocab_size=300)
-        arguments = tiny.arguments(run, f"tokenizer.path={tmp_path / 'other.model'}")
+        arguments = tiny.arguments(run, LONGER, f"tokenizer.path={tmp_path / 'other.model'}")
         kept = run / "checkpoints" / f"step_{STEPS:08d}" / "tokenizer.model"
         refused(arguments, "another tokenizer", f"set tokenizer.path to {kept}")
 
     def test_another_zero_stage(self, tiny, run):
-        refused(tiny.arguments(run, stage=3), "zero_stage=2", "zero_stage=3", f"step_{STEPS:08d}", "new run.name")
+        arguments = tiny.arguments(run, LONGER, stage=3)
+        refused(arguments, "zero_stage=2", "zero_stage=3", f"step_{STEPS:08d}", "new run.name")
 
     @pytest.mark.parametrize(
         ("setting", "difference"),
@@ -155,7 +159,7 @@ class TestResume:
         assert other.err == ""  # it ends because the first rank has
 
     def test_another_order_of_the_data(self, tiny, run):
-        refused(tiny.arguments(run, "run.seed=2"), "run.seed was 1", "is 2 now", "start a new run")
+        refused(tiny.arguments(run, LONGER, "run.seed=2"), "run.seed was 1", "is 2 now", "start a new run")
 
 
 def with_broken_images(tiny, folder, every):

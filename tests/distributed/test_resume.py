@@ -99,3 +99,12 @@ def test_resume_with_other_zero_stages(tiny, stage):
     shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
     assert f"resumed at step {STEPS - 8}" in run_ranks(TRAIN, tiny.arguments(run, stage=stage), world_size=2)
     assert curve(run) == whole
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_finished_run_has_nothing_to_train_on_any_topology(tiny, trained, stage):
+    """So the plain command works after the quickstart, which trains on two ranks."""
+    before = {path: path.read_bytes() for path in trained.rglob("*.json")}
+    output = run_ranks(TRAIN, tiny.arguments(trained, stage=stage), world_size=1)
+    assert f"trained to step {STEPS} of {STEPS} already: raise run.steps" in output
+    assert {path: path.read_bytes() for path in trained.rglob("*.json")} == before

@@ -325,6 +325,11 @@ def test_changes_since_the_last_start_are_told(tmp_path):
     del written["recipe"]["run"]["seed"]  # an older version's
     path.write_text(json.dumps(written))
     assert len(changed_settings(second, path)) == 2
+    without = moe() | {"gradient_clipping": 0.5, "steps_per_print": 7}
+    scheduler = without.pop("scheduler")
+    told = changed_settings(plan(recipe, without), path)
+    assert any(line.startswith("scheduler {") and line.endswith("-> (absent)") for line in told), told
+    assert "steps_per_print (absent) -> 7" in told and scheduler["type"] in " ".join(told)
     for text in ("[]", "{", '{"recipe": 3}'):
         path.write_text(text)
         assert changed_settings(first, path) == []
