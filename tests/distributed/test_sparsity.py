@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from tests.distributed.ranks import run_ranks
 from tests.distributed.train_sparse import L1
 
@@ -24,7 +24,7 @@ def trained(world_size, ep, stages, *flags):
     with tempfile.TemporaryDirectory() as folder:
         arguments = [folder, "--ep", str(ep), "--zero", *map(str, stages), *flags]
         said = json.loads(run_ranks(SCRIPT, arguments, world_size, timeout_seconds=240).strip().splitlines()[-1])
-        return {stage: (said[str(stage)], load_file(f"{folder}/{stage}.safetensors")) for stage in stages}
+        return {stage: (said[str(stage)], WeightsFile(Path(folder, str(stage))).load()) for stage in stages}
 
 
 def counted(weights):

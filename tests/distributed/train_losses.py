@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from dsmoe_vl.checkpoint.weights import save_weights
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import (
     DataConfig,
     ModelConfig,
@@ -148,12 +148,13 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
 
 
 @torch.no_grad()
-def reloaded_difference(engine: Any, recipe: Recipe, zero_stage: int, file: Path) -> float:
+def reloaded_difference(engine: Any, recipe: Recipe, zero_stage: int, folder: Path) -> float:
     """The largest difference between the engine's hidden states and those of a one-process model with its weights."""
-    save_weights(engine.module, zero_stage, file)
+    folder.mkdir(exist_ok=True)
+    save_weights(engine.module, zero_stage, folder)
     dist.barrier()
     model = build_backbone(recipe)
-    weights = load_file(file)
+    weights = WeightsFile(folder).load()
     model.load_state_dict({**weights, "head.weight": weights["embedding.weight"]})
     batch = collate([mixed_pack(999)])
     engine.eval()

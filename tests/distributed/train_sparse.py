@@ -1,6 +1,6 @@
 """Train a tiny model with the L1 term, anew for every ZeRO stage; print what `sparsity` says after each step as JSON.
 
-The gathered weights are written to FOLDER/STAGE.safetensors, so that a test can count for itself. The packs of a step
+The gathered weights are written to FOLDER/STAGE, so that a test can count for itself. The packs of a step
 are the same whatever the split.
 """
 
@@ -57,7 +57,9 @@ def main() -> None:
         found[stage] = []
         for _ in take_steps(plan, ranks, engine, device, args.steps):
             found[stage].append(sparsity(engine.module, plan, ranks.rank, device))
-        save_weights(engine.module, stage, args.folder / f"{stage}.safetensors")
+        folder = args.folder / str(stage)
+        folder.mkdir(exist_ok=True)
+        save_weights(engine.module, stage, folder)
         engine.destroy()
     if ranks.rank == 0:
         print(json.dumps(found))
