@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint import training_state
-from dsmoe_vl.checkpoint.store import newest_complete, require_fit
+from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete, require_fit
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -162,7 +162,7 @@ class Trainer:
         dist.destroy_process_group()
 
     def _resume(self) -> None:
-        found = newest_complete(Path(self.plan.run_dir) / "checkpoints")
+        found = newest_complete(self.plan.run_dir / CHECKPOINTS_NAME)
         if found is None:
             return
         folder, manifest = found
