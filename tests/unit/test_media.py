@@ -51,7 +51,15 @@ def test_an_open_photo_is_turned_upright():
     assert np.array_equal(decoded(Image.open(file)), upright)
 
 
-@pytest.mark.parametrize("given", [PIXELS / 255, PIXELS[None], PIXELS.astype(np.int64), object()], ids=repr)
+NOT_PICTURES = {
+    "floats": PIXELS / 255,
+    "one axis more": PIXELS[None],
+    "int64": PIXELS.astype(np.int64),
+    "object": object(),
+}
+
+
+@pytest.mark.parametrize("given", NOT_PICTURES.values(), ids=NOT_PICTURES)
 def test_what_is_no_picture(given):
     with pytest.raises(DataError, match=r"an image cannot be made from .*: give a path, bytes, a PIL image"):
         to_sample(given, "image")
