@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_tools.command import run
 from data_tools.parallel import default_workers, ordered_map
 from data_tools.schema import captions_of, is_own, problems
+from dsmoe_vl.console import printable
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise DataError(f"--contact-sheet {given.contact_sheet}: the name must end in .png or .jpg")
         tokenizer = Tokenizer(given.tokenizer) if given.tokenizer else None
         report = inspect(given.shards, given.limit, tokenizer)
-        print(*describe(report), sep="\n")
+        print(*map(printable, describe(report)), sep="\n")
         if given.contact_sheet and report.cells:
             given.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(report.cells).save(given.contact_sheet)
