@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from data_tools.command import run
 from data_tools.parallel import default_workers, ordered_map
-from data_tools.schema import captions_of, is_own, problems
+from data_tools.schema import is_own, problems
 from dsmoe_vl.console import printable
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
@@ -44,7 +45,7 @@ class Report:
     shards: int = 0
     total_bytes: int = 0
     media_types: Counter[str] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)  # of samples; one without `tasks` counts as "every task"
+    tasks: Counter[str] = field(default_factory=Counter)  # that samples can be used for
     foreign: int = 0  # samples written by other tools
     lengths: list[int] = field(default_factory=list)  # of captions, in `unit`
     unit: str = "words"
@@ -93,16 +94,16 @@ def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None 
         seen.add(look.sample.key)
         report.samples += 1
         report.media_types[look.sample.media_type or "text only"] += 1
-        tasks = look.sample.meta.get("tasks")
-        report.tasks.update({str(task) for task in tasks} if isinstance(tasks, list) else ["every task"])
+        contents = contents_of(look.sample)
+        report.tasks.update(contents.tasks)
         report.foreign += not is_own(look.sample)
-        report.lengths.extend(len(measure(caption)) for caption in captions_of(look.sample))
+        report.lengths.extend(len(measure(caption)) for caption in contents.captions)
         if look.sample.media is not None:
             report.kib.append(len(look.sample.media) // 1024)
         if look.pictures:
             report.sides.append(max(look.pictures[0].size))
             if number % sheet_every == 0:
-                text = (captions_of(look.sample) or [""])[0]
+                text = next(iter(contents.captions), "")
                 report.cells.append(Cell(_thumbnails(look.pictures), text))
     if not has_manifest and report.foreign < report.samples:
         report.problems[f"no {INDEX_NAME}"].append(f"{folder}: changed or lost shards cannot be noticed")

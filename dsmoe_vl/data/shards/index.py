@@ -123,7 +123,7 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
     start, end = scan.bounds[sample : sample + 2].tolist()
     key, files = read_files(path, start, end, _TEXT_EXTENSIONS + (_MEDIA_EXTENSIONS if media else ()))
     try:
-        text = files.get("txt", b"").decode("utf-8")
+        text = files.get("txt", b"").decode("utf-8-sig")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise DataError(f"malformed text or JSON: {path}: {key}: {error}") from error
