@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmoe_vl.config.task_table import TASKS
-from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.sample import MEDIA_EXTENSIONS, Sample, split_name
+from dsmoe_vl.data.shards.habits import named
 from dsmoe_vl.errors import DataError
 
 _PLACES = ("captions", "caption")  # of captions in KEY.json, by priority; KEY.txt is the last
@@ -49,17 +50,24 @@ class Contents:
 def contents_of(sample: Sample) -> Contents:
     """What a sample gives: `captions` of KEY.json, else `caption`, else KEY.txt; and `summary` of KEY.json.
 
-    Both places of captions may have a list of texts or one text.
+    Both places of captions may have a list of texts or one text. Of a sample that
+    was read without its media only `tasks` may differ.
     """
     captions, no_text = _captions(sample)
-    lacking = "; ".join(no_text) or "no `captions` or `caption` in KEY.json, and no text in KEY.txt"
-    no_caption = "" if captions else f"no caption: {lacking}"
+    no_caption = "" if captions else f"no caption: {'; '.join(no_text) or _no_place(sample)}{_files(sample)}"
     summary, no_summary = _summary(sample)
     flaws = [f"entries without text: {one}" for one in no_text if captions]
     if sample.meta.get("summary") is not None and not summary:
         flaws.append(no_summary)
-    no_media = "no image or video" if sample.media is None else ""
-    tasks = () if no_media else _tasks(sample, captions, summary)
+    media = [name for name in sample.names if split_name(name)[1] in MEDIA_EXTENSIONS]
+    no_media = ""
+    if sample.media is None and not media:
+        no_media = "no image or video"
+        if sample.names:
+            no_media += f": none of {', '.join(f'KEY.{extension}' for extension in MEDIA_EXTENSIONS)}{_files(sample)}"
+    if len(media) > 1:
+        flaws.append(f"several images or videos: {named(media)}; only {media[0]} is used")
+    tasks = () if no_media else _tasks(sample, sample.is_video, captions, summary)
     return Contents(captions, summary, tasks, no_media, no_caption, no_summary, tuple(flaws))
 
 
@@ -74,6 +82,19 @@ def offered_tasks(sample: Sample) -> list[Any] | None:
     """The `tasks` of KEY.json; None if every task may use the sample."""
     offered = sample.meta.get("tasks")
     return offered if isinstance(offered, list) else None
+
+
+def _no_place(sample: Sample) -> str:
+    """That no place has a caption, and what KEY.json has instead."""
+    others = [name for name in sample.meta if name not in _PLACES]
+    instead = f" (it has {named(others)})" if others else ""
+    return f"no text in `captions` or `caption` of KEY.json{instead}, nor in KEY.txt"
+
+
+def _files(sample: Sample) -> str:
+    """The end of a reason: the files that the sample has, and why one that is expected may be none of them."""
+    found = f"; {sample.key} has the files {named(sample.names)}" if sample.names else ""
+    return f"{found}; {sample.habit}" if sample.habit else found
 
 
 def _captions(sample: Sample) -> tuple[tuple[str, ...], list[str]]:
@@ -101,9 +122,9 @@ def _summary(sample: Sample) -> tuple[str, str]:
     return "", f"no summary: {detail}"
 
 
-def _tasks(sample: Sample, captions: tuple[str, ...], summary: str) -> tuple[str, ...]:
+def _tasks(sample: Sample, is_video: bool, captions: tuple[str, ...], summary: str) -> tuple[str, ...]:
     offered = offered_tasks(sample)
-    kind, meta = "video" if sample.is_video else "image", {**sample.meta, "summary": summary}
+    kind, meta = "video" if is_video else "image", {**sample.meta, "summary": summary}
     return tuple(
         spec.name
         for spec in TASKS

@@ -104,8 +104,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path, encoding, place):
 @pytest.mark.parametrize(
     ("text", "meta", "message"),
     [
-        ("", {}, "no caption: no `captions` or `caption` in KEY.json, and no text in KEY.txt"),
-        (" \n", {"captions": []}, "no caption: no `captions` or `caption` in KEY.json, and no text in KEY.txt"),
+        ("", {}, "no caption: no text in `captions` or `caption` of KEY.json, nor in KEY.txt"),
+        (" \n", {"captions": []}, "no caption: no text in `captions` or `caption` of KEY.json, nor in KEY.txt"),
         ("", {"captions": 3}, "no caption: 1 of 1 entries of `captions` in KEY.json have no text, such as 3"),
         ("", {"captions": {"en": DOG}},
          "no caption: 1 of 1 entries of `captions` in KEY.json have no text, such as {'en': 'a dog on the grass'}"),
@@ -119,6 +119,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, encoding, place):
 def test_no_caption_has_one_reason_everywhere(task, tmp_path, text, meta, message):
     folder = shard(tmp_path / "s", text.encode(), json.dumps(meta).encode())
     (one,) = iterate_samples(folder)
+    message += "; k0 has the files k0.png, k0.txt, k0.json"
     assert reason(lambda: task.encode(one)) == message
     kind, _, detail = message.partition(": ")
     assert dict(inspect(folder).problems) == {kind: [f"a.tar, sample 0, k0: {detail}"]}

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
+from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, TEXT_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
+from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
 from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
 from dsmoe_vl.errors import DataError, FetchError
@@ -25,8 +26,6 @@ from dsmoe_vl.errors import DataError, FetchError
 INDEX_NAME = "index.json"
 SCHEMA_VERSION = 1
 
-_MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
-_TEXT_EXTENSIONS = ("txt", "json")
 _REINDEX_HINT = f"write the shards again, or delete {INDEX_NAME} to have the tars scanned"
 _REWRITE_HINT = "write the shards again"  # remote shards need a manifest
 _DEFAULTS = DataConfig()
@@ -121,7 +120,7 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
     if sample >= scan.samples:
         raise DataError(f"damaged shard: {path}: {scan.damage}; samples from number {scan.samples} on are lost")
     start, end = scan.bounds[sample : sample + 2].tolist()
-    key, files = read_files(path, start, end, _TEXT_EXTENSIONS + (_MEDIA_EXTENSIONS if media else ()))
+    key, files, names = read_files(path, start, end, EXTENSIONS if media else TEXT_EXTENSIONS)
     try:
         text = files.get("txt", b"").decode("utf-8-sig")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
@@ -129,8 +128,9 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
         raise DataError(f"malformed text or JSON: {path}: {key}: {error}") from error
     if not isinstance(meta, dict):
         raise DataError(f"malformed text or JSON: {path}: {key}.json is not an object")
-    media_type = next((extension for extension in files if extension in _MEDIA_EXTENSIONS), "")
-    return Sample(key, source, epoch, files.get(media_type), media_type, text, meta)
+    media_type = next((extension for extension in files if extension in MEDIA_EXTENSIONS), "")
+    habit = habit_of(key, names, key in scan.scattered)
+    return Sample(key, source, epoch, files.get(media_type), media_type, text, meta, names, habit)
 
 
 def iterate_samples(
@@ -161,12 +161,17 @@ def _cached_scan(path: Path) -> ShardScan:
 def _scan_folder(folder: Path) -> ShardIndex:
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder}: neither {INDEX_NAME} nor *.tar; make shards with `python -m data_tools.convert`")
+        hint = compressed_tars(folder) or "; make shards with `python -m data_tools.convert`"
+        raise DataError(f"{folder}: neither {INDEX_NAME} nor *.tar{hint}")
     shards = []
+    ignored = ""
     for tar in tars:
         scan = _cached_scan(tar)
         # The damaged part counts as one sample, which is reported as bad once per epoch.
         shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, ""))
+        ignored = ignored or scan.ignored
+    if ignored and not any(shard.samples for shard in shards):
+        raise DataError(f"{folder}: no samples in its shards: {ignored} belongs to none; {NAME_RULE}")
     return ShardIndex(folder, "", tuple(shards))
 
 
