@@ -12,13 +12,17 @@ import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.budget import check_bytes
 from dsmoe_vl.data.sample import split_name
 from dsmoe_vl.data.shards.habits import other_format
 from dsmoe_vl.errors import DataError
+
+_DEFAULTS = DataConfig()
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,13 @@ class SampleFiles(NamedTuple):
     names: tuple[str, ...]
 
 
-def read_files(path: Path, start: int, end: int, extensions: Collection[str]) -> SampleFiles:
+def read_files(
+    path: Path, start: int, end: int, extensions: Collection[str], data: DataConfig = _DEFAULTS
+) -> SampleFiles:
     """The sample in the bytes [start, end) of a tar, with its files of these `extensions`.
 
-    Raises DataError if the tar cannot be read, has changed since its scan, or has two files of one name there.
+    Raises DataError if the tar cannot be read, has changed since its scan, has two files of one name there, or has a
+    file above a limit of `data`.
     """
     names: dict[tuple[str, str], str] = {}
     others: set[str] = set()  # keys of members that are not files
@@ -111,6 +118,7 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
                         raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
                     names[name] = member.name
                     if extension in extensions and position <= end:
+                        check_bytes(member.name, extension, member.size, data)
                         file.seek(member.start)
                         files[extension] = file.read(member.size)  # not os.pread, which reads 2 GiB at most
                 if position >= end:
@@ -137,8 +145,9 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
         position = member.end
     file.seek(position)
     end = position
+    headers: Any = _Headers(file)
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="replace") as tar:
             for info in tar:
                 if info.size < 0 or tar.offset <= end:  # tarfile would never end
                     return
@@ -150,6 +159,19 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
         return
 
 
+class _Headers:
+    """A tar for tarfile, which reads only headers and would read one of any size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
+
+
+_LONGEST_HEADER = 2**20  # bytes, of long names and extended attributes
 _END_MARK = 2**17  # bytes of zeros at most: two blocks, padded to a record, which can be this large
 _PLAIN_NUMBER = re.compile(rb" *([0-7]+)[ \0]*")  # octal
 
