@@ -38,6 +38,7 @@ from data_tools.formats import (
 from data_tools.parallel import default_workers
 from data_tools.parts import Outcome, Parts, Settings, make_part
 from data_tools.workforce import Hosts, work
+from dsmoe_vl.console import printable
 from dsmoe_vl.errors import DataError
 
 FORMATS = (
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         workers = given.workers or (default_workers() if hosts.count == 1 else 1)
         outcome = convert(given.records(given), given.output, settings, given.max_rejected, workers, hosts)
         if hosts.rank == 0:
-            print(f"wrote {outcome.written} samples to {given.output}; rejected: {outcome.summary()}")
+            print(f"wrote {outcome.written} samples to {given.output}; rejected: {printable(outcome.summary())}")
             if outcome.reasons:
                 print(f"rejected records are listed in {outcome.listing}")
         return 0

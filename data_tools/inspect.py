@@ -20,9 +20,12 @@ from tqdm import tqdm
 
 from data_tools.command import run
 from data_tools.parallel import default_workers, ordered_map
-from data_tools.schema import captions_of, is_own, problems
+from data_tools.schema import is_own, problems
+from dsmoe_vl.console import printable
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars
 from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
 from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -43,7 +46,7 @@ class Report:
     shards: int = 0
     total_bytes: int = 0
     media_types: Counter[str] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)  # of samples; one without `tasks` counts as "every task"
+    tasks: Counter[str] = field(default_factory=Counter)  # that samples can be used for
     foreign: int = 0  # samples written by other tools
     lengths: list[int] = field(default_factory=list)  # of captions, in `unit`
     unit: str = "words"
@@ -92,16 +95,16 @@ def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None 
         seen.add(look.sample.key)
         report.samples += 1
         report.media_types[look.sample.media_type or "text only"] += 1
-        tasks = look.sample.meta.get("tasks")
-        report.tasks.update({str(task) for task in tasks} if isinstance(tasks, list) else ["every task"])
+        contents = contents_of(look.sample)
+        report.tasks.update(contents.tasks)
         report.foreign += not is_own(look.sample)
-        report.lengths.extend(len(measure(caption)) for caption in captions_of(look.sample))
+        report.lengths.extend(len(measure(caption)) for caption in contents.captions)
         if look.sample.media is not None:
             report.kib.append(len(look.sample.media) // 1024)
         if look.pictures:
             report.sides.append(max(look.pictures[0].size))
             if number % sheet_every == 0:
-                text = (captions_of(look.sample) or [""])[0]
+                text = next(iter(contents.captions), "")
                 report.cells.append(Cell(_thumbnails(look.pictures), text))
     if not has_manifest and report.foreign < report.samples:
         report.problems[f"no {INDEX_NAME}"].append(f"{folder}: changed or lost shards cannot be noticed")
@@ -115,9 +118,11 @@ def _scan(folder: Path, report: Report) -> ShardIndex:
         scan = scan_shard(path)
         if scan.damage:
             report.problems["damaged shard"].append(f"{path.name}: {scan.damage}; {scan.samples} samples before that")
+        if scan.ignored and not scan.samples:
+            report.problems["no samples"].append(f"{path.name}: {scan.ignored} belongs to none; {NAME_RULE}")
         shards.append(Shard(path.name, scan.samples, path.stat().st_size, _file_sha256(path)))
     if not shards:
-        raise DataError(f"{folder}: no such folder, or no *.tar in it")
+        raise DataError(f"{folder}: no such folder, or no *.tar in it{compressed_tars(folder)}")
     report.shards, report.total_bytes = len(shards), sum(shard.bytes for shard in shards)
     return ShardIndex(folder, "", tuple(shards))
 
@@ -221,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise DataError(f"--contact-sheet {given.contact_sheet}: the name must end in .png or .jpg")
         tokenizer = Tokenizer(given.tokenizer) if given.tokenizer else None
         report = inspect(given.shards, given.limit, tokenizer)
-        print(*describe(report), sep="\n")
+        print(*map(printable, describe(report)), sep="\n")
         if given.contact_sheet and report.cells:
             given.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(report.cells).save(given.contact_sheet)

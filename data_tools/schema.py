@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import SCHEMA_VERSION
 
@@ -19,26 +20,14 @@ def is_own(sample: Sample) -> bool:
     return "schema_version" in sample.meta
 
 
-def captions_of(sample: Sample) -> list[str]:
-    """All captions: `captions` of KEY.json, else KEY.txt, else `caption` of KEY.json (img2dataset, video2dataset)."""
-    captions = sample.meta.get("captions") or [sample.text or sample.meta.get("caption")]
-    captions = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
-
-
 def problems(sample: Sample) -> Iterator[str]:
     """The problems of a sample, each as `kind: detail`."""
-    if sample.media is None:
-        yield "no image or video"
+    yield from contents_of(sample).problems
     if not is_own(sample):
-        if not captions_of(sample):
-            yield "no caption"
         return
     meta = sample.meta
     if meta["schema_version"] != SCHEMA_VERSION:
         yield f"other schema_version: {meta['schema_version']}, this version reads {SCHEMA_VERSION}"
-    if not captions_of(sample) and not meta.get("summary"):
-        yield "no caption"
     tasks = meta.get("tasks", [])
     if not isinstance(tasks, list) or not set(map(str, tasks)) <= set(_TASKS):
         yield f"unknown task: {tasks} is not a list of {', '.join(_TASKS)}"

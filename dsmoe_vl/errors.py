@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dsmoe_vl.console import printable
+
 
 class DsmoeVlError(Exception):
-    """Base of every error that a user's input can cause; command lines print it without a traceback."""
+    """Base of every error that a user's input can cause; command lines print it without a traceback.
+
+    Its text is printable: messages quote names and values from data.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t")
 
 
 class ConfigError(DsmoeVlError):

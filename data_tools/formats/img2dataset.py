@@ -70,7 +70,7 @@ def _records(tar: Path, filters: Filters) -> Iterator[Record]:
     keys: set[str] = set()
     for start, end in pairwise(scan.bounds.tolist()):
         try:
-            key, files = read_files(tar, start, end, ("json", "txt"))
+            key, files, _ = read_files(tar, start, end, ("json", "txt"))
             if key in keys:
                 raise DataError(f"repeated key: {tar}: {key} is the key of two samples")
             row, text = _annotations(tar, key, files)

@@ -10,6 +10,7 @@ import argparse
 import io
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
 from data_tools.command import run
+from dsmoe_vl.console import printable
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
@@ -47,12 +50,14 @@ def train(
     if max_samples < 1:
         raise DataError(f"--max-samples {max_samples}: must be positive")
     samples = (sample for folder in data for sample in iterate_samples(folder, media=False))
-    texts = (
-        text for sample in tqdm(samples, desc="reading", unit="sample", disable=None) for text in sample_texts(sample)
-    )
+    left_out = LeftOut()
+    texts = left_out.watch(tqdm(samples, desc="reading", unit="sample", disable=None))
     chosen, total = reservoir(texts, max_samples, random.Random(seed))
     if not chosen:
-        raise DataError(f"no captions in {', '.join(map(str, data))}: a tokenizer needs text")
+        reasons = "; ".join(left_out.describe())
+        raise DataError(f"no captions in {', '.join(map(str, data))}: a tokenizer needs text ({reasons})")
+    for line in left_out.describe():
+        print(f"not used: {printable(line)}")
     if len(chosen) < total:
         print(f"training on {len(chosen)} of {total} texts, drawn with seed {seed} (--max-samples)")
     model = _fit(chosen, vocab_size)
@@ -61,12 +66,26 @@ def train(
     return Tokenizer(output)
 
 
-def sample_texts(sample: Sample) -> Iterator[str]:
-    """All captions of KEY.json, or else KEY.txt; and the summary, if any."""
-    captions = sample.meta.get("captions") or [sample.text]
-    for text in (*captions, sample.meta.get("summary")):
-        if isinstance(text, str) and text.strip():
-            yield text
+class LeftOut:
+    """Counts the samples without a text, and those with entries that are no text."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()  # by kind of problem
+        self._first: dict[str, str] = {}
+
+    def watch(self, samples: Iterable[Sample]) -> Iterator[str]:
+        """All texts of the samples."""
+        for sample in samples:
+            contents = contents_of(sample)
+            yield from contents.texts
+            for problem in contents.flaws if contents.texts else (contents.no_caption,):
+                kind, _, detail = problem.partition(": ")
+                self._counts[kind] += 1
+                self._first.setdefault(kind, f"{sample.key}: {detail}")
+
+    def describe(self) -> list[str]:
+        """A line per kind of problem, with its first place."""
+        return [f"{count} x {kind}, the first in {self._first[kind]}" for kind, count in self._counts.most_common()]
 
 
 def reservoir(texts: Iterable[str], size: int, rng: random.Random) -> tuple[list[str], int]:

@@ -140,6 +140,10 @@ class DataConfig:
     shuffle_block: int = bounded(256, least=1)  # samples read and shuffled together
     workers: int = bounded(2, least=0)  # loader processes per rank; 0: load in the training process
     max_bad_fraction: float = bounded(0.01, least=0, most=1)  # error budget per source: bad samples / samples read
+    # Above one of these limits a sample is bad. They bound the memory of a worker.
+    max_text_mib: float = bounded(8.0, above=0)  # MiB of KEY.txt and of KEY.json, at most
+    max_media_mib: float = bounded(2048.0, above=0)  # MiB of an image or video, at most
+    max_megapixels: float = bounded(64.0, above=0, most=100)  # of an image or a frame, at most; millions of pixels
     # MiB per second at which local shards are hashed during training and compared with index.json; 0: not at all
     verify_mib_per_second: float = bounded(20.0, least=0)
     # For sources whose path is not a local folder:

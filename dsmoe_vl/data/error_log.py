@@ -28,10 +28,11 @@ class BadSample:
 
 @dataclass
 class ReadCounts:
-    """Samples that were read, per source; the bad ones among them; the newest epoch of each source."""
+    """Samples that were read, per source; the bad and the flawed ones; the newest epoch of each source."""
 
     samples: Counter[str] = field(default_factory=Counter)
     bad: list[BadSample] = field(default_factory=list)
+    flaws: dict[str, Counter[str]] = field(default_factory=dict)  # of samples that were used, by kind
     epochs: dict[str, int] = field(default_factory=dict)
 
 
@@ -51,9 +52,11 @@ class ErrorLog:
         self._read.update(read)
         self._bad.update(bad)
 
-    def good(self, source: str, epoch: int) -> None:
-        """Count a sample that was read."""
+    def good(self, source: str, epoch: int, flaws: Iterable[str] = ()) -> None:
+        """Count a sample that was read, and its `Contents.flaws`."""
         self._count(source, epoch)
+        for flaw in flaws:
+            self._fresh.flaws.setdefault(source, Counter())[flaw.partition(":")[0]] += 1
 
     def bad(self, sample: BadSample) -> None:
         """Count a sample that was skipped. Raises DataError if its source is over budget."""
@@ -88,12 +91,15 @@ class ReadReport:
         self._quarantine = quarantine
         self._samples: Counter[str] = Counter()
         self._reasons: dict[str, Counter[str]] = {}
+        self._flaws: dict[str, Counter[str]] = {}
         self.epochs: dict[str, int] = {}  # by source, the newest that has begun, from 0
 
     def add(self, counts: ReadCounts) -> None:
         """Add the counts of one pack."""
         self._samples.update(counts.samples)
         self.epochs = newest_epochs([self.epochs, counts.epochs])
+        for source, flaws in counts.flaws.items():
+            self._flaws.setdefault(source, Counter()).update(flaws)
         for bad in counts.bad:
             self._reasons.setdefault(bad.source, Counter())[bad.reason.partition(":")[0]] += 1
         if counts.bad and self._quarantine:
@@ -105,7 +111,8 @@ class ReadReport:
                 file.write(lines.encode("utf-8", "replace"))
 
     def values(self) -> dict[str, int]:
-        """For each source: SOURCE/samples, SOURCE/errors (bad samples), SOURCE/errors/REASON and SOURCE/epoch."""
+        """For each source: SOURCE/samples, SOURCE/errors (bad samples), SOURCE/errors/REASON, SOURCE/epoch, and
+        SOURCE/flaws/KIND, entries that were left out of samples that were used."""
         values: dict[str, int] = {}
         for source in sorted(self.epochs):
             reasons = self._reasons.get(source, Counter())
@@ -113,6 +120,8 @@ class ReadReport:
             values[f"{source}/samples"] = self._samples[source]
             values[f"{source}/errors"] = reasons.total()
             values |= {f"{source}/errors/{reason}": count for reason, count in sorted(reasons.items())}
+            flaws = self._flaws.get(source, Counter())
+            values |= {f"{source}/flaws/{kind}": count for kind, count in sorted(flaws.items())}
         return values
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
 from dsmoe_vl.data.sample import Sample
@@ -56,7 +57,7 @@ class SampleReader:
         except DataError as error:
             self._log.bad(BadSample(source, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
             return None
-        self._log.good(source, ref.epoch)
+        self._log.good(source, ref.epoch, contents_of(sample).flaws)
         return item
 
     def resume(self, lane_state: dict[str, Any]) -> None:

@@ -7,11 +7,17 @@ from typing import Any
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
+MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
+TEXT_EXTENSIONS = ("txt", "json")
+EXTENSIONS = MEDIA_EXTENSIONS + TEXT_EXTENSIONS  # of files that are read
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a tar, its media still encoded. `text` is KEY.txt, `meta` is KEY.json ({} if absent)."""
+    """One sample of a tar, its media still encoded. `text` is KEY.txt, `meta` is KEY.json ({} if absent).
+
+    For messages: `names` of all its files in the tar, and a known `habit` that explains a missing one, if any.
+    """
 
     key: str
     source: str
@@ -20,8 +26,19 @@ class Sample:
     media_type: str  # extension: "jpg", "mp4", ...; "" without media
     text: str
     meta: dict[str, Any]
+    names: tuple[str, ...] = ()
+    habit: str = ""
 
     @property
     def is_video(self) -> bool:
         """Whether its media are a video."""
         return self.media_type in VIDEO_EXTENSIONS
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("dir/key", "ext"); ("", "") for a name that belongs to no sample, such as that of a folder or hidden file."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not (stem and dot):
+        return "", ""
+    return folder + slash + stem, extension.lower()

@@ -8,6 +8,7 @@ from functools import partial
 
 from PIL import Image
 
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
@@ -20,7 +21,6 @@ from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report import TEMPLATES
 from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel, Section
-from dsmoe_vl.tasks.caption import captions_of
 
 _BATCH_SAMPLES = 32
 _VIDEO_FRAMES = 4  # shown of a captioned video
@@ -77,7 +77,7 @@ class CaptionEvaluation:
         """Print the first results, and compute the scores."""
         for result in results[: self.options.show]:
             self.shown.append(result)
-            print_text(result.sample, result.generated, captions_of(result.sample)[0])
+            print_text(result.sample, result.generated, _reference(result.sample))
         judged = [result.correct for result in results if result.correct is not None]
         scores: Scores = {"samples": len(results)}
         if judged:
@@ -85,7 +85,7 @@ class CaptionEvaluation:
             scores |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": accuracy}
             right = f"{sum(judged)} of {len(judged)} captions name every object's colour and shape"
             print(f"{right} ({accuracy:.1%})")
-        return scores | text_scores((result.generated, captions_of(result.sample)) for result in results)
+        return scores | text_scores((result.generated, list(contents_of(result.sample).captions)) for result in results)
 
 
 class CaptionChoice:
@@ -111,10 +111,14 @@ class CaptionChoice:
         return CaptionExamples(random, more[: self._counts.wrong]) if random else None
 
 
+def _reference(sample: Sample) -> str:
+    return next(iter(contents_of(sample).captions), "")
+
+
 def caption_example(result: Captioned) -> CaptionExample:
     """Raises DataError if the picture cannot be read."""
     sample = result.sample
-    references = [text for text in captions_of(sample) if text.strip()]
+    references = list(contents_of(sample).captions)
     return CaptionExample(sample.key, thumbnails(sample, _VIDEO_FRAMES), result.generated, references, result.correct)
 
 

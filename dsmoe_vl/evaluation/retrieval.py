@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
@@ -17,7 +18,6 @@ from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.metrics.retrieval import COCO_MEDIA, RECALLS, coco_metrics, retrieval_metrics
 from dsmoe_vl.report import TEMPLATES
 from dsmoe_vl.report.content import RetrievalExample, ScoreLabel, Section
-from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 
 _BATCH_TEXTS = 32
@@ -133,7 +133,7 @@ def _gallery(trained: TrainedModel, samples: Iterator[Sample], size: int, dealer
 
 def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown | None:
     """None if the sample has no caption or cannot be read."""
-    captions = [text for text in captions_of(sample) if text.strip()]
+    captions = list(contents_of(sample).captions)
     if not captions:
         return None
     try:

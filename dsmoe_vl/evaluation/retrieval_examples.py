@@ -11,12 +11,12 @@ from typing import Literal
 
 import numpy as np
 
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.examples import example_priority, thumbnails
 from dsmoe_vl.metrics.retrieval import rank_of
 from dsmoe_vl.report.content import Candidate, RetrievalExample, Thumbnail
-from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.retrieval import pair_id
 
 TOP = 5  # candidates shown per query
@@ -96,7 +96,7 @@ def _pictures(samples: Iterable[Sample], pairs: set[int]) -> dict[int, Thumbnail
         if len(found) == len(pairs):
             break
         pair = pair_id(sample)
-        if pair in found or pair not in pairs or not any(text.strip() for text in captions_of(sample)):
+        if pair in found or pair not in pairs or not contents_of(sample).captions:
             continue
         try:
             found[pair] = thumbnails(sample, 1)[0]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import sampled_frames
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.evaluation.examples import SMALL_SIDE, thumbnail
@@ -37,7 +38,7 @@ def storyboard(sample: Sample, summary: VideoSummary, scores: dict[str, float], 
         frames=frames,
         key_frames=keys,
         generated=summary.text,
-        reference=str(sample.meta.get("summary", "")),
+        reference=contents_of(sample).summary,
         scores=scores,
     )
 

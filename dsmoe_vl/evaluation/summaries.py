@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
@@ -139,4 +140,4 @@ def mean_scores(results: list[Summarized]) -> dict[str, float]:
 
 
 def _reference(sample: Sample) -> str:
-    return str(sample.meta.get("summary", ""))
+    return contents_of(sample).summary

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.evaluation.dealing import Dealer, Dealt
@@ -99,4 +100,4 @@ def merged(found: Iterable[Result], samples: Dealt, dealer: Dealer, whole: int =
 
 def print_text(sample: Sample, generated: str, reference: str) -> None:
     """A generated text next to its reference."""
-    print(f"  {sample.key}\n    generated  {generated}\n    reference  {reference}")
+    print(f"  {printable(sample.key)}\n    generated  {one_line(generated)}\n    reference  {one_line(reference)}")

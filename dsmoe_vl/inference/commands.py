@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.drawing.pages import Tile, page
 from dsmoe_vl.errors import ConfigError, DataError
 from dsmoe_vl.files import distinct_names, write_json
@@ -55,11 +56,6 @@ class Question(NamedTuple):
     video: Path | None = None
 
 
-def one_line(text: str) -> str:
-    """`text` in one line: tabs and line breaks, which a model may generate, become single blanks."""
-    return " ".join(text.split())
-
-
 def print_error(message: str) -> None:
     """Print the message to standard error as one line."""
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
@@ -78,7 +74,7 @@ def caption_media(
         written = texts(trained, [prompt for _, _, prompt in batch], max_tokens, search)
         for (_, name, _), text in zip(batch, written, strict=True):
             rows.append({"file": name, "caption": text})
-            print(f"{name}\t{one_line(text)}", flush=True)
+            print(f"{printable(name)}\t{one_line(text)}", flush=True)
     outcome.answered = len(rows)
     if json_file is not None:
         try:
@@ -119,7 +115,7 @@ def retrieve(
     outcome.answered = len(index.rows)
     hits = index.search(vector, top) if index.rows else []
     for hit in hits:
-        print(f"{hit.score:.4f}\t{hit.row.name}")
+        print(f"{hit.score:.4f}\t{printable(hit.row.name)}")
     if grid_file is not None and hits:
         _save(grid(media, hits, question, picture), grid_file)
     return outcome.status
@@ -162,7 +158,8 @@ def summarize_videos(
             outcome.failed(str(path), f"{error}; {format_hint(sample)}")
             continue
         times = ", ".join(f"{summary.seconds[number]:.2f} s" for number in summary.key_frames(count))
-        print(f"{path}\t{one_line(summary.text)}\t{times}\t{output / name}", flush=True)
+        folder = printable(str(output / name))
+        print(f"{printable(str(path))}\t{one_line(summary.text)}\t{times}\t{folder}", flush=True)
         outcome.answered += 1
     return outcome.status
 

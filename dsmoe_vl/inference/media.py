@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
@@ -93,11 +94,10 @@ def to_sample(media: Any, kind: str, name: str = "") -> Sample:
 
 def first_picture(sample: Sample) -> Image.Image:
     """The image, or the first frame of the video, at full resolution. Raises DataError."""
-    if sample.media is None:
-        raise DataError("no image or video")
+    media = media_of(sample)
     if sample.is_video:
-        return Image.fromarray(decode_video(sample.media, 1, "first")[0][1])
-    return Image.fromarray(decode_image(sample.media))
+        return Image.fromarray(decode_video(media, 1, "first")[0][1])
+    return Image.fromarray(decode_image(media))
 
 
 def in_batches(

@@ -21,6 +21,7 @@ from PIL import Image
 from dsmoe_vl.checkpoint.store import require_newest
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
@@ -31,7 +32,6 @@ from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.metrics.retrieval import rank_of
-from dsmoe_vl.tasks.caption import captions_of
 from dsmoe_vl.tasks.video_summary import importance_at
 
 SHOWN = 8  # samples, over all held-out sources
@@ -190,7 +190,7 @@ def _pictures(sample: Sample) -> list[Image.Image]:
 
 
 def _reference(sample: Sample) -> str:
-    return captions_of(sample)[0].strip()
+    return next(iter(contents_of(sample).captions), "")
 
 
 def _place(run_dir: Path, device: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import CaptionConfig, task_number
 from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import IGNORE, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -68,16 +69,9 @@ class CaptionTask:
         return TaskOutput({"caption": language_loss(model, hidden, batch, _NUMBER)})
 
 
-def captions_of(sample: Sample) -> list[str]:
-    """All captions of a sample: KEY.json's `captions`, else KEY.txt."""
-    captions = sample.meta.get("captions")
-    texts = [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
-    return texts or [sample.text]
-
-
 def chosen_caption(sample: Sample) -> str:
     """The caption of this epoch. Raises DataError if there is none."""
-    captions = [text.strip() for text in captions_of(sample) if text.strip()]
-    if not captions:
-        raise DataError("empty caption")
-    return captions[(zlib.crc32(sample.key.encode()) + sample.epoch) % len(captions)]
+    contents = contents_of(sample)
+    if not contents.captions:
+        raise DataError(contents.no_caption)
+    return contents.captions[(zlib.crc32(sample.key.encode()) + sample.epoch) % len(contents.captions)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig, VisionConfig
+from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Modality, Picture
 from dsmoe_vl.data.tokenizer import Tokenizer
-from dsmoe_vl.errors import DataError
 
 _PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
 
@@ -42,10 +42,9 @@ class PictureReader:
         return tokens, modalities
 
     def _decode(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
-        if sample.media is None:
-            raise DataError("no image or video")
+        media = media_of(sample)
         if not sample.is_video:
-            image = decode_image(sample.media, self.data.image_max_patches * self.vision.patch_size**2)
+            image = decode_image(media, self.data.image_max_patches * self.vision.patch_size**2)
             grid = self._grid(image, self.data.image_max_patches)
             cells = np.arange(self._cells(grid), dtype=np.int32)
             return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)

@@ -6,6 +6,7 @@ from torch import nn
 
 from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.config.task_table import import_class
+from dsmoe_vl.data.contents import offered_tasks
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -45,17 +46,18 @@ class Encoder:
     def __call__(self, sample: Sample) -> list[Segment]:
         """Raises DataError for a sample that no task can use."""
         wanted = self.of_source.get(sample.source)
-        offered = sample.meta.get("tasks")
+        offered = offered_tasks(sample)
         segments: list[Segment] = []
-        failure = DataError(f"serves none of the tasks {', '.join(wanted or [task.name for task in self.tasks])}")
+        failure: DataError | None = None  # of the first task: the others may lack more
         for task in self.tasks:
-            if (wanted is None or task.name in wanted) and (not isinstance(offered, list) or task.name in offered):
+            if (wanted is None or task.name in wanted) and (offered is None or task.name in offered):
                 try:
                     segments += task.encode(sample)
                 except DataError as error:
-                    if wanted is not None or isinstance(offered, list):
+                    if wanted is not None or offered is not None:
                         raise
-                    failure = error  # no list asks for this task: try the others
+                    failure = failure or error  # no list asks for this task: try the others
         if not segments:
-            raise failure
+            names = ", ".join(wanted or [task.name for task in self.tasks])
+            raise failure or DataError(f"serves none of the tasks {names}")
         return segments

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import SummaryConfig, task_number
 from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -57,13 +58,13 @@ class VideoSummaryTask:
 
     def encode(self, sample: Sample) -> list[Segment]:
         """One segment. Raises DataError if the sample is not a video, or has no summary or no importance."""
-        summary = sample.meta.get("summary")
-        if not isinstance(summary, str) or not summary.strip():
-            raise DataError("no summary")
+        contents = contents_of(sample)
+        if not contents.summary:
+            raise DataError(contents.no_summary)
         prompt = self.prompt(sample)
         prompt.importance = importance_at(sample, [picture.time_seconds for picture in prompt.pictures])
         prompt.ranked = ranked_pairs(prompt.importance, self.margin)
-        return [followed_by(prompt, self.tokenizer.encode(summary.strip()), self.tokenizer.eos)]
+        return [followed_by(prompt, self.tokenizer.encode(contents.summary), self.tokenizer.eos)]
 
     def prompt(self, sample: Sample) -> Segment:
         """The prompt for generation: the segment up to and including the task token. Raises DataError."""

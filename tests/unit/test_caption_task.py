@@ -72,8 +72,8 @@ def test_frames_carry_their_times_and_share_tokens(task):
     [
         ({"media": None}, "no image or video"),
         ({"media": b"not a picture"}, "image cannot be decoded"),
-        ({"text": " ", "meta": {}}, "empty caption"),
-        ({"text": "", "meta": {"captions": ["", "  "]}}, "empty caption"),
+        ({"text": " ", "meta": {}}, "^no caption: "),
+        ({"text": "", "meta": {"captions": ["", "  "]}}, "^no caption: "),
     ],
 )
 def test_what_cannot_be_used_says_why(task, changes, message):

@@ -17,6 +17,7 @@ LAUNCH_LINES_AT_MOST = 100
 
 # From the bottom up: a folder imports itself and what stands in a row above its own, so no two import each other.
 ORDER = (
+    ("console",),
     ("errors", "files"),
     ("config", "metrics", "drawing"),
     ("planner",),

@@ -88,7 +88,7 @@ def test_a_pair_has_the_id_of_what_it_shows():
     [
         ({"media": None}, "no image or video"),
         ({"media": b"not a picture"}, "image cannot be decoded"),
-        ({"text": " ", "meta": {}}, "empty caption"),
+        ({"text": " ", "meta": {}}, "^no caption: "),
     ],
 )
 def test_what_cannot_be_used_says_why(task, changes, message):

@@ -9,15 +9,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
+from dsmoe_vl.data.budget import check_pixels
+from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, TEXT_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
+from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
 from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
 from dsmoe_vl.errors import DataError, FetchError
@@ -25,8 +27,6 @@ from dsmoe_vl.errors import DataError, FetchError
 INDEX_NAME = "index.json"
 SCHEMA_VERSION = 1
 
-_MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
-_TEXT_EXTENSIONS = ("txt", "json")
 _REINDEX_HINT = f"write the shards again, or delete {INDEX_NAME} to have the tars scanned"
 _REWRITE_HINT = "write the shards again"  # remote shards need a manifest
 _DEFAULTS = DataConfig()
@@ -47,20 +47,21 @@ class Shard:
 class ShardIndex:
     """The shards of one folder, in the order of sample numbers.
 
-    For remote shards, `remote` downloads them and `folder` is their folder in the cache.
+    For remote shards, `remote` downloads them and `folder` is their folder in the cache. `data`: the limits of samples.
     """
 
     folder: Path
     split: str
     shards: tuple[Shard, ...]
     remote: RemoteShards | None = field(default=None, compare=False)
+    data: DataConfig = field(default=_DEFAULTS, compare=False)
 
     @classmethod
     def load(cls, folder: str | Path, data: DataConfig = _DEFAULTS) -> ShardIndex:
         """Read `folder`/index.json; in a local folder without it, scan the tars.
 
-        `folder`: the path of a source: a local folder, a URL or a command. `data`: the settings for remote shards,
-        which are not checked before they are read.
+        `folder`: the path of a source: a local folder, a URL or a command. `data`: the limits of samples, and the
+        settings for remote shards, which are not checked before they are read.
 
         Raises DataError if there are no samples, the manifest is malformed, or a local shard differs from it;
         FetchError if a server keeps failing; ConfigError for a command that `data` does not allow.
@@ -74,7 +75,7 @@ class ShardIndex:
             index = _read_manifest(manifest) if manifest.is_file() else _scan_folder(Path(folder))
         if index.samples == 0:
             raise DataError(f"{folder}: no samples in its shards")
-        return index
+        return replace(index, data=data)
 
     @property
     def samples(self) -> int:
@@ -92,16 +93,16 @@ def read_sample(
 ) -> Sample:
     """Read one sample; with `media` False, without its image or video. A remote shard is downloaded first.
 
-    Raises DataError if the shard is damaged at the sample or does not exist, or if the text or JSON is malformed;
-    FetchError if a server keeps failing.
+    Raises DataError if the shard is damaged at the sample or does not exist, the text or JSON is malformed, or the
+    sample is above a limit of `index.data`; FetchError if a server keeps failing.
     """
     row = index.shards[shard]
     if index.remote is None:
-        return _read_local(index.folder / row.name, row, sample, source, epoch, media, _REINDEX_HINT)
+        return _read_local(index.folder / row.name, row, sample, source, epoch, media, index.data, _REINDEX_HINT)
     for _ in range(_ATTEMPTS):
         path = index.remote.fetch(row.name, row.bytes, row.sha256)
         try:
-            return _read_local(path, row, sample, source, epoch, media, _REWRITE_HINT)
+            return _read_local(path, row, sample, source, epoch, media, index.data, _REWRITE_HINT)
         except DataError as error:
             if not isinstance(error.__cause__, FileNotFoundError):  # else another process has removed it, to make room
                 raise
@@ -111,7 +112,9 @@ def read_sample(
     )
 
 
-def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, media: bool, hint: str) -> Sample:
+def _read_local(
+    path: Path, row: Shard, sample: int, source: str, epoch: int, media: bool, data: DataConfig, hint: str
+) -> Sample:
     scan = _cached_scan(path)
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
@@ -121,16 +124,19 @@ def _read_local(path: Path, row: Shard, sample: int, source: str, epoch: int, me
     if sample >= scan.samples:
         raise DataError(f"damaged shard: {path}: {scan.damage}; samples from number {scan.samples} on are lost")
     start, end = scan.bounds[sample : sample + 2].tolist()
-    key, files = read_files(path, start, end, _TEXT_EXTENSIONS + (_MEDIA_EXTENSIONS if media else ()))
+    key, files, names = read_files(path, start, end, EXTENSIONS if media else TEXT_EXTENSIONS, data)
     try:
-        text = files.get("txt", b"").decode("utf-8")
+        text = files.get("txt", b"").decode("utf-8-sig")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise DataError(f"malformed text or JSON: {path}: {key}: {error}") from error
     if not isinstance(meta, dict):
         raise DataError(f"malformed text or JSON: {path}: {key}.json is not an object")
-    media_type = next((extension for extension in files if extension in _MEDIA_EXTENSIONS), "")
-    return Sample(key, source, epoch, files.get(media_type), media_type, text, meta)
+    media_type = next((extension for extension in files if extension in MEDIA_EXTENSIONS), "")
+    if media_type:
+        check_pixels(f"{key}.{media_type}", files[media_type], data)
+    habit = habit_of(key, names, key in scan.scattered)
+    return Sample(key, source, epoch, files.get(media_type), media_type, text, meta, names, habit)
 
 
 def iterate_samples(
@@ -161,12 +167,17 @@ def _cached_scan(path: Path) -> ShardScan:
 def _scan_folder(folder: Path) -> ShardIndex:
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder}: neither {INDEX_NAME} nor *.tar; make shards with `python -m data_tools.convert`")
+        hint = compressed_tars(folder) or "; make shards with `python -m data_tools.convert`"
+        raise DataError(f"{folder}: neither {INDEX_NAME} nor *.tar{hint}")
     shards = []
+    ignored = ""
     for tar in tars:
         scan = _cached_scan(tar)
         # The damaged part counts as one sample, which is reported as bad once per epoch.
         shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, ""))
+        ignored = ignored or scan.ignored
+    if ignored and not any(shard.samples for shard in shards):
+        raise DataError(f"{folder}: no samples in its shards: {ignored} belongs to none; {NAME_RULE}")
     return ShardIndex(folder, "", tuple(shards))
 
 

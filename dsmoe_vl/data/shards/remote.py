@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from dsmoe_vl.config.recipe import PIPE, DataConfig
+from dsmoe_vl.console import printable
 from dsmoe_vl.data.shards.download import PermanentFailure, TransientFailure, download, file_url, without_query
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
 from dsmoe_vl.files import PARTIAL, replacing
@@ -180,7 +181,8 @@ class RemoteShards:
                         f"{patience:g}"
                     ) from error
                 if attempts == 1:
-                    _log.warning("%s: %s; trying again for up to %.0f s", without_query(url), error, left)
+                    failure = printable(f"{without_query(url)}: {error}")
+                    _log.warning("%s; trying again for up to %.0f s", failure, left)
                 delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** (attempts - 1))
                 time.sleep(min(delay * jitter.uniform(0.5, 1), left))
 

@@ -12,11 +12,17 @@ import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.budget import check_bytes
+from dsmoe_vl.data.sample import split_name
+from dsmoe_vl.data.shards.habits import other_format
 from dsmoe_vl.errors import DataError
+
+_DEFAULTS = DataConfig()
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,13 @@ class ShardScan:
     """Sample i of a tar is in the bytes [bounds[i], bounds[i + 1]); bounds int64 [samples + 1].
 
     `damage`: why the scan ended early, "" for an undamaged tar. The damaged sample is not included.
+    `scattered`: keys that several samples have. `ignored`: the first file that belongs to no sample, "" if none.
     """
 
     bounds: np.ndarray
     damage: str
+    scattered: frozenset[str] = frozenset()
+    ignored: str = ""
 
     @property
     def samples(self) -> int:
@@ -48,15 +57,20 @@ def scan_shard(path: Path) -> ShardScan:
     """Find the samples of a tar by its headers. Raises DataError if it cannot be read."""
     starts: list[int] = []
     links: dict[str, int] = {}  # by key, the place of the first link: it may begin the next sample
-    last_key, end = "", 0
+    keys: set[str] = set()
+    scattered: set[str] = set()
+    last_key, end, ignored = "", 0, ""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, 0):
-                key = _split_name(member.name)[0]
+                key = split_name(member.name)[0]
                 if not member.is_file:
                     links.setdefault(key, end)
-                elif key not in ("", last_key):
+                elif not key:
+                    ignored = ignored or member.name
+                elif key != last_key:
+                    (scattered if key in keys else keys).add(key)
                     starts.append(links.get(key, end))
                     last_key = key
                     links.clear()
@@ -68,15 +82,26 @@ def scan_shard(path: Path) -> ShardScan:
         raise _unreadable(path, error) from error
     # The last sample may have files beyond the damage, so it may be incomplete.
     bounds = starts if damage else [*starts, end]
-    return ShardScan(np.asarray(bounds or [0], dtype=np.int64), damage)
+    return ShardScan(np.asarray(bounds or [0], dtype=np.int64), damage, frozenset(scattered), ignored)
 
 
-def read_files(path: Path, start: int, end: int, extensions: Collection[str]) -> tuple[str, dict[str, bytes]]:
-    """The key of the sample in the bytes [start, end) of a tar, and its files with these `extensions`.
+class SampleFiles(NamedTuple):
+    """`key` of a sample, its `files` that were asked for, by extension, and the `names` of all its files in the tar."""
 
-    Raises DataError if the tar cannot be read, has changed since its scan, or has two files of one name there.
+    key: str
+    files: dict[str, bytes]
+    names: tuple[str, ...]
+
+
+def read_files(
+    path: Path, start: int, end: int, extensions: Collection[str], data: DataConfig = _DEFAULTS
+) -> SampleFiles:
+    """The sample in the bytes [start, end) of a tar, with its files of these `extensions`.
+
+    Raises DataError if the tar cannot be read, has changed since its scan, has two files of one name there, or has a
+    file above a limit of `data`.
     """
-    names: set[tuple[str, str]] = set()
+    names: dict[tuple[str, str], str] = {}
     others: set[str] = set()  # keys of members that are not files
     files: dict[str, bytes] = {}
     position = start
@@ -85,14 +110,15 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, start):
                 position = member.end
-                name = key, extension = _split_name(member.name)
+                name = key, extension = split_name(member.name)
                 if not member.is_file:
                     others.add(key)
                 elif key:
                     if name in names:
                         raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
-                    names.add(name)
+                    names[name] = member.name
                     if extension in extensions and position <= end:
+                        check_bytes(member.name, extension, member.size, data)
                         file.seek(member.start)
                         files[extension] = file.read(member.size)  # not os.pread, which reads 2 GiB at most
                 if position >= end:
@@ -104,7 +130,7 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
         raise DataError(f"shard changed while it was read: {path}: bytes {start} to {end} are no longer a sample")
     if keys <= others:
         raise DataError(f"file missing: {path}: {keys.pop()} has a link or a sparse file, which are not read")
-    return keys.pop(), files
+    return SampleFiles(keys.pop(), files, tuple(names.values()))
 
 
 def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
@@ -119,8 +145,9 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
         position = member.end
     file.seek(position)
     end = position
+    headers: Any = _Headers(file)
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="replace") as tar:
             for info in tar:
                 if info.size < 0 or tar.offset <= end:  # tarfile would never end
                     return
@@ -132,6 +159,19 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
         return
 
 
+class _Headers:
+    """A tar for tarfile, which reads only headers and would read one of any size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
+
+
+_LONGEST_HEADER = 2**20  # bytes, of long names and extended attributes
 _END_MARK = 2**17  # bytes of zeros at most: two blocks, padded to a record, which can be this large
 _PLAIN_NUMBER = re.compile(rb" *([0-7]+)[ \0]*")  # octal
 
@@ -154,6 +194,9 @@ def _plain_member(header: bytes, position: int) -> _Member | None:
 
 def _damage(file: BinaryIO, end: int, size: int) -> str:
     """The damage of a tar of `size` bytes whose last member ends at `end`; "" if zeros follow, the end mark."""
+    file.seek(0)
+    if not end and (what := other_format(file.read(tarfile.BLOCKSIZE))):
+        return what
     if end + tarfile.BLOCKSIZE > size:
         return f"truncated at byte {size}"
     file.seek(end)
@@ -161,15 +204,6 @@ def _damage(file: BinaryIO, end: int, size: int) -> str:
         return f"no tar header at byte {end}"
     # An interrupted copy may have its full size, with zeros at the end.
     return f"zeros from byte {end} to {size}" if size - end > _END_MARK else ""
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """("dir/key", "ext"); ("", "") for a name that belongs to no sample, such as that of a folder or hidden file."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not (stem and dot):
-        return "", ""
-    return folder + slash + stem, extension.lower()
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

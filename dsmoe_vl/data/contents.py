@@ -1,0 +1,141 @@
+"""What a sample gives to the tasks: its texts, its image or video, and what of it cannot be used, with the reason.
+
+Training, evaluation, the tokenizer and `data_tools` read samples through `contents_of` only, so they always agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.sample import MEDIA_EXTENSIONS, Sample, split_name
+from dsmoe_vl.data.shards.habits import named
+from dsmoe_vl.errors import DataError
+
+_PLACES = ("captions", "caption")  # of captions in KEY.json, by priority; KEY.txt is the last
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The usable contents of a sample.
+
+    `captions`, `summary`: without white space around them, never blank; () and "" for none.
+    `tasks`: names of the tasks that may use the sample and can.
+    `no_media`, `no_caption`, `no_summary`: the reason, "" if the sample has one.
+    `flaws`: entries that are left out of a sample that is usable without them.
+    Reasons and flaws are texts of the form `kind: detail`.
+    """
+
+    captions: tuple[str, ...]
+    summary: str
+    tasks: tuple[str, ...]
+    no_media: str
+    no_caption: str
+    no_summary: str
+    flaws: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The captions, then the summary."""
+        return (*self.captions, self.summary) if self.summary else self.captions
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that cannot be used. A missing text counts if no task can use the sample without it."""
+        has_use = self.tasks or self.summary
+        return tuple(filter(None, (self.no_media, "" if has_use else self.no_caption, *self.flaws)))
+
+
+def contents_of(sample: Sample) -> Contents:
+    """What a sample gives: `captions` of KEY.json, else `caption`, else KEY.txt; and `summary` of KEY.json.
+
+    Both places of captions may have a list of texts or one text. Of a sample that
+    was read without its media only `tasks` may differ.
+    """
+    captions, no_text = _captions(sample)
+    no_caption = "" if captions else f"no caption: {'; '.join(no_text) or _no_place(sample)}{_files(sample)}"
+    summary, no_summary = _summary(sample)
+    flaws = [f"entries without text: {one}" for one in no_text if captions]
+    if sample.meta.get("summary") is not None and not summary:
+        flaws.append(no_summary)
+    media = [name for name in sample.names if split_name(name)[1] in MEDIA_EXTENSIONS]
+    no_media = ""
+    if sample.media is None and not media:
+        no_media = "no image or video"
+        if sample.names:
+            no_media += f": none of {', '.join(f'KEY.{extension}' for extension in MEDIA_EXTENSIONS)}{_files(sample)}"
+    if len(media) > 1:
+        flaws.append(f"several images or videos: {named(media)}; only {media[0]} is used")
+    tasks = () if no_media else _tasks(sample, sample.is_video, captions, summary)
+    return Contents(captions, summary, tasks, no_media, no_caption, no_summary, tuple(flaws))
+
+
+def media_of(sample: Sample) -> bytes:
+    """The encoded image or video. Raises DataError without one."""
+    if sample.media is None:
+        raise DataError(contents_of(sample).no_media)
+    return sample.media
+
+
+def offered_tasks(sample: Sample) -> list[Any] | None:
+    """The `tasks` of KEY.json; None if every task may use the sample."""
+    offered = sample.meta.get("tasks")
+    return offered if isinstance(offered, list) else None
+
+
+def _no_place(sample: Sample) -> str:
+    """That no place has a caption, and what KEY.json has instead."""
+    others = [name for name in sample.meta if name not in _PLACES]
+    instead = f" (it has {named(others)})" if others else ""
+    return f"no text in `captions` or `caption` of KEY.json{instead}, nor in KEY.txt"
+
+
+def _files(sample: Sample) -> str:
+    """The end of a reason: the files that the sample has, and why one that is expected may be none of them."""
+    found = f"; {sample.key} has the files {named(sample.names)}" if sample.names else ""
+    return f"{found}; {sample.habit}" if sample.habit else found
+
+
+def _captions(sample: Sample) -> tuple[tuple[str, ...], list[str]]:
+    """The captions, and a description of the entries of KEY.json that were looked at and have no text."""
+    no_text = []
+    for place in _PLACES:
+        value = sample.meta.get(place)
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        texts = tuple(text for entry in entries if (text := _text(entry)))
+        if others := [entry for entry in entries if not _text(entry)]:
+            count = f"{len(others)} of {len(entries)} entries of `{place}`"
+            no_text.append(f"{count} in KEY.json have no text, such as {_shown(others[0])}")
+        if texts:
+            return texts, no_text
+    text = sample.text.strip()
+    return ((text,) if text else ()), no_text
+
+
+def _summary(sample: Sample) -> tuple[str, str]:
+    """The summary, and the reason if there is none."""
+    value = sample.meta.get("summary")
+    if text := _text(value):
+        return text, ""
+    detail = "no `summary` in KEY.json" if value is None else f"`summary` in KEY.json is {_shown(value)}"
+    return "", f"no summary: {detail}"
+
+
+def _tasks(sample: Sample, is_video: bool, captions: tuple[str, ...], summary: str) -> tuple[str, ...]:
+    offered = offered_tasks(sample)
+    kind, meta = "video" if is_video else "image", {**sample.meta, "summary": summary}
+    return tuple(
+        spec.name
+        for spec in TASKS
+        if (offered is None or spec.name in offered) and spec.qualifies(kind, captions, meta)
+    )
+
+
+def _text(value: Any) -> str:
+    """A value of KEY.json as a text; "" if it is none or blank."""
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value!r:.40}"
