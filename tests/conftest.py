@@ -38,6 +38,8 @@ def trained(tiny: TinyProject) -> Path:
     return run
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """A thread or a process that a test left behind must not keep the whole run waiting."""
+    if hasattr(config, "workerinput"):  # of pytest-xdist: it waits for the other one, which may take minutes
+        return
     faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.plan import changed_settings, plan_to_json, recipe_from_json
-from tests.unit.test_resolve import moe, plan
+from tests.unit.test_resolve import RECIPES, moe, plan
 
 
 def test_plan_json_gives_the_recipe_back(tmp_path):
