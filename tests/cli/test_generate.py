@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_tools.synthetic.films import film
 from data_tools.synthetic.scenes import scene
+from dsmoe_vl.console import one_line
 from launch.generate import main
 from tests.distributed.ranks import Finished
 from tests.support.runs import REPOSITORY, finish, python, start
@@ -123,7 +124,7 @@ def test_summaries_of_videos_one_of_which_is_broken(three_tasks, tmp_path, media
     keys = sorted(path.name for path in (tmp_path / "out" / "film").glob("*.jpg"))
     assert [name[len("key_01_at_") :].replace("s.jpg", " s") for name in keys] == times.split(", ")
     assert Image.open(tmp_path / "out" / "film" / keys[0]).size == (48, 48)
-    assert " ".join((tmp_path / "out" / "film" / "summary.txt").read_text().split()) == text
+    assert one_line((tmp_path / "out" / "film" / "summary.txt").read_text()) == text
     for picture in ("storyboard.png", "importance.png"):
         assert Image.open(tmp_path / "out" / "film" / picture).size[0] > 400
 
