@@ -12,8 +12,8 @@ from typing import Any
 from data_tools.formats import Record
 from data_tools.formats.filters import Filters, add_filter_argument
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
-from data_tools.formats.text_files import media_kind, records_beside_text
-from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from data_tools.formats.text_files import records_beside_text, unused_beside_text
+from dsmoe_vl.data.media_kind import NO_MEDIA, Kind, kind_of_file
 from dsmoe_vl.errors import DataError
 
 NAME = "folder"
@@ -25,14 +25,16 @@ Expected files, with a table (.csv, .tsv, .jsonl or .parquet):
       texts.csv              file,text                      or texts.jsonl, an object per line:
                              kitchen/a.mp4,a man cooks        {"file": "kitchen/a.mp4", "text": "a man cooks"}
                              b.jpg,"two dogs, running"        {"file": "b.jpg", "text": ["two dogs", "dogs run"]}
-      kitchen/a.mp4          mp4, webm, mkv or avi
-      b.jpg                  jpg, jpeg, png or webp
+      kitchen/a.mp4          a video: MP4, WebM, Matroska, AVI, MOV, 3GP, MPEG, FLV or ASF
+      b.jpg                  an image: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000
 
 or without one, with one caption per line in text files:
 
     photos/
       2024/c.jpg
       2024/c.txt
+
+What a file is, its content decides. Links to folders are followed, hidden files are not used.
 
 Several rows of one file are several captions; other columns are taken from the first of them. Known columns: file,
 text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1, one
@@ -79,6 +81,11 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
         raise DataError("--map, --keep and --filter need a table: name it with --table FILE")
     else:
         yield from records_beside_text(folder)
+
+
+def unused(arguments: argparse.Namespace) -> str:
+    """What is in the folder and becomes no record, counted and named; "" with a table, which names the files."""
+    return "" if arguments.table else unused_beside_text(arguments.media)
 
 
 def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
@@ -129,11 +136,11 @@ def _record(
     values = {field: _as_json(row.get(column)) for field, column in columns.items()}
     meta = {column: _as_json(row.get(column)) for column in keep}
     meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
-    kind, problem = media_kind(name), ""
+    kind, problem = None, ""
     if name.startswith(("/", "../")) or name in (".", ".."):
         problem = f"outside of the folder: {name} is not in {folder}"
-    elif kind is None:
-        problem = f"unknown kind: {name} is not one of {', '.join(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)}"
+    elif (kind := _kind(folder / name)) is None:
+        problem = f"unknown kind: {name} is {NO_MEDIA}"
     for field, kind_of_value in LABELS.items():
         value = meta.get(field)
         try:
@@ -145,6 +152,14 @@ def _record(
             problem = problem or f"malformed {field}: line {line}: {error}"
     identifier = name if values.get("id") is None else str(values["id"])
     return Record(identifier, kind or "image", None if problem else folder / name, [], meta, problem)
+
+
+def _kind(path: Path) -> Kind | None:
+    """The kind of a file, as `kind_of_file`; a missing one is reported as such later."""
+    try:
+        return None if path.is_dir() else kind_of_file(path)
+    except ValueError:  # an impossible file name
+        return "image"
 
 
 def _parse_map(texts: list[str]) -> dict[str, str]:
