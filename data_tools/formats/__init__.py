@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class Record:
 def video_path(folder: Path, name: str) -> Path:
     """The video `name` in a folder, with any extension; if missing, the path `name`.mp4, to be reported."""
     candidates = [folder / f"{name}.{extension}" for extension in VIDEO_EXTENSIONS]
-    found = next((path for path in candidates if path.is_file()), None)
+    found = next((path for path in candidates if isfile(path)), None)  # False for an impossible name
     return found or _unusual_videos(folder, _changed(folder)).get(name, candidates[0])
 
 
@@ -86,7 +87,7 @@ def _unusual_videos(folder: Path, _changed: int) -> dict[str, Path]:
         return {}
     found: dict[str, Path] = {}
     for path in paths:
-        if path.is_file() and kind_of_file(path):
+        if isfile(path) and kind_of_file(path):
             found.setdefault(path.stem, path)
             found.setdefault(path.name, path)
     return found

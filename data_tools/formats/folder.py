@@ -6,11 +6,13 @@ import argparse
 import json
 import posixpath
 from collections.abc import Iterator
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record
 from data_tools.formats.filters import Filters, add_filter_argument
+from data_tools.formats.identifiers import identifier, identifier_text
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
 from data_tools.formats.text_files import records_beside_text, unused_beside_text
 from dsmoe_vl.data.media_kind import NO_MEDIA, Kind, kind_of_file
@@ -107,7 +109,7 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     for line, row in rows:
         if not filters.accept(row):
             continue
-        name = str(row[columns["file"]] or "").strip()
+        name = (identifier_text(row[columns["file"]]) or "").strip()
         if not name:
             problem = f"no file: {path}, line {line}: {columns['file']!r} is empty"
             nameless.append(Record(f"{path.name} line {line}", "image", None, [], problem=problem))
@@ -150,16 +152,14 @@ def _record(
                 raise ValueError(f"{value!r} is not a {kind_of_value.__name__}")
         except ValueError as error:
             problem = problem or f"malformed {field}: line {line}: {error}"
-    identifier = name if values.get("id") is None else str(values["id"])
-    return Record(identifier, kind or "image", None if problem else folder / name, [], meta, problem)
+    given = values.get("id")
+    own = name if given is None else identifier(given, f"--table, line {line}, {columns['id']!r}")
+    return Record(own, kind or "image", None if problem else folder / name, [], meta, problem)
 
 
 def _kind(path: Path) -> Kind | None:
     """The kind of a file, as `kind_of_file`; a missing one is reported as such later."""
-    try:
-        return None if path.is_dir() else kind_of_file(path)
-    except ValueError:  # an impossible file name
-        return "image"
+    return None if isdir(path) else kind_of_file(path)
 
 
 def _parse_map(texts: list[str]) -> dict[str, str]:
