@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import av
 from PIL import Image, ImageOps
 
 from data_tools.formats import Record
 from data_tools.schema import curves_problem
 from dsmoe_vl.config.task_table import TASKS
-from dsmoe_vl.data.decode import decode_image, decode_video
-from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
+from dsmoe_vl.data.decode import MAX_PIXELS, decode_image, read_image
+from dsmoe_vl.data.foreign_media import stored
+from dsmoe_vl.data.media_kind import HEAD, media_kind
+from dsmoe_vl.data.video_file import LEAST_SHARE, open_video
 from dsmoe_vl.errors import DataError
 
-IMAGE_TYPES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension
-ORIENTATION_TAG = 0x0112  # of EXIF; with 5 and above the picture lies on its side
 CHECKED_FRAMES = 16  # of a video are decoded to check it
 QUALITY = 92  # of a JPEG that is scaled down, by default
+# Notes on samples that are used.
+DAMAGED_METADATA = "damaged metadata ignored"
+DAMAGED_FRAMES = "damaged frames, replaced by the next ones that can be decoded"
+CUT = f"cut short, but at least {LEAST_SHARE:.0%} is there".replace("%", " %")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Checked:
     media_type: str  # extension without a dot, by content
     text: str  # the first caption; without captions, the summary
     meta: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what a user should know of it: "damaged metadata ignored"
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,13 @@ class Rejected:
 def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Rejected:
     """Read and decode the media of a record as training will, and clean its captions."""
     if record.problem:
-        reason, _, detail = record.problem.partition(":")
-        return Rejected(record.identifier, reason, detail.strip())
+        return _rejected(record, record.problem)
     captions = [" ".join(caption.split()) for caption in record.captions if isinstance(caption, str)]
     captions = [caption for caption in captions if caption]
-    tasks = tasks_of(record, captions)
-    if not tasks:
+    if not tasks_of(record, captions):
         return Rejected(record.identifier, "empty caption", f"{len(record.captions)} captions, none with text")
     if problem := curves_problem(record.meta):
-        reason, _, detail = problem.partition(": ")
-        return Rejected(record.identifier, reason, detail)
+        return _rejected(record, problem)
     if record.media is None:
         return Rejected(record.identifier, "unlisted file", "the annotations caption it but name no file")
     try:
@@ -77,17 +78,22 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
         return Rejected(record.identifier, "missing file", str(record.media))
     except (OSError, ValueError) as error:  # ValueError: an impossible file name
         return Rejected(record.identifier, "unreadable file", f"{record.media}: {error}")
+    kind = media_kind(data[:HEAD]) or record.kind
+    notes: tuple[str, ...] = ()
+    if kind != record.kind:
+        record = replace(record, kind=kind)
+        notes = (f"{kind} by its content, not by its name or dataset",)
+    tasks = tasks_of(record, captions)
+    if not tasks:
+        return Rejected(record.identifier, "no task", f"the annotations of {record.media} do not fit an {kind}")
     try:
-        if record.kind == "image":
-            data, media_type, facts = image_facts(data, reencoding)
-        else:
-            media_type, facts = video_facts(data, record.media.suffix)
+        data, media_type, facts, more = (image_facts if kind == "image" else video_facts)(data, reencoding)
     except DataError as error:
-        return Rejected(record.identifier, f"unreadable {record.kind}", f"{record.media}: {error}")
+        return Rejected(record.identifier, f"unreadable {kind}", f"{record.media}: {error}")
     own = {"source": source, "id": record.identifier, "captions": captions or None}
     meta = {"tasks": tasks, **record.meta, **facts, **own}
     text = captions[0] if captions else str(record.meta.get("summary") or "")
-    return Checked(record.identifier, data, media_type, text, meta)
+    return Checked(record.identifier, data, media_type, text, meta, notes + more)
 
 
 def tasks_of(record: Record, captions: list[str]) -> list[str]:
@@ -95,17 +101,16 @@ def tasks_of(record: Record, captions: list[str]) -> list[str]:
     return [spec.name for spec in TASKS if spec.qualifies(record.kind, captions, record.meta)]
 
 
-def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[str, Any]]:
-    """The bytes to store, their extension by content, and width and height of the upright picture.
+# The bytes to store, their extension by content, what is known of them for KEY.json, and notes.
+Facts = tuple[bytes, str, dict[str, Any], tuple[str, ...]]
 
-    Raises DataError if the image cannot be decoded.
-    """
+
+def image_facts(data: bytes, reencoding: Reencoding) -> Facts:
+    """With width and height of the upright picture. Raises DataError if the image cannot be decoded."""
+    data, media_type, note = stored(data)
     # At an eighth of its sides a JPEG is still read to its end, in half the time.
-    decode_image(data, enough_pixels=1)
-    with Image.open(io.BytesIO(data)) as opened:
-        media_type = IMAGE_TYPES[opened.format or ""]
-        is_turned = opened.getexif().get(ORIENTATION_TAG, 1) >= 5
-        width, height = opened.size[::-1] if is_turned else opened.size
+    read = read_image(data, enough_pixels=1)
+    width, height = read.width, read.height
     is_larger = 0 < reencoding.max_side < max(width, height)
     if is_larger or reencoding.quality:
         picture = Image.fromarray(decode_image(data))
@@ -115,27 +120,22 @@ def image_facts(data: bytes, reencoding: Reencoding) -> tuple[bytes, str, dict[s
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=reencoding.quality or QUALITY)
         data, media_type, (width, height) = file.getvalue(), "jpg", picture.size
-    return data, media_type, {"width": width, "height": height}
+    notes = {note: bool(note), DAMAGED_METADATA: read.damaged_metadata}
+    return data, media_type, {"width": width, "height": height}, _true(notes)
 
 
-def video_facts(data: bytes, suffix: str) -> tuple[str, dict[str, Any]]:
-    """Extension, width, height, fps and duration_seconds. Raises DataError if frames cannot be decoded.
+def video_facts(data: bytes, _: Reencoding) -> Facts:
+    """With width, height, fps and duration_seconds. Raises DataError if no frame can be decoded.
 
     The times come from the packets, because several containers have no frame count and duration in their headers.
     """
-    media_type = suffix.lower().removeprefix(".")
-    if media_type not in VIDEO_EXTENSIONS:
-        raise DataError(f"a {suffix or 'nameless'} file; only {', '.join(VIDEO_EXTENSIONS)} are supported")
-    height, width = decode_video(data, CHECKED_FRAMES)[0][1].shape[:2]
-    with av.open(io.BytesIO(data), "r") as container:
-        stream = container.streams.video[0]
-        tick_seconds = float(stream.time_base or 0)
-        times = sorted(
-            ticks * tick_seconds
-            for packet in container.demux(stream)
-            if packet.size and (ticks := packet.dts if packet.pts is None else packet.pts) is not None
-        )
-        rate = float(stream.average_rate or 0)
+    data, media_type, note = stored(data)
+    with open_video(data, MAX_PIXELS) as video:
+        frames = list(video.frames(CHECKED_FRAMES, "uniform", 1.0))
+        times = video.times()
+        rate = float(video.stream.average_rate or 0)
+        notes = {note: bool(note), CUT: video.is_cut, DAMAGED_FRAMES: video.damaged > 0}
+    height, width = frames[0][1].shape[:2]
     span = times[-1] - times[0]
     rate = rate or ((len(times) - 1) / span if span else 0.0)
     facts = {
@@ -144,4 +144,14 @@ def video_facts(data: bytes, suffix: str) -> tuple[str, dict[str, Any]]:
         "fps": round(rate, 3) or None,
         "duration_seconds": round(span + 1 / rate, 3) if rate else None,
     }
-    return media_type, facts
+    return data, media_type, facts, _true(notes)
+
+
+def _true(notes: dict[str, bool]) -> tuple[str, ...]:
+    return tuple(note for note, is_so in notes.items() if is_so)
+
+
+def _rejected(record: Record, problem: str) -> Rejected:
+    """`problem`: `reason: detail`."""
+    reason, _, detail = problem.partition(":")
+    return Rejected(record.identifier, reason, detail.strip())

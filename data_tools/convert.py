@@ -1,7 +1,8 @@
 """Convert a raw dataset to shards: plain WebDataset tars with the original bytes, and an `index.json`.
 
-Records that cannot be used are skipped, counted by reason and listed in rejected.jsonl in the output folder. Repeat an
-interrupted command to continue it. On several hosts with a common file system:
+Records that cannot be used are skipped, counted by reason and listed in rejected.jsonl in the output folder. What was
+done to others, such as damaged metadata that were ignored or a GIF that became a PNG, is listed in notes.jsonl. Repeat
+an interrupted command to continue it. On several hosts with a common file system:
 mpirun -np N python -m data_tools.convert ...
 """
 
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         module.add_arguments(options)
         _add_common(options.add_argument_group("shards"))
-        options.set_defaults(records=module.records)
+        options.set_defaults(records=module.records, unused=getattr(module, "unused", lambda _: ""))
     given = parser.parse_args(arguments)
 
     def command() -> int:
@@ -111,6 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"wrote {outcome.written} samples to {given.output}; rejected: {printable(outcome.summary())}")
             if outcome.reasons:
                 print(f"rejected records are listed in {outcome.listing}")
+            if unused := given.unused(given):
+                print(f"not used: {unused}")
+            if outcome.notes:
+                print(f"notes: {outcome.notes_summary()}; listed in {outcome.noted}")
         return 0
 
     return run(command)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.check import Checked, Reencoding, Rejected, check
+from data_tools.check import Checked, Reencoding, check
 from data_tools.formats import Record
 from data_tools.writer import ShardWriter, check_split, sample_key, write_index
 from dsmoe_vl.data.shards.index import INDEX_NAME
@@ -25,6 +25,7 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically, write_json
 
 REJECTED_NAME = "rejected.jsonl"
+NOTES_NAME = "notes.jsonl"
 _UNFINISHED = ".unfinished"
 _REMOVED = ".removed"  # its name while it is removed
 _PLAN_NAME = "conversion.json"
@@ -50,15 +51,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a conversion. `reasons`: counts of rejected records; `listing`: the file that lists them."""
+    """The result of a conversion. `reasons`: counts of rejected records; `listing`: the file that lists them. `notes`:
+    counts of what was done to samples that were written, and `noted` the file that lists it."""
 
     written: int
     reasons: Counter[str]
     listing: Path
+    notes: Counter[str] = field(default_factory=Counter)
+    noted: Path = Path(NOTES_NAME)
 
     def summary(self) -> str:
         """`12 missing file, 3 empty caption`, most frequent first; "none" without any."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common()) or "none"
+        return _counts(self.reasons)
+
+    def notes_summary(self) -> str:
+        """As `summary`, of the notes."""
+        return _counts(self.notes)
 
 
 class Parts:
@@ -105,9 +113,15 @@ class Parts:
         listing = self.output / REJECTED_NAME
         lists = [(self.path(number) / REJECTED_NAME).read_text(encoding="utf-8") for number in range(self.count)]
         reasons = Counter(json.loads(line)["reason"] for part in lists for line in part.splitlines())
-        outcome = Outcome(sum(shard["samples"] for index in indexes for shard in index), reasons, listing)
+        noted = self.output / NOTES_NAME
+        notes = [(self.path(number) / NOTES_NAME).read_text(encoding="utf-8") for number in range(self.count)]
+        note_counts = Counter(json.loads(line)["note"] for part in notes for line in part.splitlines())
+        written = sum(shard["samples"] for index in indexes for shard in index)
+        outcome = Outcome(written, reasons, listing, note_counts, noted)
         if reasons:
             write_atomically(listing, "".join(lists))
+        if note_counts:
+            write_atomically(noted, "".join(notes))
         try:
             _check_budget(outcome, max_rejected)
         except DataError:
@@ -138,7 +152,8 @@ class Parts:
     def _start(self, plan: dict[str, Any]) -> None:
         for leftover in (self.folder, self.output / _REMOVED):
             shutil.rmtree(leftover, ignore_errors=True)
-        (self.output / REJECTED_NAME).unlink(missing_ok=True)
+        for listing in (REJECTED_NAME, NOTES_NAME):
+            (self.output / listing).unlink(missing_ok=True)
         try:
             self.folder.mkdir(parents=True)
             write_json(self._plan_file, plan)
@@ -155,20 +170,20 @@ class Parts:
 def make_part(folder: Path, records: Sequence[Record], settings: Settings, progress: Callable[[int], Any]) -> None:
     """Check and write the records of one part. Calls `progress(n)` after every n records."""
     shutil.rmtree(folder, ignore_errors=True)
-    rejected: list[Rejected] = []
+    rejected: list[dict[str, str]] = []
+    notes: list[dict[str, str]] = []
     with ShardWriter(folder, settings.split, settings.samples_per_shard, settings.bytes_per_shard) as writer:
         for record in records:
             found = check(record, settings.source, settings.reencoding)
             if isinstance(found, Checked):
                 writer.write(found.identifier, found.media, found.media_type, found.text, found.meta)
+                notes += ({"id": found.identifier, "note": note} for note in found.notes)
             else:
-                rejected.append(found)
+                rejected.append({"id": found.identifier, "reason": found.reason, "detail": found.detail})
             progress(1)
-        lines = [
-            json.dumps({"id": one.identifier, "reason": one.reason, "detail": one.detail}, ensure_ascii=False) + "\n"
-            for one in rejected
-        ]
-        (folder / REJECTED_NAME).write_bytes("".join(lines).encode("utf-8", "replace"))
+        for name, rows in ((REJECTED_NAME, rejected), (NOTES_NAME, notes)):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / name).write_bytes(lines.encode("utf-8", "replace"))
 
 
 def fingerprint(records: Sequence[Record]) -> str:
@@ -180,15 +195,21 @@ def fingerprint(records: Sequence[Record]) -> str:
 
 
 def _check_keys(records: Sequence[Record]) -> None:
-    owners: dict[str, str] = {}
-    for record in records:
+    owners: dict[str, int] = {}
+    for number, record in enumerate(records):
         key = sample_key(record.identifier)
-        if key in owners:
-            raise DataError(
-                f"two records have the key {key!r} (identifiers {owners[key]!r} and {record.identifier!r}): "
-                "identifiers must be unique"
-            )
-        owners[key] = record.identifier
+        if (owner := owners.setdefault(key, number)) != number:
+            places = " and ".join(_place(records[one], one) for one in (owner, number))
+            raise DataError(f"two records have the key {key!r} ({places}): identifiers must be unique")
+
+
+def _place(record: Record, number: int) -> str:
+    media = getattr(record.media, "name", "without media")
+    return f"number {number + 1}, {media}, with identifier {record.identifier!r}"
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
 
 
 def _check_budget(outcome: Outcome, max_rejected: float) -> None:

@@ -5,17 +5,22 @@
     DESCRIPTION: str                                the expected files, with an example
     add_arguments(parser) -> None                   its options
     records(arguments) -> Iterator[Record]          raises DataError if the annotations cannot be read
+    unused(arguments) -> str                        optional: files that become no record, for the summary
 
-`records` reads annotations, not media, and always yields the same records in the same order, because every process of a
-conversion enumerates them. A new format is added to `convert.FORMATS`. `tables.py` reads annotation files.
+`records` reads annotations, not media (of files with unusual names the first bytes), and always yields the same records
+in the same order, because every process of a conversion enumerates them. A new format is added to `convert.FORMATS`.
+`tables.py` reads annotation files.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal
 
+from dsmoe_vl.data.media_kind import kind_of_file
 from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
 
 
@@ -33,11 +38,11 @@ class Stored:
         """The extension of `name`, with its dot."""
         return Path(self.name).suffix
 
-    def read_bytes(self) -> bytes:
-        """The file's bytes. Raises OSError."""
+    def read_bytes(self, most: int | None = None) -> bytes:
+        """The file's bytes, the first `most` of them if given. Raises OSError."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            return file.read(self.size if most is None else min(self.size, most))
 
 
 @dataclass(frozen=True)
@@ -62,4 +67,27 @@ class Record:
 def video_path(folder: Path, name: str) -> Path:
     """The video `name` in a folder, with any extension; if missing, the path `name`.mp4, to be reported."""
     candidates = [folder / f"{name}.{extension}" for extension in VIDEO_EXTENSIONS]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    found = next((path for path in candidates if isfile(path)), None)  # False for an impossible name
+    return found or _unusual_videos(folder, _changed(folder)).get(name, candidates[0])
+
+
+def _changed(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except (OSError, ValueError):  # ValueError: an impossible file name
+        return 0
+
+
+@lru_cache(maxsize=4096)
+def _unusual_videos(folder: Path, _changed: int) -> dict[str, Path]:
+    """The images and videos in a folder that `video_path` does not find by their extensions, by name without it."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.removeprefix(".") not in VIDEO_EXTENSIONS)
+    except (OSError, ValueError):
+        return {}
+    found: dict[str, Path] = {}
+    for path in paths:
+        if isfile(path) and kind_of_file(path):
+            found.setdefault(path.stem, path)
+            found.setdefault(path.name, path)
+    return found

@@ -75,7 +75,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path, "--annotations")
+    content = read_json(path, "--annotations", unique_keys=True)
     if not isinstance(content, dict):
         raise DataError(
             f"--annotations {path}: not of ActivityNet Captions: an object with videos as keys is expected (the list "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record
+from data_tools.formats.identifiers import Unique, identifier, identifier_text
 from dsmoe_vl.errors import DataError
 
 NAME = "coco"
@@ -44,22 +45,27 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     if not arguments.images.is_dir():
         raise DataError(f"--images {arguments.images}: no such folder")
     content = _read(path)
-    captions: dict[Any, list[Any]] = defaultdict(list)
+    captions: dict[str, list[Any]] = defaultdict(list)
+    unique = Unique()
     try:
-        licences = {row["id"]: row["url"] for row in content.get("licenses", [])}
-        for row in content["annotations"]:
-            captions[row["image_id"]].append(row["caption"])
-        listed = [(row["id"], str(row["file_name"]), row) for row in content["images"]]
-    except (KeyError, TypeError) as error:
+        licences = {identifier_text(row["id"]): row["url"] for row in content.get("licenses", [])}
+        for number, row in enumerate(content["annotations"]):
+            captions[identifier(row["image_id"], f"{path}, annotations[{number}]")].append(row["caption"])
+        listed = []
+        for number, row in enumerate(content["images"]):
+            place = f"{path}, images[{number}]"
+            listed.append((unique.add(identifier(row["id"], place), place), str(row["file_name"]), row))
+    except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a COCO caption file ({error!r}): `images` needs id and file_name, `annotations` image_id and "
             "caption; instances_*.json and person_keypoints_*.json have no captions"
         ) from error
-    for identifier, name, row in listed:
-        meta = {"url": row.get("flickr_url") or row.get("coco_url"), "licence": licences.get(row.get("license"))}
-        yield Record(str(identifier), "image", arguments.images / name, captions.get(identifier, []), meta)
-    for identifier in sorted(captions.keys() - {identifier for identifier, *_ in listed}, key=str):
-        yield Record(str(identifier), "image", None, captions[identifier])
+    for image, name, row in listed:
+        licence = licences.get(identifier_text(row.get("license")))
+        meta = {"url": row.get("flickr_url") or row.get("coco_url"), "licence": licence}
+        yield Record(image, "image", arguments.images / name, captions.get(image, []), meta)
+    for image in sorted(captions.keys() - {image for image, *_ in listed}):
+        yield Record(image, "image", None, captions[image])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"--annotations {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"--annotations {path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"--annotations {path}: not a COCO caption file: a JSON object is expected")

@@ -6,14 +6,16 @@ import argparse
 import json
 import posixpath
 from collections.abc import Iterator
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record
 from data_tools.formats.filters import Filters, add_filter_argument
+from data_tools.formats.identifiers import identifier, identifier_text
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
-from data_tools.formats.text_files import media_kind, records_beside_text
-from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from data_tools.formats.text_files import records_beside_text, unused_beside_text
+from dsmoe_vl.data.media_kind import NO_MEDIA, Kind, kind_of_file
 from dsmoe_vl.errors import DataError
 
 NAME = "folder"
@@ -25,14 +27,16 @@ Expected files, with a table (.csv, .tsv, .jsonl or .parquet):
       texts.csv              file,text                      or texts.jsonl, an object per line:
                              kitchen/a.mp4,a man cooks        {"file": "kitchen/a.mp4", "text": "a man cooks"}
                              b.jpg,"two dogs, running"        {"file": "b.jpg", "text": ["two dogs", "dogs run"]}
-      kitchen/a.mp4          mp4, webm, mkv or avi
-      b.jpg                  jpg, jpeg, png or webp
+      kitchen/a.mp4          a video: MP4, WebM, Matroska, AVI, MOV, 3GP, MPEG, FLV or ASF
+      b.jpg                  an image: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000
 
 or without one, with one caption per line in text files:
 
     photos/
       2024/c.jpg
       2024/c.txt
+
+What a file is, its content decides. Links to folders are followed, hidden files are not used.
 
 Several rows of one file are several captions; other columns are taken from the first of them. Known columns: file,
 text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1, one
@@ -81,6 +85,11 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
         yield from records_beside_text(folder)
 
 
+def unused(arguments: argparse.Namespace) -> str:
+    """What is in the folder and becomes no record, counted and named; "" with a table, which names the files."""
+    return "" if arguments.table else unused_beside_text(arguments.media)
+
+
 def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     path: Path = arguments.table
     filters, mapped = Filters(arguments.filter), _parse_map(arguments.map)
@@ -100,7 +109,7 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     for line, row in rows:
         if not filters.accept(row):
             continue
-        name = str(row[columns["file"]] or "").strip()
+        name = (identifier_text(row[columns["file"]]) or "").strip()
         if not name:
             problem = f"no file: {path}, line {line}: {columns['file']!r} is empty"
             nameless.append(Record(f"{path.name} line {line}", "image", None, [], problem=problem))
@@ -129,11 +138,11 @@ def _record(
     values = {field: _as_json(row.get(column)) for field, column in columns.items()}
     meta = {column: _as_json(row.get(column)) for column in keep}
     meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
-    kind, problem = media_kind(name), ""
+    kind, problem = None, ""
     if name.startswith(("/", "../")) or name in (".", ".."):
         problem = f"outside of the folder: {name} is not in {folder}"
-    elif kind is None:
-        problem = f"unknown kind: {name} is not one of {', '.join(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)}"
+    elif (kind := _kind(folder / name)) is None:
+        problem = f"unknown kind: {name} is {NO_MEDIA}"
     for field, kind_of_value in LABELS.items():
         value = meta.get(field)
         try:
@@ -143,8 +152,14 @@ def _record(
                 raise ValueError(f"{value!r} is not a {kind_of_value.__name__}")
         except ValueError as error:
             problem = problem or f"malformed {field}: line {line}: {error}"
-    identifier = name if values.get("id") is None else str(values["id"])
-    return Record(identifier, kind or "image", None if problem else folder / name, [], meta, problem)
+    given = values.get("id")
+    own = name if given is None else identifier(given, f"--table, line {line}, {columns['id']!r}")
+    return Record(own, kind or "image", None if problem else folder / name, [], meta, problem)
+
+
+def _kind(path: Path) -> Kind | None:
+    """The kind of a file, as `kind_of_file`; a missing one is reported as such later."""
+    return None if isdir(path) else kind_of_file(path)
 
 
 def _parse_map(texts: list[str]) -> dict[str, str]:

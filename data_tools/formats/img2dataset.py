@@ -13,6 +13,7 @@ from typing import Any
 from data_tools.formats import Record, Stored
 from data_tools.formats.filters import Filters, add_filter_argument
 from data_tools.formats.tables import existing_folder
+from dsmoe_vl.data.media_kind import HEAD, media_kind
 from dsmoe_vl.data.sample import IMAGE_EXTENSIONS
 from dsmoe_vl.data.shards.tar import read_files, scan_shard
 from dsmoe_vl.errors import DataError
@@ -23,7 +24,7 @@ DESCRIPTION = """\
 Expected files (img2dataset with output_format=webdataset):
 
     laion/
-      00000.tar             000000012.jpg       jpg, png or webp; numbers of failed downloads are missing
+      00000.tar             000000012.jpg       an image; numbers of failed downloads are missing
                             000000012.txt       the caption
                             000000012.json      {"url": ..., "original_width": 640, "punsafe": 0.02, ...}
       00000.parquet         not read: the .json files have the same content
@@ -41,6 +42,9 @@ Example:
 DROPPED = ("caption", "sha256", "status", "error_message", "width", "height")
 KEPT = ("url", "original_width", "original_height")
 LICENCE_COLUMNS = ("licence", "license", "LICENCE", "LICENSE")
+
+
+_TEXTS = ("json", "txt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +112,8 @@ def _meta(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _picture(tar: Path, start: int, end: int) -> Stored | None:
-    """The image of the sample in the bytes [start, end), found by the headers; None if there is none."""
+    """The image of the sample in the bytes [start, end), found by the headers, or by the first bytes of files with
+    unusual names; None if there is none."""
     with tar.open("rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as members:
@@ -116,6 +121,9 @@ def _picture(tar: Path, start: int, end: int) -> Stored | None:
                 if member.offset >= end:
                     return None
                 extension = member.name.rpartition("/")[2].partition(".")[2].lower()
-                if extension in IMAGE_EXTENSIONS and member.isreg() and not member.issparse():
-                    return Stored(tar, member.offset_data, member.size, member.name)
+                if extension in _TEXTS or not member.isreg() or member.issparse():
+                    continue
+                stored = Stored(tar, member.offset_data, member.size, member.name)
+                if extension in IMAGE_EXTENSIONS or media_kind(stored.read_bytes(HEAD)) == "image":
+                    return stored
     return None

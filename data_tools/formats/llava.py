@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record
+from data_tools.formats.identifiers import identifier_text
 from data_tools.formats.tables import existing_folder, read_json
 from dsmoe_vl.errors import DataError
 
@@ -64,7 +65,8 @@ def _record(folder: Path, number: int, row: Any) -> Record:
     """
     content = row if isinstance(row, dict) else {}
     # An `id` occurs in many rows: once per conversation about its image.
-    identifier = "-".join([f"{number:07d}", *([str(content["id"])] if "id" in content else [])])
+    name = identifier_text(content.get("id"))
+    identifier = f"{number:07d}" if name is None else f"{number:07d}-{name}"
     image = content.get("image")
     names = image if isinstance(image, list) else [image] if image else []
     turns = content.get("conversations")

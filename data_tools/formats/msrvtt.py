@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record, video_path
+from data_tools.formats.identifiers import Unique, identifier
 from data_tools.formats.tables import existing_folder, read_json, read_rows
 from data_tools.formats.timeline import Problem, time_range
 from dsmoe_vl.errors import DataError
@@ -55,11 +56,16 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     path: Path = arguments.annotations
     content = read_json(path, "--annotations")
     captions: dict[str, list[Any]] = {}
+    unique = Unique()
     try:
-        videos = {str(row["video_id"]): row for row in content["videos"]}
+        videos = {}
+        for number, row in enumerate(content["videos"]):
+            place = f"--annotations {path}, videos[{number}]"
+            videos[unique.add(identifier(row["video_id"], place), place)] = row
         splits = {name: row.get("split") for name, row in videos.items()}
-        for row in content["sentences"]:
-            of_video = captions.setdefault(str(row["video_id"]), [])
+        for number, row in enumerate(content["sentences"]):
+            video = identifier(row["video_id"], f"--annotations {path}, sentences[{number}]")
+            of_video = captions.setdefault(video, [])
             if row["caption"] not in of_video:  # annotators repeated some sentences
                 of_video.append(row["caption"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -100,7 +106,7 @@ def _subset(path: Path, captions: dict[str, list[Any]]) -> list[str]:
     for line, row in read_rows(path, "--subset"):
         if "video_id" not in row:
             raise DataError(f"--subset {path}, line {line}: no 'video_id' among {', '.join(row)}: not a 1k-A file")
-        of_video = sentences.setdefault(str(row["video_id"]), [])
+        of_video = sentences.setdefault(identifier(row["video_id"], f"--subset {path}, line {line}"), [])
         if "sentence" in row:
             of_video.append(row["sentence"])
     captions.update({name: texts for name, texts in sentences.items() if texts})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats import Record, video_path
+from data_tools.formats.identifiers import Unique, identifier
 from data_tools.formats.tables import existing_folder, jsonl_rows
 from data_tools.formats.timeline import Problem, checked_scores, positive_seconds, segments
 from dsmoe_vl.errors import DataError
@@ -55,14 +56,16 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations
+    unique = Unique()
     for line, row in jsonl_rows(path, "--annotations"):
         labels = [name for name in LABELS if name in row]
         needed = ("qid", "query", "duration", "vid", *(LABELS if labels else ()))
         missing = [name for name in needed if name not in row]
         if missing:
             raise DataError(f"--annotations {path}, line {line}: no {missing[0]!r}: give a highlight_*_release.jsonl")
-        query, video = row["query"], str(row["vid"])
-        identifier, media = str(row["qid"]), video_path(folder, video)
+        place = f"--annotations {path}, line {line}"
+        query, video = row["query"], identifier(row["vid"], place)
+        query_id, media = unique.add(identifier(row["qid"], place), place), video_path(folder, video)
         meta: dict[str, Any] = {"content": video}
         rejected: list[Record] = []
         try:
@@ -72,13 +75,13 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
                 duration = positive_seconds(row["duration"])
                 windows = row["relevant_windows"]
                 texts = [query] * len(windows) if isinstance(windows, list) else query
-                meta["segments"], rejected = segments(identifier, windows, texts, duration)
+                meta["segments"], rejected = segments(query_id, windows, texts, duration)
                 meta["saliency"] = clip_scores(row["relevant_clip_ids"], row["saliency_scores"], duration).tolist()
                 meta["summary"] = query
         except Problem as problem:
-            yield Record(identifier, "video", media, [query], problem=str(problem))
+            yield Record(query_id, "video", media, [query], problem=str(problem))
             continue
-        yield Record(identifier, "video", media, [query], meta)
+        yield Record(query_id, "video", media, [query], meta)
         yield from rejected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,21 @@ def read_text(path: Path, option: str) -> str:
         raise DataError(f"{option} {path}: not UTF-8: {error}") from error
 
 
-def read_json(path: Path, option: str) -> Any:
-    """The value in a JSON file. Raises DataError."""
+def read_json(path: Path, option: str, unique_keys: bool = False) -> Any:
+    """The value in a JSON file. Raises DataError; with `unique_keys` also if a key occurs twice in an object, of which
+    Python would keep the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = Counter(key for key, _ in pairs)
+        if len(keys) < len(pairs):
+            key, count = keys.most_common(1)[0]
+            places = " and ".join(str(place) for place, (name, _) in enumerate(pairs, 1) if name == key)
+            raise DataError(f"{option} {path}: {key!r} occurs {count} times in an object, as entries {places}")
+        return dict(pairs)
+
     try:
-        return json.loads(read_text(path, option))
-    except ValueError as error:
+        return json.loads(read_text(path, option), object_pairs_hook=unique if unique_keys else None)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{option} {path}: not JSON: {error}") from error
 
 
@@ -102,7 +113,7 @@ def jsonl_rows(path: Path, option: str) -> Iterator[Row]:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{option} {path}, line {line}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{option} {path}, line {line}: an object is expected, not {text[:40]!r}")

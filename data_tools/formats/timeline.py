@@ -9,6 +9,8 @@ import numpy as np
 
 from data_tools.formats import Record
 
+LONGEST = 1e6  # seconds of a video, eleven days; a curve over more would fill the memory
+
 
 class Problem(Exception):
     """Annotations are unusable. The message is a `Record.problem`."""
@@ -26,9 +28,9 @@ def finite(value: Any, name: str) -> float:
 
 
 def positive_seconds(value: Any) -> float:
-    """The duration of a video. Raises Problem if it is not a positive number."""
+    """The duration of a video. Raises Problem if it is not a positive number, or above LONGEST."""
     duration = finite(value, "duration")
-    if duration <= 0:
+    if not 0 < duration <= LONGEST:
         raise Problem(f"invalid duration: {duration} s")
     return duration
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.formats import Record, video_path
+from data_tools.formats.identifiers import Unique
 from data_tools.formats.tables import existing_folder, read_text
 from data_tools.formats.timeline import Problem, checked_scores
 from dsmoe_vl.errors import DataError
@@ -52,12 +53,13 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     """
     folder = existing_folder(arguments.videos, "--videos")
     scores: dict[str, list[str]] = {}
-    for video, _, row in _cells(arguments.annotations, "--annotations", 3):
+    for _, (video, _, row) in _cells(arguments.annotations, "--annotations", 3):
         scores.setdefault(video, []).append(row)
     titles: dict[str, tuple[str, str, str]] = {}
-    for category, video, title, url, _ in _cells(arguments.info, "--info", 5):
+    unique = Unique()
+    for line, (category, video, title, url, _) in _cells(arguments.info, "--info", 5):
         if video != "video_id" and title:  # the header
-            titles[video] = (title.strip('"'), url, category)
+            titles[unique.add(video, f"--info {arguments.info}, line {line}")] = (title.strip('"'), url, category)
     for video in [*scores, *(video for video in titles if video not in scores)]:
         media = video_path(folder, video)
         try:
@@ -96,8 +98,8 @@ def sampled_scores(rows: list[str]) -> tuple[np.ndarray, int]:
     return (scores[:, ::STEP] - 1) / 4, frames
 
 
-def _cells(path: Path, option: str, columns: int) -> Iterator[list[str]]:
-    """The cells of every line that is not blank. Quotation marks have no special meaning."""
+def _cells(path: Path, option: str, columns: int) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of every line that is not blank. Quotation marks have no special meaning."""
     for line, text in enumerate(read_text(path, option).split("\n"), 1):
         if not text.strip():
             continue
@@ -107,4 +109,4 @@ def _cells(path: Path, option: str, columns: int) -> Iterator[list[str]]:
                 f"{option} {path}, line {line}: {len(cells)} cells between tabs, not {columns}: give the tsv file "
                 "as it was published"
             )
-        yield cells
+        yield line, cells

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record, video_path
+from data_tools.formats.identifiers import Unique, identifier
 from data_tools.formats.tables import existing_folder, read_json
 from dsmoe_vl.errors import DataError
 
@@ -49,10 +50,12 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     rows = read_json(path, "--annotations")
     column = CAPTIONS[arguments.language]
     captions: dict[str, list[Any]] = {}
+    unique = Unique()
     try:
-        for row in rows:
-            texts = row.get(column, [])
-            captions.setdefault(str(row["videoID"]), []).extend(texts if isinstance(texts, list) else [texts])
+        for number, row in enumerate(rows):
+            texts, place = row.get(column, []), f"--annotations {path}, entry {number}"
+            clip = unique.add(identifier(row["videoID"], place), place)
+            captions[clip] = texts if isinstance(texts, list) else [texts]
         found = any(column in row for row in rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import Record, video_path
+from data_tools.formats.identifiers import Unique, identifier
 from data_tools.formats.tables import existing_folder, read_json
 from data_tools.formats.timeline import Problem, checked_scores, positive_seconds, segments
 from dsmoe_vl.errors import DataError
@@ -52,8 +53,10 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     Raises DataError if the file is missing or not of VideoXum, or the folder is missing.
     """
     folder = existing_folder(arguments.videos, "--videos")
-    for row in _rows(arguments.annotations):
-        video = str(row["video_id"])
+    unique = Unique()
+    for number, row in enumerate(_rows(arguments.annotations)):
+        place = f"--annotations {arguments.annotations}, entry {number}"
+        video = unique.add(identifier(row["video_id"], place), place)
         media = video_path(folder, video)
         try:
             parts, rejected = segments(video, row["timestamps"], row["tsum"], positive_seconds(row["duration"]))

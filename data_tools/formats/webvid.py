@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from os.path import isfile
 from pathlib import Path
 
 from data_tools.formats import Record, video_path
@@ -47,7 +48,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     """
     folder = existing_folder(arguments.videos, "--videos")
     path: Path = arguments.annotations
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     for line, row in csv_rows(path, "--annotations"):
         missing = [column for column in COLUMNS if column not in row]
         if missing:
@@ -56,10 +57,11 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
         if not video:
             raise DataError(f"--annotations {path}, line {line}: no videoid: remove the line")
         media = _local(folder, (row["page_dir"] or "").strip(), video)
-        if video in seen:
-            yield Record(f"{video}#{line}", "video", media, [row["name"]], problem=f"repeated video: line {line}")
+        first = seen.setdefault(video, line)
+        if first != line:
+            problem = f"repeated video: line {line}, first on line {first}"
+            yield Record(f"{video}#{line}", "video", media, [row["name"]], problem=problem)
             continue
-        seen.add(video)
         yield Record(video, "video", media, [row["name"]], {"url": row["contentUrl"]})
 
 
@@ -67,4 +69,4 @@ def _local(folder: Path, page: str, video: str) -> Path:
     """The copy in the folder `page`, or else in `folder`; if missing, the path in `page`."""
     paged = video_path(folder / page, video)
     flat = video_path(folder, video)
-    return flat if flat.is_file() and not paged.is_file() else paged
+    return flat if isfile(flat) and not isfile(paged) else paged

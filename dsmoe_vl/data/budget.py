@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 
-import av
 import simplejpeg
 from PIL import Image
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.decode import _container
 from dsmoe_vl.data.sample import TEXT_EXTENSIONS
+from dsmoe_vl.data.video_file import frame_size
 from dsmoe_vl.errors import DataError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,6 +47,4 @@ def _size(media: bytes) -> tuple[int, int]:
         return int.from_bytes(media[16:20]), int.from_bytes(media[20:24])
     if media[8:12] == b"WEBP":
         return Image.open(io.BytesIO(media), formats=("WEBP",)).size
-    with av.open(io.BytesIO(media), "r", format=_container(media)) as container:
-        frames = container.streams.video[0].codec_context
-        return frames.width, frames.height
+    return frame_size(media)

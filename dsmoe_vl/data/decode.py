@@ -5,72 +5,74 @@ Pixels are RGB, uint8 [h, w, 3]. Shapes: p patches, C = 3 * patch_size**2 bytes 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import av
 import numpy as np
 import simplejpeg
-from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 
 from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.data.image_metadata import is_on_its_side, orientation, upright, without_metadata
 from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.video_file import open_video
 from dsmoe_vl.errors import DataError
 
 MAX_PIXELS = 100_000_000  # of an image or frame; a larger one is refused as a decompression bomb
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_ORIENTATION_TAG = 0x0112
-# How to turn a picture upright, by its EXIF orientation.
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: lambda pixels: pixels.transpose(1, 0, 2),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
-    8: np.rot90,
-}
+
+
+class ReadImage(NamedTuple):
+    """A decoded image: `pixels` [h, w, 3], upright, perhaps reduced; and of the file its upright size in pixels, and
+    whether metadata were ignored because they are damaged."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+    damaged_metadata: bool
 
 
 def decode_image(data: bytes, enough_pixels: int = 0) -> np.ndarray:
     """Decode an image, turned upright, transparent parts in white: pixels [h, w, 3].
 
     With `enough_pixels`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides, but never to fewer pixels than that.
-    Raises DataError if `data` is not a JPEG, PNG or WebP, is truncated, or has more than MAX_PIXELS.
+    Raises DataError if `data` is not a JPEG, PNG or WebP, is truncated, or has more than MAX_PIXELS. Damaged metadata
+    are ignored.
     """
+    return read_image(data, enough_pixels).pixels
+
+
+def read_image(data: bytes, enough_pixels: int = 0) -> ReadImage:
+    """As `decode_image`, with what else is known of the file."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise DataError(f"image too large: {width} x {height} pixels, at most {MAX_PIXELS} are decoded")
-        least = (0, 0)
-        if 0 < enough_pixels < width * height:
-            shrink = math.sqrt(enough_pixels / (width * height))
-            least = math.ceil(width * shrink), math.ceil(height * shrink)
-        pixels = _jpeg_pixels(data, least) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
-        if pixels is None:
-            if enough_pixels:
-                image.draft(None, least)
-            image.load()
-            pixels = np.asarray(_to_rgb(image))
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-        return _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
+        return _read_image(data, enough_pixels)
     except DataError:
         raise
-    except UnidentifiedImageError:  # its message is the address of a buffer
-        raise DataError("image cannot be decoded: not a JPEG, PNG or WebP") from None
     except Exception as error:  # decoders raise anything for malformed bytes
+        for bare in without_metadata(data):
+            with contextlib.suppress(Exception):
+                return _read_image(bare, enough_pixels)._replace(damaged_metadata=True)
+        if isinstance(error, UnidentifiedImageError):  # its message is the address of a buffer
+            raise DataError("image cannot be decoded: not a JPEG, PNG or WebP") from None
         raise DataError(f"image cannot be decoded: {error}") from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise DataError if an image has more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise DataError(f"image too large: {width} x {height} pixels, at most {MAX_PIXELS} are decoded")
 
 
 def decode_video(
     data: bytes, frames: int, sampling: str = "uniform", per_second: float = 1.0
 ) -> list[tuple[float, np.ndarray]]:
-    """Decode up to `frames` frames, turned upright: seconds since the first frame, and pixels [h, w, 3].
+    """Decode up to `frames` frames, upright and with square pixels: seconds since the first frame, pixels [h, w, 3].
+
+    A frame that cannot be decoded is replaced by the next one that can.
 
     Args:
         sampling: "uniform": the middle frames of equal parts of the video.
@@ -78,7 +80,8 @@ def decode_video(
             "keyframes": keyframes only, evenly chosen; nothing else is decoded.
             "first": the first frame.
 
-    Raises DataError if `data` is not a video, is damaged, or has frames of more than MAX_PIXELS.
+    Raises DataError if `data` is not a video, was cut short, has no frame that can be decoded, or has frames of more
+    than MAX_PIXELS.
     """
     return list(iterate_video(data, frames, sampling, per_second))
 
@@ -87,47 +90,8 @@ def iterate_video(
     data: bytes, frames: int, sampling: str = "uniform", per_second: float = 1.0
 ) -> Iterator[tuple[float, np.ndarray]]:
     """As `decode_video`, one frame at a time, for videos whose frames would fill the memory."""
-    try:
-        with av.open(io.BytesIO(data), "r", format=_container(data)) as container:
-            if not container.streams.video:
-                raise DataError("video cannot be decoded: no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            pixels = stream.codec_context.width * stream.codec_context.height
-            if pixels > MAX_PIXELS:
-                raise DataError(f"video too large: {pixels} pixels per frame, at most {MAX_PIXELS} are decoded")
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a later frame may be larger
-            packets, left = [], 4 * len(data)
-            for packet in container.demux(stream):
-                left -= packet.size
-                if left < 0:  # an index that repeats the same bytes would fill the memory
-                    raise DataError("video cannot be decoded: its frames are larger than the file")
-                if packet.size:
-                    packets.append(packet)
-            ticks = sorted({_ticks(packet) for packet in packets})
-            if not ticks:
-                raise DataError("video cannot be decoded: no frames")
-            second = stream.time_base or Fraction(1)
-            if sampling == "keyframes":
-                keys = sorted({_ticks(packet) for packet in packets if packet.is_keyframe}) or ticks[:1]
-                targets = [keys[i] for i in np.unique((np.arange(frames) + 0.5) * len(keys) // frames).astype(int)]
-            elif sampling == "first":
-                targets = ticks[:1]
-            else:
-                if sampling == "fps":
-                    frames = min(frames, max(1, round(_duration(ticks) * second * per_second)))
-                targets = _uniform(ticks, frames)
-            converter = VideoReformatter()  # creating one costs more than converting a small frame
-            found = False
-            for frame in _decode_at(stream, packets, targets):
-                found = True
-                yield float((_ticks(frame) - ticks[0]) * second), _upright_frame(frame, converter)
-            if not found:
-                raise DataError("video cannot be decoded: no frames")
-    except DataError:
-        raise
-    except Exception as error:  # FFmpeg raises anything for malformed bytes
-        raise DataError(f"video cannot be decoded: {error}") from error
+    with open_video(data, MAX_PIXELS) as video:
+        yield from video.frames(frames, sampling, per_second)
 
 
 def sampled_frames(sample: Sample, data: DataConfig) -> Iterator[tuple[float, np.ndarray]]:
@@ -195,6 +159,25 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         return planes[0].permute(1, 2, 0).numpy()
 
 
+def _read_image(data: bytes, enough_pixels: int) -> ReadImage:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    width, height = image.size
+    check_pixels(width, height)
+    least = (0, 0)
+    if 0 < enough_pixels < width * height:
+        shrink = math.sqrt(enough_pixels / (width * height))
+        least = math.ceil(width * shrink), math.ceil(height * shrink)
+    pixels = _jpeg_pixels(data, least) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+    if pixels is None:
+        if enough_pixels:
+            image.draft(None, least)
+        image.load()
+        pixels = np.asarray(to_rgb(image))
+    turned, is_damaged = orientation(image)
+    size = (height, width) if is_on_its_side(turned) else (width, height)
+    return ReadImage(upright(pixels, turned), *size, is_damaged)
+
+
 def _jpeg_pixels(data: bytes, least: tuple[int, int]) -> np.ndarray | None:
     """A JPEG as Pillow decodes it, but faster, at least `least` pixels wide and high; None if libjpeg warns."""
     try:
@@ -203,7 +186,8 @@ def _jpeg_pixels(data: bytes, least: tuple[int, int]) -> np.ndarray | None:
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel, transparent parts in white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits per pixel: convert() would clip at 255
@@ -213,65 +197,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", opaque.size, "white")
         return Image.alpha_composite(white, opaque).convert("RGB")
     return image.convert("RGB")
-
-
-def _container(data: bytes) -> str:
-    """FFmpeg's name of the container. FFmpeg must not guess: it would open a playlist, which can name local files."""
-    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
-        return "mov"
-    if data[:4] == b"\x1aE\xdf\xa3":
-        return "matroska"
-    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
-        return "avi"
-    raise DataError("video cannot be decoded: neither MP4, WebM, Matroska nor AVI")
-
-
-def _ticks(timed: av.Packet | av.VideoFrame) -> int:
-    """Presentation time in the stream's time base; in AVI, which has none, the decoding time."""
-    ticks = timed.pts if timed.pts is not None else timed.dts
-    if ticks is None:
-        raise DataError("video cannot be decoded: frames without a time")
-    return ticks
-
-
-def _uniform(ticks: list[int], frames: int) -> list[int]:
-    """The frame shown in the middle of each of `frames` equal parts of the video; `ticks` are sorted."""
-    if len(ticks) <= frames:
-        return ticks
-    middles = ticks[0] + (np.arange(frames) + 0.5) * float(_duration(ticks)) / frames
-    return [ticks[i] for i in np.unique(np.searchsorted(ticks, middles, side="right") - 1)]
-
-
-def _duration(ticks: list[int]) -> Fraction:
-    """In ticks. The last frame is assumed to be shown for the mean time of the others."""
-    return Fraction((ticks[-1] - ticks[0]) * len(ticks), max(1, len(ticks) - 1))
-
-
-def _decode_at(stream: av.VideoStream, packets: list[av.Packet], targets: list[int]) -> Iterator[av.VideoFrame]:
-    """For each of the sorted `targets` the first frame at or after it. Skips groups of pictures between targets."""
-    decoder = stream.codec_context
-    keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe] or [0]
-    last: av.VideoFrame | None = None
-    fed = 0  # packets given to the decoder or skipped
-    waiting: list[av.VideoFrame] = []  # decoded, after the last target
-    for target in targets:
-        key = max((i for i in keyframes if _ticks(packets[i]) <= target), default=0)
-        if key > fed:
-            decoder.flush_buffers()
-            fed, waiting = key, []
-        while True:
-            waiting = [frame for frame in waiting if _ticks(frame) >= target]
-            if waiting or fed > len(packets):
-                break
-            # After the last packet, None returns the frames that are left in the decoder.
-            waiting = list(decoder.decode(packets[fed] if fed < len(packets) else None))
-            fed += 1
-        if waiting and waiting[0] is not last:
-            last = waiting[0]
-            yield last
-
-
-def _upright_frame(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
-    # By default every converter starts one thread per core.
-    pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,9 @@ from PIL import Image, ImageOps
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, decode_video
+from dsmoe_vl.data.folder_walk import described, files_below
+from dsmoe_vl.data.foreign_media import stored
+from dsmoe_vl.data.media_kind import HEAD, NO_MEDIA, kind_of_file, media_kind
 from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.index import INDEX_NAME, ShardIndex, read_sample
@@ -48,33 +53,41 @@ def media_files(paths: Sequence[Path], kind: str) -> list[Media]:
 
 def open_media(folder: str, data: DataConfig) -> list[Media]:
     """All pictures and videos of a folder and its subfolders, by name; or the samples of shards in a folder, at a URL
-    or from a command, fetched with the settings in `data`. Raises DataError if there are none."""
+    or from a command, fetched with the settings in `data`. Prints what else is in the folder, and is not used, to
+    stderr. Raises DataError if there are none."""
     if is_remote(folder) or (Path(folder) / INDEX_NAME).is_file() or any(Path(folder).glob("*.tar")):
         return list(_shard_media(folder, replace(data, allow_pipe=True)))  # the user has named the command
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{folder}: no such folder; name one with pictures, videos or shards")
-    kinds = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), **dict.fromkeys(VIDEO_EXTENSIONS, "video")}
+    files, passed = files_below(root)
     found = []
-    for path in sorted(root.rglob("*")):
-        kind = kinds.get(path.suffix.lower().removeprefix("."))
-        if kind is not None and path.is_file():
-            facts = path.stat()
-            place = os.path.abspath(path)
-            found.append(Media(place, facts.st_size, facts.st_mtime_ns, partial(read_file, path, kind)))
+    for path in files:
+        kind = kind_of_file(path)
+        if kind is None:
+            passed.append((path, NO_MEDIA))
+            continue
+        facts = path.stat()
+        place = os.path.abspath(path)
+        found.append(Media(place, facts.st_size, facts.st_mtime_ns, partial(read_file, path, kind, True)))
+    if passed:
+        print(f"{folder}: not used: {described(passed, root)}", file=sys.stderr)
     if not found:
-        names = ", *.".join((*kinds, "tar"))
+        names = ", *.".join((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "tar"))
         raise DataError(f"{folder}: no pictures, videos or shards in it; name a folder with files such as *.{names}")
     return found
 
 
-def read_file(path: Path, kind: str) -> Sample:
-    """A user's own "image" or "video" as a sample. Raises DataError if the file cannot be read."""
+def read_file(path: Path, kind: str, by_content: bool = False) -> Sample:
+    """A user's own "image" or "video" as a sample; `by_content`: what the file is decides, if that can be seen.
+
+    Raises DataError if the file cannot be read.
+    """
     try:
         media = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; name an existing file") from None
-    return to_sample(media, kind, str(path))
+    return to_sample(media, (by_content and media_kind(media[:HEAD])) or kind, str(path))
 
 
 def to_sample(media: Any, kind: str, name: str = "") -> Sample:
@@ -89,6 +102,8 @@ def to_sample(media: Any, kind: str, name: str = "") -> Sample:
     else:
         raise DataError(f"a video cannot be made from {type(media).__name__}: give a path or encoded bytes")
     extension = IMAGE_EXTENSIONS[0] if kind == "image" else VIDEO_EXTENSIONS[0]
+    if media_kind(encoded[:HEAD]) == kind:
+        encoded = stored(encoded).data
     return Sample(key=name, source="", epoch=0, media=encoded, media_type=extension, text="", meta={})
 
 
@@ -147,7 +162,8 @@ def _encoded(picture: Any) -> bytes:
                 "path, bytes, a PIL image, or an array uint8 [h, w, 3], [h, w, 4] or [h, w]"
             )
         picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture = ImageOps.exif_transpose(picture)
+    with contextlib.suppress(Exception):  # Pillow raises anything for malformed metadata
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode not in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
         picture = picture.convert("RGB")
     file = io.BytesIO()

@@ -238,7 +238,8 @@ class TestFolder:
         inner = tmp_path / "inner"
         photo(tmp_path / "secret.jpg")
         photo(inner / "a.jpg")
-        names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "x/../../secret.jpg", "x/../a.jpg", "a.gif", "..", ""]
+        written(inner / "a.css", "body { color: red }")
+        names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "x/../../secret.jpg", "x/../a.jpg", "a.css", "..", ""]
         rows = [{"file": name, "text": "x"} for name in [*names, None]]
         table = written(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))
         found = read(folder, "--media", inner, "--table", table)

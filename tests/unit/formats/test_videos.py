@@ -162,7 +162,7 @@ def test_webvid_finds_copies_with_and_without_the_page_folder(read_videos, tmp_p
 
 
 def test_webvid_rows_of_a_video_crawled_twice_are_rejected(read_videos):
-    assert problems(read_videos(webvid, WEBVID)) == {"12#4": "repeated video: line 4"}
+    assert problems(read_videos(webvid, WEBVID)) == {"12#4": "repeated video: line 4, first on line 2"}
 
 
 def test_webvid_refuses_other_files(read_videos):
