@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from data_tools.formats import Record
 from data_tools.schema import curves_problem
+from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.decode import MAX_PIXELS, decode_image, read_image
 from dsmoe_vl.data.foreign_media import stored
@@ -21,6 +22,7 @@ CHECKED_FRAMES = 16  # of a video are decoded to check it
 QUALITY = 92  # of a JPEG that is scaled down, by default
 # Notes on samples that are used.
 DAMAGED_METADATA = "damaged metadata ignored"
+TOO_LARGE = "larger than data.max_megapixels, by default not trained on: use --max-side"
 DAMAGED_FRAMES = "damaged frames, replaced by the next ones that can be decoded"
 CUT = f"cut short, but at least {LEAST_SHARE:.0%} is there".replace("%", " %")
 
@@ -121,6 +123,7 @@ def image_facts(data: bytes, reencoding: Reencoding) -> Facts:
         picture.save(file, "JPEG", quality=reencoding.quality or QUALITY)
         data, media_type, (width, height) = file.getvalue(), "jpg", picture.size
     notes = {note: bool(note), DAMAGED_METADATA: read.damaged_metadata}
+    notes[TOO_LARGE] = width * height > DataConfig().max_megapixels * 1e6
     return data, media_type, {"width": width, "height": height}, _true(notes)
 
 
