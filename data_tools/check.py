@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import av
@@ -15,6 +16,7 @@ from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 IMAGE_TYPES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension
 ORIENTATION_TAG = 0x0112  # of EXIF; with 5 and above the picture lies on its side
@@ -72,7 +74,8 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
     if record.media is None:
         return Rejected(record.identifier, "unlisted file", "the annotations caption it but name no file")
     try:
-        data = record.media.read_bytes()
+        media = require_regular(record.media) if isinstance(record.media, Path) else record.media
+        data = media.read_bytes()
     except FileNotFoundError:
         return Rejected(record.identifier, "missing file", str(record.media))
     except (OSError, ValueError) as error:  # ValueError: an impossible file name

@@ -139,11 +139,8 @@ class Parts:
         for leftover in (self.folder, self.output / _REMOVED):
             shutil.rmtree(leftover, ignore_errors=True)
         (self.output / REJECTED_NAME).unlink(missing_ok=True)
-        try:
-            self.folder.mkdir(parents=True)
-            write_json(self._plan_file, plan)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        self.folder.mkdir(parents=True)
+        write_json(self._plan_file, plan)
 
     def _remove(self) -> None:
         """Remove all parts. Renamed first, because a repeated command would continue from those that are left."""
@@ -168,7 +165,7 @@ def make_part(folder: Path, records: Sequence[Record], settings: Settings, progr
             json.dumps({"id": one.identifier, "reason": one.reason, "detail": one.detail}, ensure_ascii=False) + "\n"
             for one in rejected
         ]
-        (folder / REJECTED_NAME).write_bytes("".join(lines).encode("utf-8", "replace"))
+        write_atomically(folder / REJECTED_NAME, "".join(lines).encode("utf-8", "replace"))
 
 
 def fingerprint(records: Sequence[Record]) -> str:

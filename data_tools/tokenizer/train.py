@@ -16,7 +16,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
-from data_tools.command import run
+from dsmoe_vl.command import run
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer

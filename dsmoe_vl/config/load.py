@@ -15,6 +15,7 @@ from dsmoe_vl.config.deepspeed_keys import TOP_LEVEL
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import require_regular
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
@@ -41,7 +42,7 @@ def recipe_from_table(table: dict[str, Any], place: str) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(require_regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         shipped = [os.path.relpath(recipe) for recipe in sorted(_SHIPPED.glob("*.toml"))]
         raise ConfigError(f"recipe {path} does not exist. Shipped recipes: {', '.join(shipped) or 'none'}.") from None

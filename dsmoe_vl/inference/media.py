@@ -19,6 +19,7 @@ from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.index import INDEX_NAME, ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 BATCH = 16  # media per forward
 
@@ -70,7 +71,7 @@ def open_media(folder: str, data: DataConfig) -> list[Media]:
 def read_file(path: Path, kind: str) -> Sample:
     """A user's own "image" or "video" as a sample. Raises DataError if the file cannot be read."""
     try:
-        media = path.read_bytes()
+        media = require_regular(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; name an existing file") from None
     return to_sample(media, kind, str(path))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
-from dsmoe_vl.errors import ConfigError, DsmoeVlError
+from dsmoe_vl.errors import ConfigError, as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 
 T = TypeVar("T")
@@ -94,9 +94,9 @@ def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
     """Print the error, unless another rank failed first, and end the process at once: other ranks may wait for this one
     in a collective. Exit status 2 for a user error, else 1."""
     sys.stdout.flush()
-    is_first = is_first_to_fail(ranks)
-    if is_first and isinstance(error, DsmoeVlError):
-        print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
+    is_first, known = is_first_to_fail(ranks), as_user_error(error)
+    if is_first and known is not None:
+        print(f"error (rank {ranks.rank}): {known}", file=sys.stderr, flush=True)
     elif is_first:
         print(f"rank {ranks.rank} failed:", file=sys.stderr)
         traceback.print_exception(error)
@@ -104,7 +104,7 @@ def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
         time.sleep(1)  # ranks that fail at the same time still use the counter of this rank
     elif not is_first:
         time.sleep(3)  # a launcher returns the status of the rank that ends first
-    os._exit(2 if isinstance(error, DsmoeVlError) else 1)
+    os._exit(1 if known is None else 2)
 
 
 def _build_cpu_communication() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsmoe_vl.checkpoint.store import PLAN_NAME, lock_run
+from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, PLAN_NAME, lock_run, remove_unfinished
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.shards.download import is_remote
@@ -78,6 +78,7 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
     if ranks.rank == 0:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_run(plan.run_dir)
+        remove_unfinished(plan.run_dir / CHECKPOINTS_NAME)
         changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
         for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
             print(f"note: {note}", flush=True)

@@ -18,7 +18,7 @@ LAUNCH_LINES_AT_MOST = 100
 # From the bottom up: a folder imports itself and what stands in a row above its own, so no two import each other.
 ORDER = (
     ("errors", "files"),
-    ("config", "metrics", "drawing"),
+    ("command", "config", "metrics", "drawing"),
     ("planner",),
     ("parallel", "data"),
     ("moe", "optim"),

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def scan_shard(path: Path) -> ShardScan:
     links: dict[str, int] = {}  # by key, the place of the first link: it may begin the next sample
     last_key, end = "", 0
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, 0):
                 key = _split_name(member.name)[0]
@@ -81,7 +82,7 @@ def read_files(path: Path, start: int, end: int, extensions: Collection[str]) ->
     files: dict[str, bytes] = {}
     position = start
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, start):
                 position = member.end
