@@ -18,6 +18,7 @@ from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import require_regular
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+_PLACES = ("path", "directory", "cache")  # keys of files and folders, whose ~ is the home folder
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -100,6 +101,8 @@ def _value(kind: Any, value: Any, path: str, place: str) -> Any:
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ConfigError(f"{path} in {place} is {_shown(value)}; it must be {_KINDS[kind]}")
+    if path.rpartition(".")[2] in _PLACES:
+        return os.path.expanduser(value)
     return value
 
 

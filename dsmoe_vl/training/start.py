@@ -21,6 +21,11 @@ from dsmoe_vl.planner.plan import RunPlan, changed_settings, plan_to_json
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.signals import StopRequest
 
+_CTRL_C = (
+    "Ctrl-C on `deepspeed` over several hosts stops every DeepSpeed run of this environment on them, each after a "
+    "checkpoint: to stop this run alone, send SIGTERM to one of its ranks"
+)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -80,7 +85,10 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
         lock = lock_run(plan.run_dir)
         remove_unfinished(plan.run_dir / CHECKPOINTS_NAME)
         changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
-        for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
+        notes = [*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]]
+        if stop.has_deepspeed_launcher and ranks.world_size > ranks.local_size:
+            notes.append(_CTRL_C)
+        for note in notes:
             print(f"note: {note}", flush=True)
 
     from dsmoe_vl.training.trainer import Trainer

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,8 @@ def test_training_goes_on_when_the_disk_is_full_for_a_while(tiny, disk):
     run = disk.folder / "run"
     settings = ("run.steps=100000", "run.checkpoint_every=100000", "run.evaluate_every=0", "run.router_every=1")
     process = start(python(TRAIN, *tiny.arguments(run, *settings)))
+    limit = threading.Timer(240, process.kill)
+    limit.start()
     lines = []
 
     def read_until(text):
@@ -201,6 +204,7 @@ def test_training_goes_on_when_the_disk_is_full_for_a_while(tiny, disk):
         read_until("tokens/s")
     process.send_signal(signal.SIGTERM)
     rest = finish(process)
+    limit.cancel()
     assert rest.status == 0, rest.err
     said = "".join(lines) + rest.out
     assert said.count("metrics.jsonl cannot") == 1 and "Traceback" not in rest.err
