@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -17,6 +18,7 @@ from dsmoe_vl.data.foreign_media import stored
 from dsmoe_vl.data.media_kind import HEAD, media_kind
 from dsmoe_vl.data.video_file import LEAST_SHARE, open_video
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 CHECKED_FRAMES = 16  # of a video are decoded to check it
 QUALITY = 92  # of a JPEG that is scaled down, by default
@@ -75,7 +77,8 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
     if record.media is None:
         return Rejected(record.identifier, "unlisted file", "the annotations caption it but name no file")
     try:
-        data = record.media.read_bytes()
+        media = require_regular(record.media) if isinstance(record.media, Path) else record.media
+        data = media.read_bytes()
     except FileNotFoundError:
         return Rejected(record.identifier, "missing file", str(record.media))
     except (OSError, ValueError) as error:  # ValueError: an impossible file name

@@ -17,7 +17,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_tools.check import Reencoding
-from data_tools.command import run
 from data_tools.formats import (
     Record,
     activitynet,
@@ -39,6 +38,7 @@ from data_tools.formats import (
 from data_tools.parallel import default_workers
 from data_tools.parts import Outcome, Parts, Settings, make_part
 from data_tools.workforce import Hosts, work
+from dsmoe_vl.command import run
 from dsmoe_vl.console import printable
 from dsmoe_vl.errors import DataError
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.command import run
 from data_tools.parallel import default_workers, ordered_map
 from data_tools.schema import is_own, problems
+from dsmoe_vl.command import run
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
@@ -31,6 +31,7 @@ from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular, writing
 
 FRAMES = 6  # of a video that are decoded and shown
 SHEET_CELLS = 48
@@ -133,7 +134,7 @@ def _compare_with_manifest(index: ShardIndex, report: Report) -> bool:
     if not path.exists():
         return False
     try:
-        rows = {row["name"]: row for row in json.loads(path.read_bytes())["shards"]}
+        rows = {row["name"]: row for row in json.loads(require_regular(path).read_bytes())["shards"]}
         expected = {name: Shard(name, row["samples"], row["bytes"], row["sha256"]) for name, row in rows.items()}
     except (ValueError, TypeError, KeyError) as error:
         report.problems[f"malformed {INDEX_NAME}"].append(f"{path}: {error!r}")
@@ -229,7 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(*map(printable, describe(report)), sep="\n")
         if given.contact_sheet and report.cells:
             given.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
-            contact_sheet(report.cells).save(given.contact_sheet)
+            with writing(given.contact_sheet):
+                contact_sheet(report.cells).save(given.contact_sheet)
             print(f"wrote {given.contact_sheet}: {len(report.cells)} samples")
         return 1 if report.problems else 0
 

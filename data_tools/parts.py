@@ -154,11 +154,8 @@ class Parts:
             shutil.rmtree(leftover, ignore_errors=True)
         for listing in (REJECTED_NAME, NOTES_NAME):
             (self.output / listing).unlink(missing_ok=True)
-        try:
-            self.folder.mkdir(parents=True)
-            write_json(self._plan_file, plan)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        self.folder.mkdir(parents=True)
+        write_json(self._plan_file, plan)
 
     def _remove(self) -> None:
         """Remove all parts. Renamed first, because a repeated command would continue from those that are left."""
@@ -183,7 +180,7 @@ def make_part(folder: Path, records: Sequence[Record], settings: Settings, progr
             progress(1)
         for name, rows in ((REJECTED_NAME, rejected), (NOTES_NAME, notes)):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / name).write_bytes(lines.encode("utf-8", "replace"))
+            write_atomically(folder / name, lines.encode("utf-8", "replace"))
 
 
 def fingerprint(records: Sequence[Record]) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from dsmoe_vl.errors import DataError
+from dsmoe_vl.errors import DsmoeVlError, as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 
 Value = TypeVar("Value")
@@ -33,35 +33,43 @@ class Hosts:
             self.rank, self.count = self._comm.Get_rank(), self._comm.Get_size()
 
     def once(self, function: Callable[[], Value]) -> Value:
-        """Call `function` on rank 0; returns its result, or raises its DataError, on every rank."""
+        """Call `function` on rank 0; returns its result, or raises its user error, on every rank."""
         value: Any = None
-        error: str | None = None
+        error: DsmoeVlError | None = None
         if self.rank == 0:
             try:
                 value = function()
-            except DataError as raised:
-                error = str(raised)
+            except Exception as raised:
+                error = _user_error(raised)
         if self._comm is not None:
             value, error = self._comm.bcast((value, error))
         if error is not None:
-            raise DataError(error)
+            raise error
         return value
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Waits for all ranks at the end of the block. If one raised a DataError there, all do."""
-        error: str | None = None
+        """Waits for all ranks at the end of the block. If one raised a user's error there, all do."""
+        error: DsmoeVlError | None = None
         try:
             yield
-        except DataError as raised:
-            error = str(raised)
+        except Exception as raised:
+            error = _user_error(raised)
         found = [error] if self._comm is None else self._comm.allgather(error)
         if failed := [one for one in found if one is not None]:
-            raise DataError(failed[0])
+            raise failed[0]
 
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
         """This rank's part of `items`."""
         return items[self.rank :: self.count]
+
+
+def _user_error(error: Exception) -> DsmoeVlError:
+    """The user's error behind `error`, which ranks can send each other; raises `error` itself if there is none."""
+    known = as_user_error(error)
+    if known is None:
+        raise error
+    return known
 
 
 def work(make: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress) -> None:

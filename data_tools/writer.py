@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dsmoe_vl.data.shards.index import INDEX_NAME, SCHEMA_VERSION
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.files import PARTIAL, publish, write_atomically
+from dsmoe_vl.files import PARTIAL, publish, write_atomically, writing
 
 if TYPE_CHECKING:
     from webdataset import TarWriter
@@ -113,8 +114,10 @@ class ShardWriter:
     def discard(self) -> None:
         """Remove the shards that were written."""
         if self._tar is not None:
-            self._tar.close()
-            self._file.close()
+            with suppress(OSError):  # on a full disk the end of the tar cannot be written either
+                self._tar.close()
+            with suppress(OSError):
+                self._file.close()
             self._tar = None
         for partial in self.output.glob(f"{self.split}-*.tar{PARTIAL}"):
             partial.unlink()
@@ -166,12 +169,14 @@ class _Hashed:
     """A file that hashes its content while it is written, so that it need not be read again."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
-        return self._file.write(data)
+        with writing(self._path):
+            return self._file.write(data)
 
     def tell(self) -> int:
         return self._file.tell()
@@ -181,7 +186,8 @@ class _Hashed:
 
     def close(self) -> str:
         """Close the file; returns its sha256 in hexadecimal digits."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         return self._digest.hexdigest()
 
 

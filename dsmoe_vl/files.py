@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import resource
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # suffix of a file that is still being written
+_PROBE = bytes(2**20)
+_IRREGULAR = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular(path: Path) -> Path:
+    """`path`, to be opened. Raises OSError for a FIFO, a socket or a device, which might wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # whoever opens it learns why
+        return path
+    for is_kind, kind in _IRREGULAR:
+        if is_kind(mode):
+            raise OSError(errno.ENXIO, f"it is {kind}, not a regular file", str(path))
+    return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """If the block fails because the operating system does not let it write, the error is an OSError that names a file.
+
+    `path`: the file or folder that the block writes. Python's own writes do not name it, and libraries hide the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(PARTIAL)):
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        refusal = _refusal(path, str(error))
+        if refusal is None:
+            raise
+        raise OSError(refusal, os.strerror(refusal), str(path)) from error
+
+
+def _refusal(path: Path, message: str) -> int | None:
+    """The errno with which the operating system refuses to write to `path`; None if it does not refuse."""
+    if told := re.search(r"\(os error (\d+)\)", message):  # by a library in Rust
+        return int(told[1])
+    folder = path if path.is_dir() else path.parent
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    probe = folder / f"probe.{secrets.token_hex(4)}{PARTIAL}"
+    try:
+        if limit != resource.RLIM_INFINITY and any(file.stat().st_size >= limit for file in folder.iterdir()):
+            return errno.EFBIG
+        probe.write_bytes(_PROBE)
+    except OSError as error:
+        return error.errno
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -28,13 +89,16 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """For writers of their own: yields a new path beside `path`; the file written there replaces `path` at the end.
 
-    After an exception in the block the new file is removed and the old one stays.
+    After an exception in the block the new file is removed and the old one stays. An OSError names `path`. Raises
+    OSError for a FIFO, a socket or a device, which would be lost.
     """
+    require_regular(path)
     # The name is random because two processes may write the same file at once.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        yield temporary
-        publish(temporary, path)
+        with writing(path):
+            yield temporary
+            publish(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

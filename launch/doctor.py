@@ -16,8 +16,8 @@ from pathlib import Path
 os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from dsmoe_vl.command import print_error, run
 from dsmoe_vl.doctor.objective import examine, report, run_splits
-from dsmoe_vl.errors import DsmoeVlError
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,15 +37,20 @@ def main() -> int:
     """Exit status: 0 if all checks passed, 1 if not, 2 for a user's error."""
     args = parse()
     if args.results is None:
-        status, lines = run_splits(sys.argv)
-        return status or (0 if report(lines) else 1)
-    try:
-        examine(args.recipe, args.deepspeed, args.overrides, args.results)
-    except DsmoeVlError as error:
-        if os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run(start_splits)
+    return run(lambda: examine_split(args), print_error if os.environ["RANK"] == "0" else lambda error: None)
+
+
+def examine_split(args: argparse.Namespace) -> int:
+    """Be one rank of the grid. Returns the exit status. Raises DsmoeVlError."""
+    examine(args.recipe, args.deepspeed, args.overrides, args.results)
     return 0
+
+
+def start_splits() -> int:
+    """Run all splits, and print what was found. Returns the exit status."""
+    status, lines = run_splits(sys.argv)
+    return status or (0 if report(lines) else 1)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 # Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from dsmoe_vl.command import run
 from dsmoe_vl.config.task_table import TASKS
-from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.run import evaluate_on_ranks, evaluate_run
 from dsmoe_vl.evaluation.task_evaluation import Options
@@ -46,7 +46,7 @@ def parse() -> Options:
     parser.add_argument("--show", type=int, default=6, help="texts to print per folder (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=Options.max_tokens, help="tokens per text (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per rank) or cuda:N")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     args = parser.parse_args()
     return Options(
         run=args.run,
@@ -63,22 +63,21 @@ def parse() -> Options:
 def main() -> int:
     """Exit status 2 if the run or the shards cannot be used. After an error on one rank, every rank ends."""
     options = parse()
-    ranks = Ranks(0, 1, 0)
-    try:
-        ranks = Ranks.discover()
-        if ranks.world_size == 1:
-            evaluate_run(options, Dealer())
-        else:
-            evaluate_on_ranks(options, ranks)
-    except BaseException as error:
-        if ranks.world_size > 1:
-            from dsmoe_vl.parallel.process_group import end_rank
+    return run(lambda: evaluate(options))
 
-            end_rank(error, ranks)
-        if not isinstance(error, DsmoeVlError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def evaluate(options: Options) -> int:
+    """Evaluate on this rank. Returns the exit status. Raises DsmoeVlError if this is the only rank."""
+    ranks = Ranks.discover()
+    if ranks.world_size == 1:
+        evaluate_run(options, Dealer())
+        return 0
+    try:
+        evaluate_on_ranks(options, ranks)
+    except BaseException as error:
+        from dsmoe_vl.parallel.process_group import end_rank
+
+        end_rank(error, ranks)
     return 0
 
 

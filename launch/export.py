@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dsmoe_vl.checkpoint.export import export_run
-from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.command import run
 
 
 def parse() -> argparse.Namespace:
@@ -25,16 +25,17 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Print the dropped experts and the sizes. Exit status 2 if the run or the folder cannot be used."""
     args = parse()
-    try:
-        export = export_run(args.run, args.output)
-    except DsmoeVlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{export.checkpoint}")
-    for layer in export.layers:
+    return run(lambda: export(args.run, args.output))
+
+
+def export(run_dir: Path, output: Path) -> int:
+    """Export, and print a summary. Returns the exit status. Raises DsmoeVlError."""
+    done = export_run(run_dir, output)
+    print(f"{done.checkpoint}")
+    for layer in done.layers:
         print(f"  layer {layer.layer}: {layer.dropped} of {layer.experts} experts are null and dropped")
-    print(f"  weights: {export.before_bytes:,} bytes before, {export.after_bytes:,} bytes after")
-    print(f"wrote {args.output}")
+    print(f"  weights: {done.before_bytes:,} bytes before, {done.after_bytes:,} bytes after")
+    print(f"wrote {output}")
     return 0
 
 

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.command import run
 from dsmoe_vl.inference.commands import Question, caption_media, print_error, retrieve, summarize_videos
 from dsmoe_vl.inference.generate import MAX_TOKENS
 from dsmoe_vl.inference.load import load_run
@@ -71,7 +71,7 @@ def positive(text: str) -> int:
     return number
 
 
-def run(args: argparse.Namespace) -> int:
+def answer(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status. Raises DsmoeVlError if there is no answer."""
     search = Search(args.beam, args.top_p, args.temperature, args.seed) if args.command == "caption" else None
     trained = load_run(args.run, args.device)
@@ -89,11 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     """Exit status 2, with the reason in one line, if the run, the query or the folder cannot be used."""
     args = parse()
-    try:
-        return run(args)
-    except DsmoeVlError as error:
-        print_error(str(error))
-        return 2
+    return run(lambda: answer(args), print_error)
 
 
 if __name__ == "__main__":

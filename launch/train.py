@@ -10,7 +10,8 @@ from pathlib import Path
 # Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.command import print_error, steady_output
+from dsmoe_vl.errors import as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.plan import RunPlan
@@ -31,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--strict", action="store_true", help="fail if the plan would differ from the request")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
     args = parser.parse_args()
     if args.world_size is not None and not args.dry_run:
@@ -43,6 +44,12 @@ def main() -> int:
     """Exit status: 0 if trained or stopped on request, 2 for a user's error."""
     stop = StopRequest()  # before the slow imports, because the launcher may be killed during them
     args = parse()
+    with steady_output():
+        return plan_and_train(args, stop)
+
+
+def plan_and_train(args: argparse.Namespace, stop: StopRequest) -> int:
+    """The exit status of a rank. After an error on one rank, every rank ends."""
     ranks = Ranks(0, 1, 0)
     try:
         ranks = Ranks.discover()
@@ -52,15 +59,19 @@ def main() -> int:
             if ranks.rank == 0:
                 show(plan)
             return 0
-    except DsmoeVlError as error:
+    except Exception as error:
+        known = as_user_error(error)
+        if known is None:
+            raise
         if ranks.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(str(known))
         return 2
     try:
         make_data = None
         if args.recipe.resolve() == _DEFAULT_RECIPE:
             from data_tools.synthetic.default_data import make_default_data as make_data
-        train(plan, ranks, stop, make_data)
+        with stop:
+            train(plan, ranks, stop, make_data)
     except BaseException as error:
         from dsmoe_vl.parallel.process_group import end_rank
 

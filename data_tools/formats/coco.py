@@ -12,6 +12,7 @@ from typing import Any
 from data_tools.formats import Record
 from data_tools.formats.identifiers import Unique, identifier, identifier_text
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 NAME = "coco"
 HELP = "COCO Captions (captions_train2017.json and the like)"
@@ -70,7 +71,7 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(require_regular(path).read_bytes())
     except OSError as error:
         raise DataError(f"--annotations {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from data_tools.formats import Record, video_path
 from data_tools.formats.tables import existing_folder
 from data_tools.formats.timeline import Problem, checked_scores
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 NAME = "summe"
 HELP = "SumMe (a folder GT of .mat files)"
@@ -92,7 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise DataError("reading SumMe's .mat files needs scipy: pip install 'dsmoe-vl[summe]'") from error
     try:
-        content = io.BytesIO(path.read_bytes())
+        content = io.BytesIO(require_regular(path).read_bytes())
     except OSError as error:
         raise DataError(f"--annotations {path}: {error.strerror}") from error
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 csv.field_size_limit(2**27)  # characters of a cell; Python's 131,072 are too few for an importance curve
 
@@ -21,7 +22,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 def read_text(path: Path, option: str) -> str:
     """The whole file, without a byte-order mark. Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return require_regular(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{option} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.command import run
 from data_tools.parallel import default_workers
 from data_tools.synthetic.films import film
 from data_tools.synthetic.scenes import scene
 from data_tools.writer import ShardWriter
+from dsmoe_vl.command import run
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import DataError
 
@@ -74,20 +74,22 @@ def generate(
     shutil.rmtree(unfinished, ignore_errors=True)
     # Spawned: a trainer that makes its default data has threads, which a fork does not copy.
     pool = ProcessPoolExecutor(default_workers(), multiprocessing.get_context("spawn"))
-    for stream, (name, _, draw, media_type, held_out, count) in enumerate(kinds):
-        if count == 0:
-            continue
-        one = partial(_sample, draw, seed, stream, held_out, size, max_objects)
-        # Starting a process takes longer than making a few samples.
-        samples = pool.map(one, range(count), chunksize=_CHUNK) if count > _CHUNK else map(one, range(count))
-        with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
-            for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
-                key = f"{name}-{i:07d}"
-                kind = "video" if media_type == "mp4" else "image"
-                tasks = [spec.name for spec in TASKS if spec.qualifies(kind, meta["captions"], meta)]
-                meta |= {"id": key, "source": "synthetic", "tasks": tasks}
-                writer.write(key, media, media_type, meta["captions"][0], meta)
-    pool.shutdown()
+    try:
+        for stream, (name, _, draw, media_type, held_out, count) in enumerate(kinds):
+            if count == 0:
+                continue
+            one = partial(_sample, draw, seed, stream, held_out, size, max_objects)
+            # Starting a process takes longer than making a few samples.
+            samples = pool.map(one, range(count), chunksize=_CHUNK) if count > _CHUNK else map(one, range(count))
+            with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
+                for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
+                    key = f"{name}-{i:07d}"
+                    kind = "video" if media_type == "mp4" else "image"
+                    tasks = [spec.name for spec in TASKS if spec.qualifies(kind, meta["captions"], meta)]
+                    meta |= {"id": key, "source": "synthetic", "tasks": tasks}
+                    writer.write(key, media, media_type, meta["captions"][0], meta)
+    finally:
+        pool.shutdown(cancel_futures=True)
     for folder in unfinished.iterdir():
         folder.rename(output / folder.name)
     unfinished.rmdir()

@@ -17,7 +17,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
-from data_tools.command import run
+from dsmoe_vl.command import run
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample

@@ -18,6 +18,7 @@ from torch import Tensor
 from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest, write_manifest
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import writing
 from dsmoe_vl.moe.experts import null_experts
 from dsmoe_vl.planner.plan import recipe_from_json
 
@@ -45,7 +46,8 @@ def export_run(run_dir: Path, output: Path) -> Export:
     """Write the newest complete checkpoint of a run to the new folder `output`, which `load_run` opens like a run.
 
     The router keeps the rows of dropped experts, so outputs do not change. Raises CheckpointError if there is no
-    checkpoint, ConfigError if the run has no plan or `output` cannot be written or is not empty.
+    checkpoint, ConfigError if the run has no plan or `output` cannot be made or is not empty, OSError if a file cannot
+    be written; then `output` is left empty.
     """
     checkpoint, manifest = require_newest(run_dir)
     plan_file = run_dir / PLAN_NAME
@@ -55,10 +57,16 @@ def export_run(run_dir: Path, output: Path) -> Export:
     layers = tuple(
         _drop_null_experts(weights, name.removesuffix("w1")) for name in list(weights) if name.endswith(".experts.w1")
     )
-    WeightsFile(output).save(weights)
-    shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
-    shutil.copyfile(plan_file, output / PLAN_NAME)
-    write_manifest(output, replace(manifest, files={}))
+    try:
+        with writing(output):
+            WeightsFile(output).save(weights)
+            shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
+            shutil.copyfile(plan_file, output / PLAN_NAME)
+            write_manifest(output, replace(manifest, files={}))
+    except BaseException:
+        for written in output.iterdir():  # else the next try would find a folder that is not empty
+            written.unlink()
+        raise
     sizes = [WeightsFile(folder).size_bytes for folder in (checkpoint, output)]
     return Export(checkpoint, tuple(sorted(layers, key=lambda layer: layer.layer)), *sizes)
 

@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.files import write_atomically, write_json
+from dsmoe_vl.files import require_regular, write_atomically, write_json
 
 CHECKPOINTS_NAME = "checkpoints"  # folder of a run
 PLAN_NAME = "plan.json"  # of a run or an exported model
@@ -70,7 +71,7 @@ def complete(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a complete checkpoint; None if it is missing, or if a file is missing or has another size."""
     try:
-        raw = json.loads((folder / MANIFEST_NAME).read_text())
+        raw = json.loads(require_regular(folder / MANIFEST_NAME).read_text())
         manifest = Manifest(raw["step"], Topology(**raw["topology"]), raw["tokenizer_sha256"], raw["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,9 +106,10 @@ def lock_run(run_dir: Path) -> TextIO:
         ) from None
     except OSError:
         return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk; the words are for people
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+        file.flush()
     return file
 
 
@@ -139,6 +141,13 @@ def require_fit(folder: Path, manifest: Manifest, topology: Topology, tokenizer_
                 f"{folder} was written with {name}={saved}, this run has {name}={now}: "
                 f"resume with {name}={saved}, or start a new run.name"
             )
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what interrupted savings have left: their space may be what the next one needs."""
+    for folder in checkpoints.glob("step_*"):
+        if not (folder / MANIFEST_NAME).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(checkpoints: Path, keep: int) -> None:

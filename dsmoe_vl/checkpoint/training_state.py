@@ -20,11 +20,12 @@ from dsmoe_vl.checkpoint.store import (
     checkpoint_name,
     complete,
     prune,
+    remove_unfinished,
 )
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.files import write_json
+from dsmoe_vl.files import write_json, writing
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -45,8 +46,31 @@ def save(
     load_fraction: Tensor | None,
     data_state: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of `step` and return its folder. Collective."""
+    """Write the checkpoint of `step` and return its folder. Collective.
+
+    Raises OSError, which names the folder or a file, if the disk is full or refuses; then nothing of it is left.
+    """
     folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
+    try:
+        with writing(folder):
+            _write(folder, plan, ranks, host, engine, tokenizer, step, load_fraction, data_state)
+    except BaseException:
+        remove_unfinished(folder.parent)
+        raise
+    return folder
+
+
+def _write(
+    folder: Path,
+    plan: RunPlan,
+    ranks: Ranks,
+    host: HostGroup,
+    engine: Any,
+    tokenizer: Tokenizer,
+    step: int,
+    load_fraction: Tensor | None,
+    data_state: dict[str, Any],
+) -> None:
     if ranks.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
         folder.mkdir(parents=True)
@@ -66,7 +90,6 @@ def save(
         complete(folder, Manifest(step, topology_of(plan), tokenizer.sha256, {}))
         prune(folder.parent, plan.recipe.run.keep_checkpoints)
     host.barrier()
-    return folder
 
 
 def restore(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dsmoe_vl.config.deepspeed_keys import AUTO, FIXED, REMOVED, SCHEDULERS, SECTIONS, UNSUPPORTED, Kind
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import require_regular
 
 _OPTIMIZERS = ("Adam", "AdamW")
 
@@ -61,7 +62,7 @@ _POSITIVE_SCHEDULE = ("total_num_steps", "warmup_num_steps")
 def load_deepspeed(path: Path) -> dict[str, Any]:
     """The DeepSpeed configuration in a JSON file, checked by `check_deepspeed`. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = require_regular(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"DeepSpeed JSON {path} cannot be read: {error.strerror}. ds_configs/ contains the shipped ones."

@@ -15,8 +15,11 @@ from dsmoe_vl.config.deepspeed_keys import TOP_LEVEL
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import require_regular
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+# Keys of files and folders, whose ~ is the home folder. `data.cache` is expanded where it is used: its default has one.
+_PLACES = ("path", "directory")
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -41,7 +44,7 @@ def recipe_from_table(table: dict[str, Any], place: str) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(require_regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         shipped = [os.path.relpath(recipe) for recipe in sorted(_SHIPPED.glob("*.toml"))]
         raise ConfigError(f"recipe {path} does not exist. Shipped recipes: {', '.join(shipped) or 'none'}.") from None
@@ -99,6 +102,8 @@ def _value(kind: Any, value: Any, path: str, place: str) -> Any:
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ConfigError(f"{path} in {place} is {_shown(value)}; it must be {_KINDS[kind]}")
+    if path.rpartition(".")[2] in _PLACES:
+        return os.path.expanduser(value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,8 @@ class ReadReport:
     def __init__(self, quarantine: Path | None) -> None:
         """Bad samples are appended to the file `quarantine`, one JSON object per line."""
         self._quarantine = quarantine
+        self._unlisted = ""  # lines of bad samples that have yet to be written
+        self._has_warned = False
         self._samples: Counter[str] = Counter()
         self._reasons: dict[str, Counter[str]] = {}
         self._flaws: dict[str, Counter[str]] = {}
@@ -102,13 +105,28 @@ class ReadReport:
             self._flaws.setdefault(source, Counter()).update(flaws)
         for bad in counts.bad:
             self._reasons.setdefault(bad.source, Counter())[bad.reason.partition(":")[0]] += 1
-        if counts.bad and self._quarantine:
-            lines = "".join(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in counts.bad)
-            with self._quarantine.open("ab+") as file:
+        if self._quarantine is not None:
+            self._unlisted += "".join(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in counts.bad)
+            self._list(self._quarantine)
+
+    def _list(self, quarantine: Path) -> None:
+        """Append the lines that have not been written yet; on a full disk they wait for the next bad sample."""
+        if not self._unlisted:
+            return
+        try:
+            with quarantine.open("ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
-                    lines = lines if file.read() == b"\n" else "\n" + lines  # a crash has cut the last line
-                file.write(lines.encode("utf-8", "replace"))
+                    if file.read() != b"\n":  # a crash or a full disk has cut the last line
+                        file.write(b"\n")
+                file.write(self._unlisted.encode("utf-8", "replace"))
+        except OSError as error:
+            if not self._has_warned:
+                place = f"warning: {quarantine} cannot be written: {error.strerror}"
+                print(f"{place}; the run continues without its list of bad samples", file=sys.stderr, flush=True)
+            self._has_warned = True
+        else:
+            self._unlisted = ""
 
     def values(self) -> dict[str, int]:
         """For each source: SOURCE/samples, SOURCE/errors (bad samples), SOURCE/errors/REASON, SOURCE/epoch, and

@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceProcessor
 
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import require_regular
 
 CONTROL_SYMBOLS = ("<image>", "<video>", "<frame>", "<embed>", *(spec.symbol for spec in TASKS))
 
@@ -80,6 +81,10 @@ class Tokenizer:
 def _load(path: str | Path) -> SentencePieceProcessor:
     if not str(path):
         raise ConfigError(f"tokenizer.path is empty; {_TRAIN_HINT}")
+    try:
+        require_regular(Path(path))
+    except OSError as error:
+        raise ConfigError(f"tokenizer {path}: {error.strerror}; {_TRAIN_HINT}") from None
     if not Path(path).is_file():
         raise ConfigError(f"tokenizer {path}: no such file; {_TRAIN_HINT}")
     try:

@@ -25,8 +25,8 @@ _CHECK_SECONDS = 0.2  # between a worker's looks at its rank
 class WorkerProcesses(Generic[T]):
     """`count` processes that iterate over the same dataset; iterating yields one item of each in turn.
 
-    They end on `close` or when the rank ends, and on nothing else: they ignore SIGINT and SIGTERM. Launchers send these
-    to the whole process tree, but a rank that is asked to stop needs data to finish its step.
+    They end on `close` or when the rank ends, and on nothing else: they ignore SIGINT, SIGTERM and SIGHUP. Launchers
+    and terminals send these to the whole process tree, but a rank that is asked to stop needs data to finish its step.
     """
 
     def __init__(self, dataset: IterableDataset[T], count: int, ahead: int) -> None:
@@ -91,7 +91,7 @@ def _end_with_rank(closed: Any, _worker: int) -> None:
     A worker that outlives its rank would keep the rank's connections open, and the other ranks would wait for it.
     """
     gc.freeze()  # objects of the rank may wait for their threads when freed; a fork does not copy threads
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(os.getppid(), closed), daemon=True).start()
 

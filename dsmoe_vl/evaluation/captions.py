@@ -17,6 +17,7 @@ from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
+from dsmoe_vl.files import writing
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report import TEMPLATES
@@ -70,7 +71,8 @@ class CaptionEvaluation:
                 )
                 for result in self.shown
             ]
-            contact_sheet(cells).save(sheet)
+            with writing(sheet):
+                contact_sheet(cells).save(sheet)
             print(f"wrote {sheet}")
 
     def scores(self, results: list[Captioned]) -> Scores:

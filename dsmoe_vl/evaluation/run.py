@@ -22,7 +22,7 @@ from dsmoe_vl.evaluation.examples import Counts
 from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, TaskEvaluation
-from dsmoe_vl.files import write_atomically, write_json
+from dsmoe_vl.files import write_atomically, write_json, writing
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.parallel.device import device_name, use_device
 from dsmoe_vl.parallel.ranks import Ranks
@@ -75,7 +75,9 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
     for evaluation in evaluations.values():
         evaluation.finish()
     write_json(options.run / "eval.json", evaluated.scores)
-    write_scalars(options.run / "tensorboard" / "eval", manifest.step, evaluated.scores)
+    board = options.run / "tensorboard" / "eval"
+    with writing(board):
+        write_scalars(board, manifest.step, evaluated.scores)
     plan = json.loads((options.run / PLAN_NAME).read_text(encoding="utf-8"))
     parts = {spec.name: _part(spec, evaluations[spec.name], evaluated) for spec in wanted}
     report = Report(options.run.resolve().name, manifest.step, evaluated.scores, parts, load, plan)

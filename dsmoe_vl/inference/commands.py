@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dsmoe_vl.command import has_lost_reader
 from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.drawing.pages import Tile, page
 from dsmoe_vl.errors import ConfigError, DataError
@@ -75,6 +76,8 @@ def caption_media(
         for (_, name, _), text in zip(batch, written, strict=True):
             rows.append({"file": name, "caption": text})
             print(f"{printable(name)}\t{one_line(text)}", flush=True)
+        if json_file is None and has_lost_reader():  # nobody wants the others, as with `| head -1`
+            break
     outcome.answered = len(rows)
     if json_file is not None:
         try:

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.files import write_atomically
+from dsmoe_vl.files import require_regular, write_atomically
 from dsmoe_vl.inference.embed import embed_media_segments, retrieval_task
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import Failed, Media, in_batches
@@ -60,7 +60,7 @@ class MediaIndex:
     def load(cls, path: Path) -> MediaIndex:
         """Read an index. Raises DataError if the file is not one."""
         try:
-            with safe_open(path, "numpy") as file:
+            with safe_open(require_regular(path), "numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError

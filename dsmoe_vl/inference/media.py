@@ -25,6 +25,7 @@ from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.index import INDEX_NAME, ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 BATCH = 16  # media per forward
 
@@ -84,7 +85,7 @@ def read_file(path: Path, kind: str, by_content: bool = False) -> Sample:
     Raises DataError if the file cannot be read.
     """
     try:
-        media = path.read_bytes()
+        media = require_regular(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; name an existing file") from None
     return to_sample(media, (by_content and media_kind(media[:HEAD])) or kind, str(path))

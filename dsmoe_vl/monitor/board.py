@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from dsmoe_vl.config.recipe import learned_tasks
+from dsmoe_vl.files import writing
 from dsmoe_vl.optim.gradients import PARTS
+from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 
@@ -40,6 +46,52 @@ def tag(name: str) -> str:
 def layer_tag(layer: int, name: str) -> str:
     """The tag of a decoder layer's aggregate."""
     return f"moe/layer_{layer:02d}/{name}"
+
+
+class Board:
+    """The event file of a run. Its thread writes later, so an OSError may be raised by any call after the one at fault.
+
+    After an OSError nothing more can be written.
+    """
+
+    def __init__(self, plan: RunPlan, first_step: int) -> None:
+        """Write the plan, the charts and the settings."""
+        _keep_thread_quiet()
+        with writing(Path(plan.tensorboard_dir)):
+            self._writer = SummaryWriter(str(plan.tensorboard_dir), purge_step=first_step + 1 if first_step else None)
+            self._writer.add_text("plan", "```\n" + describe(plan) + "\n```", first_step)
+            write_layout(self._writer, plan)
+            write_settings(self._writer, plan)
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Values by tag."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def add_image(self, name: str, picture: np.ndarray, step: int) -> None:
+        """A picture, uint8 [h, w, 3]."""
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def add_texts(self, name: str, texts: Sequence[str], step: int) -> None:
+        """Texts in Markdown."""
+        for text in texts:
+            self._writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Write what is left, and close the file."""
+        self._writer.close()
+
+
+def _keep_thread_quiet() -> None:
+    """Do not print the OSErrors of TensorBoard's thread: it keeps them for the next call, which raises them."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        module = "" if args.thread is None else type(args.thread).__module__
+        if not (module.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:

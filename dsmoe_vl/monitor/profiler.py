@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dsmoe_vl.files import replacing
+
 
 class StepProfiler:
     """Profiles this rank from the first to the last of `steps`; does nothing if `steps` is empty.
@@ -31,16 +33,22 @@ class StepProfiler:
             self._running.start()
 
     def after(self, step: int) -> Path | None:
-        """Call after step `step`. Returns the trace file after the last profiled step."""
+        """Call after step `step`. Returns the trace file after the last profiled step. Raises OSError."""
         if self._running is None or step < self._steps[-1]:
             return None
         return self.close()
 
     def close(self) -> Path | None:
-        """Write an unfinished trace, if the run ends within `steps`."""
+        """Write an unfinished trace, if the run ends within `steps`. Raises OSError."""
         if self._running is None or self._path is None:
             return None
         running, self._running = self._running, None
         running.stop()
-        running.export_chrome_trace(str(self._path))
+        with replacing(self._path) as temporary:
+            packed = temporary.with_suffix(".gz")  # the profiler packs a file with this name
+            try:
+                running.export_chrome_trace(str(packed))
+                packed.replace(temporary)
+            finally:
+                packed.unlink(missing_ok=True)
         return self._path

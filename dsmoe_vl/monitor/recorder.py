@@ -49,7 +49,10 @@ class RouterRecorder:
         self._steps += 1
 
     def record(self, step: int) -> RouterSeries | None:
-        """Write and return the record of all steps since the last one, up to `step`; None if there are none."""
+        """Write and return the record of all steps since the last one, up to `step`; None if there are none.
+
+        Raises OSError; the next call then writes this record too.
+        """
         if not self._steps:
             return None
         sums = RoutingSums(*(values.cpu().unsqueeze(0) for values in self._sums))
@@ -65,8 +68,8 @@ class RouterRecorder:
             violation=sums.violation.numpy(),
         )
         self._series = self._series.with_record(found)
-        self._series.save(self._path)
         self._begin()
+        self._series.save(self._path)
         return found
 
 

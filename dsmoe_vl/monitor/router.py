@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 
 from dsmoe_vl.checkpoint.store import PLAN_NAME
+from dsmoe_vl.command import run
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.drawing.heatmap import Panel, load_scale, rising_scale, sheet
-from dsmoe_vl.errors import DsmoeVlError
+from dsmoe_vl.files import writing
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
 
 _TIMES = 96  # columns of a panel over time, at most
@@ -94,23 +95,23 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("--output", type=Path, help="the picture (default: RUN/router.png)")
     args = parser.parse_args()
-    try:
-        series = RouterSeries.load_from(args.run / FILE)
-        first_layer = _first_layer(args.run)
-        output = args.output or args.run / "router.png"
-        output.parent.mkdir(parents=True, exist_ok=True)
+    return run(lambda: _draw(args.run, args.output or args.run / "router.png"))
+
+
+def _draw(run_dir: Path, output: Path) -> int:
+    series = RouterSeries.load_from(run_dir / FILE)
+    first_layer = _first_layer(run_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output):
         draw_run(series, first_layer).save(output)
-    except (DsmoeVlError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(output)
     return 0
 
 
-def _first_layer(run: Path) -> int:
+def _first_layer(run_dir: Path) -> int:
     from dsmoe_vl.planner.plan import recipe_from_json
 
-    return recipe_from_json(run / PLAN_NAME).moe.first_dense_layers
+    return recipe_from_json(run_dir / PLAN_NAME).moe.first_dense_layers
 
 
 if __name__ == "__main__":

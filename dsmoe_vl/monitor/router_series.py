@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.files import replacing
+from dsmoe_vl.files import replacing, require_regular
 from dsmoe_vl.moe.stats import LIVE_SHARE
 
 FILE = "router.npz"
@@ -59,7 +59,7 @@ class RouterSeries:
     def load_from(path: Path) -> RouterSeries:
         """Read a file. Raises DataError if it is missing or not a router.npz."""
         try:
-            with np.load(path) as file:
+            with np.load(require_regular(path)) as file:
                 return RouterSeries(**{field.name: file[field.name] for field in fields(RouterSeries)})
         except FileNotFoundError:
             raise DataError(

@@ -1,28 +1,27 @@
 """Logs a run to TensorBoard, `metrics.jsonl` and the terminal, all three from the same numbers.
 
 Only rank 0 writes. Values are means over a logging interval; nothing is read back from the accelerator in between.
+A full disk does not stop training here: one line says what is missing. Lines of `metrics.jsonl` wait for space.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dsmoe_vl.files import write_atomically
-from dsmoe_vl.monitor.board import layer_tag, tag, write_layout, write_settings
+from dsmoe_vl.monitor.board import Board, layer_tag, tag
+from dsmoe_vl.monitor.metrics_file import MetricsFile
 from dsmoe_vl.monitor.router import draw_record
 from dsmoe_vl.monitor.router_series import RouterSeries
 from dsmoe_vl.monitor.samples import write_samples
 from dsmoe_vl.monitor.symptoms import Watch
-from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.plan import RunPlan
+
+_BOARD = "TensorBoard's file"
 
 
 class RunLog:
@@ -34,13 +33,8 @@ class RunLog:
         self._first_sparse_layer = plan.recipe.moe.first_dense_layers
         if not self.enabled:
             return
-        self._metrics = _open_at(plan.run_dir / "metrics.jsonl", first_step)
-        self._writer: SummaryWriter | None = None
-        if plan.tensorboard_enabled:
-            self._writer = SummaryWriter(str(plan.tensorboard_dir), purge_step=first_step + 1 if first_step else None)
-            self._writer.add_text("plan", "```\n" + describe(plan) + "\n```", first_step)
-            write_layout(self._writer, plan)
-            write_settings(self._writer, plan)
+        self._metrics = MetricsFile(plan.run_dir / "metrics.jsonl", first_step)
+        self._missing: set[str] = set()  # what could not be written and has been said
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -48,12 +42,29 @@ class RunLog:
         self._watch = Watch(plan.recipe, first_step)
         self._started = time.monotonic()
         self._first_step = first_step
+        self._board: Board | None = None
+        if plan.tensorboard_enabled:
+            self.attempt(_BOARD, lambda: self._open_board(plan, first_step))
 
     def say(self, text: str) -> None:
         """Print one line to standard output."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def attempt(self, what: str, write: Callable[[], None]) -> bool:
+        """Call `write`, which writes `what`. If it raises an OSError, say so the first time; training goes on.
+
+        Returns whether it was written.
+        """
+        try:
+            write()
+        except OSError as error:
+            if self.enabled and what not in self._missing:
+                self._missing.add(what)
+                self.say(f"warning: {what} cannot be written: {error.strerror}; training goes on without it")
+            return False
+        return True
 
     def advance(self) -> None:
         """Advance the progress bar by one optimizer step."""
@@ -65,10 +76,10 @@ class RunLog:
         if not self.enabled:
             return
         self._record(step, values)
-        for sign in self._watch.look(step, values):
+        signs = list(self._watch.look(step, values))
+        for sign in signs:
             self.say(f"warning at step {step}: {sign}")
-            if self._writer is not None:
-                self._writer.add_text("warnings", sign, step)
+        self._draw(lambda board: board.add_texts("warnings", signs, step))
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
             if sys.stdout.isatty():
@@ -90,14 +101,17 @@ class RunLog:
 
     def log_router(self, series: RouterSeries | None) -> None:
         """Write the recorder's last record to TensorBoard: a picture, and aggregates of every layer."""
-        if not self.enabled or series is None or self._writer is None:
+        if not self.enabled or series is None or self._board is None:
             return
         step = int(series.step[-1])
         picture = np.asarray(draw_record(series, self._first_sparse_layer))
-        self._writer.add_image("moe/load", picture, step, dataformats="HWC")
-        for name, values in series.of_layers().items():
-            for layer, value in enumerate(values[-1], self._first_sparse_layer):
-                self._writer.add_scalar(layer_tag(layer, name), value, step)
+        aggregates = {
+            layer_tag(layer, name): value
+            for name, values in series.of_layers().items()
+            for layer, value in enumerate(values[-1], self._first_sparse_layer)
+        }
+        self._draw(lambda board: board.add_image("moe/load", picture, step))
+        self._draw(lambda board: board.add_scalars(aggregates, step))
 
     def log_samples(self, step: int) -> None:
         """Run the checkpoint of `step` on held-out samples, if enough steps have passed since the last time."""
@@ -111,8 +125,8 @@ class RunLog:
         except Exception as error:  # no error here may stop training
             self.say(f"no samples at step {step}: {type(error).__name__}: {error}")
             return
-        if picture is not None and self._writer is not None:
-            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        if picture is not None:
+            self._draw(lambda board: board.add_image("samples", np.asarray(picture), step))
 
     def close(self) -> None:
         """Close the files."""
@@ -120,32 +134,21 @@ class RunLog:
             return
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._draw(lambda board: board.close())
         self._metrics.close()
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        # Nine digits distinguish any two fp32 numbers.
-        short = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
-        self._metrics.write(json.dumps({"step": step, **short}) + "\n")
-        self._metrics.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(tag(name), value, step)
+        self.attempt("metrics.jsonl", lambda: self._metrics.write(step, values))
+        self._draw(lambda board: board.add_scalars({tag(name): value for name, value in values.items()}, step))
 
+    def _open_board(self, plan: RunPlan, first_step: int) -> None:
+        self._board = Board(plan, first_step)
 
-def _open_at(path: Path, first_step: int) -> Any:
-    """Open the metrics file for appending, without the lines of steps that a resumed run takes again."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line cut short by a crash
-        write_atomically(path, "".join(kept))
-    return path.open("a")
+    def _draw(self, draw: Callable[[Board], None]) -> None:
+        """Write to TensorBoard. Its writer cannot go on after an error, so that is the last time."""
+        board = self._board
+        if board is not None and not self.attempt(_BOARD, lambda: draw(board)):
+            self._board = None
 
 
 def _clock(seconds: float) -> str:

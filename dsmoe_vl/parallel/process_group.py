@@ -6,7 +6,10 @@ import contextlib
 import fcntl
 import io
 import os
+import subprocess
 import sys
+import sysconfig
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -19,10 +22,21 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
-from dsmoe_vl.errors import ConfigError, DsmoeVlError
+from dsmoe_vl.errors import ConfigError, as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 
 T = TypeVar("T")
+
+# The fork makes it no descendant of this process: launchers end those one by one.
+_BUILD = """
+import os
+if os.fork():
+    os._exit(0)
+from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+"""
+_QUIET_SECONDS = 4.0  # loading what is compiled takes less
+_COMPILING = "compiling DeepSpeed's CPU communication (once per environment, about a minute)"
 
 # Long enough for a first batch from a slow file system. If a rank dies, the launcher ends the others sooner.
 _TIMEOUT = timedelta(minutes=20)
@@ -94,9 +108,9 @@ def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
     """Print the error, unless another rank failed first, and end the process at once: other ranks may wait for this one
     in a collective. Exit status 2 for a user error, else 1."""
     sys.stdout.flush()
-    is_first = is_first_to_fail(ranks)
-    if is_first and isinstance(error, DsmoeVlError):
-        print(f"error (rank {ranks.rank}): {error}", file=sys.stderr, flush=True)
+    is_first, known = is_first_to_fail(ranks), as_user_error(error)
+    if is_first and known is not None:
+        print(f"error (rank {ranks.rank}): {known}", file=sys.stderr, flush=True)
     elif is_first:
         print(f"rank {ranks.rank} failed:", file=sys.stderr)
         traceback.print_exception(error)
@@ -104,7 +118,7 @@ def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
         time.sleep(1)  # ranks that fail at the same time still use the counter of this rank
     elif not is_first:
         time.sleep(3)  # a launcher returns the status of the rank that ends first
-    os._exit(2 if isinstance(error, DsmoeVlError) else 1)
+    os._exit(1 if known is None else 2)
 
 
 def _build_cpu_communication() -> None:
@@ -112,9 +126,14 @@ def _build_cpu_communication() -> None:
 
     PyTorch locks such a build with a file. A killed process leaves the file behind, and every later process would wait
     forever. We take an flock first, which ends with its process, so any such file found under it is stale.
+    The first build is a process of its own, with this lock: it comes to its end if a signal or a time limit ends this
+    process. Ninja is the environment's: another version would compile everything again, and pdsh does not pass PATH on.
     Raises ConfigError if the build fails.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    tools = sysconfig.get_path("scripts")
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != tools:
+        os.environ["PATH"] = os.pathsep.join(filter(None, (tools, os.environ.get("PATH"))))
     in_environment = Path(sys.prefix, "torch_extensions")  # built against the headers of this environment
     default = in_environment if sys.prefix != sys.base_prefix else Path(get_default_build_root())
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
@@ -123,13 +142,29 @@ def _build_cpu_communication() -> None:
         fcntl.flock(ours, fcntl.LOCK_EX)
         for stale in folder.glob("**/deepspeed_shm_comm/lock"):
             stale.unlink(missing_ok=True)
+        is_built = any(folder.glob("**/deepspeed_shm_comm/*.so"))
+        notice = threading.Timer(_QUIET_SECONDS if is_built else 0, print, [_COMPILING], {"flush": True})
+        notice.daemon = True
+        notice.start()
         try:
+            if not is_built:
+                subprocess.run(
+                    [sys.executable, "-c", _BUILD],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,  # waits for the end of all that have it open
+                    stderr=subprocess.DEVNULL,  # if it fails, `load` fails in the same way below
+                    start_new_session=True,
+                    pass_fds=(ours.fileno(),),
+                    check=False,
+                )
             builder.load(verbose=False)
         except Exception as error:  # compiler and ninja failures have many types
             raise ConfigError(
                 f"DeepSpeed's CPU communication could not be compiled in {folder}: install a C++ compiler (g++) and "
                 f"ninja, then start again. {str(error).splitlines()[0]}"
             ) from error
+        finally:
+            notice.cancel()
 
 
 class HostGroup:

@@ -77,7 +77,8 @@ class Ranks:
                 )
             local_rank = int(environment.get(launcher.local_rank, 0))
             local_size = next((int(environment[name]) for name in launcher.local_size if name in environment), 1)
-            return cls(rank, world_size, local_rank, local_size, launcher.starts_mpi)
+            # Slurm's variable is of the whole job, whose steps may be smaller.
+            return cls(rank, world_size, local_rank, min(local_size, world_size), launcher.starts_mpi)
         return cls(0, 1, 0)
 
     def export(self, environment: dict[str, str] | os._Environ[str] = os.environ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dsmoe_vl.config.load import recipe_from_table
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import require_regular
 from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.memory import MemoryEstimate
 from dsmoe_vl.planner.parameters import ParameterCounts
@@ -71,7 +72,7 @@ def changed_settings(plan: RunPlan, path: Path) -> list[str]:
     In the DeepSpeed JSON they are changes of the user, such as a scheduler that was removed.
     """
     try:
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(plan_to_json(plan))
+        before, now = json.loads(require_regular(path).read_text(encoding="utf-8")), json.loads(plan_to_json(plan))
         recipes, engines = ((dict(before[part]), now[part]) for part in ("recipe", "deepspeed"))
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -101,7 +102,7 @@ def _or_absent(section: dict[str, Any], key: str) -> str:
 def recipe_from_json(path: Path) -> Recipe:
     """The recipe in a run's `plan.json`. Raises ConfigError for a missing, broken or foreign file."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        table = json.loads(require_regular(path).read_text(encoding="utf-8"))["recipe"]
     except OSError as error:
         raise ConfigError(
             f"run plan {path} cannot be read: {error.strerror}. Name a run directory, such as runs/quickstart."

@@ -1,4 +1,4 @@
-"""Turns SIGINT, SIGTERM and the end of the launcher into a request to stop after the current step."""
+"""Turns signals, the end of the launcher and the loss of the output's reader into a request to stop."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dsmoe_vl.command import has_lost_reader
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StopRequest:
-    """Received with the first signal, or when DeepSpeed's launcher has ended; a second Ctrl-C ends the process at once.
+    """A request to stop after the current step: the first SIGINT, SIGTERM or SIGHUP in the `with` block, the end of
+    DeepSpeed's launcher, or output that nobody reads any more. A second Ctrl-C ends the process at once.
 
     On Ctrl-C, DeepSpeed's launcher sends SIGTERM after SIGINT, so a SIGTERM never counts as the second signal. A signal
-    to the `deepspeed` command ends only that command: its ranks would continue and block the port of the next run.
+    to the `deepspeed` command ends only that command: its ranks would continue and block the port of the next run. Over
+    ssh, a closed pipe may be all that they notice of its end. `nohup` ignores SIGHUP, which therefore stays ignored.
     Create this soon after the process starts, because it records the launcher at that time.
     """
 
@@ -25,11 +31,17 @@ class StopRequest:
     @property
     def received(self) -> bool:
         """Whether this process should stop."""
-        return self._signalled or self._launchers != _launchers()
+        return self._signalled or self._launchers != _launchers() or has_lost_reader()
+
+    @property
+    def has_deepspeed_launcher(self) -> bool:
+        """Whether the `deepspeed` command started this process."""
+        return bool(self._launchers)
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
+        for number in _NUMBERS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

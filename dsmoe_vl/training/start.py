@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsmoe_vl.checkpoint.store import PLAN_NAME, lock_run
+from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, PLAN_NAME, lock_run, remove_unfinished
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.shards.download import is_remote
@@ -20,6 +20,11 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan, changed_settings, plan_to_json
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.signals import StopRequest
+
+_CTRL_C = (
+    "Ctrl-C on `deepspeed` over several hosts stops every DeepSpeed run of this environment on them, each after a "
+    "checkpoint: to stop this run alone, send SIGTERM to one of its ranks"
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,12 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
     if ranks.rank == 0:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_run(plan.run_dir)
+        remove_unfinished(plan.run_dir / CHECKPOINTS_NAME)
         changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
-        for note in (*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]):
+        notes = [*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]]
+        if stop.has_deepspeed_launcher and ranks.world_size > ranks.local_size:
+            notes.append(_CTRL_C)
+        for note in notes:
             print(f"note: {note}", flush=True)
 
     from dsmoe_vl.training.trainer import Trainer

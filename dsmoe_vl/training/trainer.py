@@ -85,37 +85,35 @@ class Trainer:
         elif self.step:
             self.log.say(f"resumed at step {self.step}")
         saved = self.step
-        with self.stop:
-            batches = iter(self.loader)
-            if self.step == 0:
-                self.evaluate()  # held-out losses before training
-            while self.step < run.steps:
-                self.profiler.before(self.step + 1)
-                started = time.perf_counter()
-                step_batches = next(batches)
-                waited = time.perf_counter() - started
-                step_batches, counts, stopping = self.take_step.share(step_batches, self.stop.received)
-                self.step += 1
-                last = self.step == run.steps
-                logs = last or stopping or self.step % run.log_every == 0
-                result = self.take_step(step_batches, counts, part_norms=logs)
-                self.window.add(result)
-                self.window.time(time.perf_counter() - started, waited)
-                self._tell_of_trace(self.profiler.after(self.step))
-                self.log.advance()
-                if logs:
-                    self._log_interval()
-                self._record(result)
-                if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
-                    self.evaluate()
-                if last or self.step % run.checkpoint_every == 0:
-                    self.save()
-                    saved = self.step
-                if stopping:
-                    break
-            if saved != self.step:
+        stopping = self.host.max(int(self.stop.received)) > 0  # while the run was started
+        batches = iter(self.loader)
+        if self.step == 0 and not stopping:
+            self.evaluate()  # held-out losses before training
+        while self.step < run.steps and not stopping:
+            self.profiler.before(self.step + 1)
+            started = time.perf_counter()
+            step_batches = next(batches)
+            waited = time.perf_counter() - started
+            step_batches, counts, stopping = self.take_step.share(step_batches, self.stop.received)
+            self.step += 1
+            last = self.step == run.steps
+            logs = last or stopping or self.step % run.log_every == 0
+            result = self.take_step(step_batches, counts, part_norms=logs)
+            self.window.add(result)
+            self.window.time(time.perf_counter() - started, waited)
+            self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.after(self.step)))
+            self.log.advance()
+            if logs:
+                self._log_interval()
+            self._record(result)
+            if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
+                self.evaluate()
+            if last or self.step % run.checkpoint_every == 0:
                 self.save()
-        self._tell_of_trace(self.profiler.close())
+                saved = self.step
+        if saved != self.step:
+            self.save()
+        self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.close()))
         if self.step < run.steps:
             self.log.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
 
@@ -130,7 +128,10 @@ class Trainer:
             return
         self.recorder.add(result.routing, result.counts)
         if self.step % self.plan.recipe.run.router_every == 0:
-            self.log.log_router(self.recorder.record(self.step))
+            self._log_router(self.recorder)
+
+    def _log_router(self, recorder: RouterRecorder) -> None:
+        self.log.attempt("router.npz", lambda: self.log.log_router(recorder.record(self.step)))
 
     def _tell_of_trace(self, path: Path | None) -> None:
         if path is not None:
@@ -144,7 +145,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective."""
         if self.recorder is not None:  # a resumed run also needs it up to this step
-            self.log.log_router(self.recorder.record(self.step))
+            self._log_router(self.recorder)
         folder = training_state.save(
             self.plan, self.ranks, self.host, self.engine, self.tokenizer,
             self.step, self.take_step.load_fraction, self.loader.state_dict(),

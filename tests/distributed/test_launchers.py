@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.evaluate import parse
 from tests.distributed.ranks import free_port
 from tests.support.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
 
@@ -27,7 +28,13 @@ def torchrun(port, *arguments):
     return [str(BIN / "torchrun"), *options, str(TRAIN), *arguments]
 
 
-@pytest.mark.parametrize("launcher", [mpirun, torchrun])
+def torch_distributed_launch(port, *arguments):
+    """The predecessor of torchrun, which passes --local-rank."""
+    options = ["-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", port]
+    return python(*options, TRAIN, *arguments)
+
+
+@pytest.mark.parametrize("launcher", [mpirun, torchrun, torch_distributed_launch])
 def test_two_ranks_train_as_under_deepspeed(launcher, tiny, trained):
     run = tiny.folder / "runs" / launcher.__name__
     port = free_port()
@@ -45,6 +52,38 @@ def test_one_process_trains_without_a_launcher(tiny):
     assert result.status == 0, result.out + result.err
     assert "note: expert_parallel.autoep_size = 2" in result.out and "using 1" in result.out
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_build_that_a_time_limit_ends_is_not_started_over(tiny, tmp_path):
+    """It uses the environment's ninja, whatever comes first in PATH, and says that it compiles."""
+    wrong, builds = tmp_path / "bin" / "ninja", tmp_path / "builds"
+    wrong.parent.mkdir()
+    wrong.write_text("#!/bin/sh\nexit 1\n")
+    wrong.chmod(0o755)
+    environment = {
+        "TORCH_EXTENSIONS_DIR": str(builds),
+        "PATH": f"{wrong.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = python(TRAIN, *tiny.arguments(tmp_path / "run", "run.steps=1", "run.evaluate_every=0"))
+    process = start(command, **environment)
+    begun = time.monotonic() + 120
+    while not list(builds.glob("**/build.ninja")):
+        assert process.poll() is None and time.monotonic() < begun
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert "compiling DeepSpeed" in process.communicate()[0]
+    built = time.monotonic() + 240
+    while not list(builds.glob("**/deepspeed_shm_comm.so")):
+        assert time.monotonic() < built
+        time.sleep(0.2)
+    result = finish(start(command, **environment))
+    assert result.status == 0, result.err
+
+
+def test_evaluation_accepts_either_spelling(monkeypatch):
+    for option in ("--local_rank=1", "--local-rank=1"):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", option, "--run", "runs/x"])
+        assert parse().run == Path("runs/x")
 
 
 def test_strict_refuses_what_one_process_cannot_have(tiny):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from data_tools import inspect as inspect_tool
-from data_tools.command import run
+from dsmoe_vl.command import run
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.data.sample import Sample

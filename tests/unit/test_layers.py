@@ -19,7 +19,7 @@ LAUNCH_LINES_AT_MOST = 100
 ORDER = (
     ("console",),
     ("errors", "files"),
-    ("config", "metrics", "drawing"),
+    ("command", "config", "metrics", "drawing"),
     ("planner",),
     ("parallel", "data"),
     ("moe", "optim"),

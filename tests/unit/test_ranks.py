@@ -47,6 +47,16 @@ def test_a_rank_beyond_the_world_is_refused():
         ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, (4, False)),  # torchrun
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (2, True)),
         ({"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "3"}, (3, True)),
+        (
+            {
+                "SLURM_STEP_ID": "3",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_NTASKS": "8",
+                "SLURM_NTASKS_PER_NODE": "8",
+            },
+            (1, False),
+        ),  # a step of one task in a job of eight a node
         ({}, (1, False)),
     ],
 )

@@ -148,3 +148,16 @@ def test_recipe_from_table_does_not_change_its_input():
     table = {"run": {"steps": 3}, "data": {"sources": [{"name": "a", "path": "b"}]}}
     assert recipe_from_table(table, "here").run.steps == 3
     assert table == {"run": {"steps": 3}, "data": {"sources": [{"name": "a", "path": "b"}]}}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "x.toml").write_text(
+        '[[data.sources]]\nname = "a"\npath = "~/shards"\n[[data.evaluation]]\nname = "b"\npath = "pipe:cat ~/x"\n'
+        '[tokenizer]\npath = "~/t.model"\n'
+    )
+    recipe = load_recipe(tmp_path / "x.toml", ["run.directory=~/runs", "run.name=~"])
+    assert recipe.data.sources[0].path == "/home/somebody/shards"
+    assert recipe.data.evaluation[0].path == "pipe:cat ~/x"  # the shell's own
+    assert recipe.tokenizer.path == "/home/somebody/t.model"
+    assert (recipe.run.directory, recipe.run.name) == ("/home/somebody/runs", "~")

@@ -23,6 +23,7 @@ from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
 from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
 from dsmoe_vl.errors import DataError, FetchError
+from dsmoe_vl.files import require_regular
 
 INDEX_NAME = "index.json"
 SCHEMA_VERSION = 1
@@ -182,7 +183,7 @@ def _scan_folder(folder: Path) -> ShardIndex:
 
 
 def _read_manifest(manifest: Path) -> ShardIndex:
-    split, shards = _parse_manifest(manifest.read_bytes(), str(manifest), _REINDEX_HINT)
+    split, shards = _parse_manifest(require_regular(manifest).read_bytes(), str(manifest), _REINDEX_HINT)
     for shard in shards:
         path = manifest.parent / shard.name
         if not path.is_file():

@@ -21,6 +21,7 @@ from dsmoe_vl.data.budget import check_bytes
 from dsmoe_vl.data.sample import split_name
 from dsmoe_vl.data.shards.habits import other_format
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 _DEFAULTS = DataConfig()
 
@@ -61,7 +62,7 @@ def scan_shard(path: Path) -> ShardScan:
     scattered: set[str] = set()
     last_key, end, ignored = "", 0, ""
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, 0):
                 key = split_name(member.name)[0]
@@ -106,7 +107,7 @@ def read_files(
     files: dict[str, bytes] = {}
     position = start
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, start):
                 position = member.end

@@ -1,0 +1,106 @@
+"""What every program does around its work: a user's error in one line, and output that may lose its reader."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from dsmoe_vl.errors import as_user_error
+
+# What a write reports when its reader has gone: a pipe, a terminal, a socket.
+_NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN)
+
+
+def print_error(message: str) -> None:
+    """Print a user's error to standard error."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def run(command: Callable[[], int], show: Callable[[str], None] = print_error) -> int:
+    """The exit status of `command`: its own, 2 after a user's error, which `show` prints, or 130 after Ctrl-C.
+
+    A closed standard output changes neither the work nor the status.
+    """
+    with steady_output():
+        try:
+            return command()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            known = as_user_error(error)
+            if known is None:
+                raise
+            show(str(known))
+            return 2
+
+
+@contextmanager
+def steady_output() -> Iterator[None]:
+    """In the block, writing to standard output or error never raises an OSError: the text is lost instead."""
+    before = sys.stdout, sys.stderr
+    steady = [None if stream is None else _Steady(stream) for stream in before]
+    sys.stdout, sys.stderr = steady  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in steady:
+            if stream is not None:
+                stream.end()
+
+
+def has_lost_reader() -> bool:
+    """Whether the reader of standard output or error has gone. Noticed when something is printed."""
+    return any(isinstance(stream, _Steady) and stream.has_lost_reader for stream in (sys.stdout, sys.stderr))
+
+
+class _Steady:
+    """A text stream that drops what cannot be written. Without a reader, its descriptor leads to the null device."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.has_lost_reader = False
+
+    def write(self, text: str) -> int:
+        """As in TextIO, without OSErrors."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """As in TextIO, without OSErrors."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """As in TextIO, without OSErrors."""
+        self._try(self._stream.flush)
+
+    def end(self) -> None:
+        """Flush; what cannot be written is dropped, else the interpreter would fail on it at the end."""
+        if not self._try(self._stream.flush):
+            self._drop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, write: Callable[[], Any]) -> bool:
+        try:
+            write()
+        except OSError as error:  # a full disk may have space later, a reader does not come back
+            if error.errno in _NO_READER:
+                self.has_lost_reader = True
+                self._drop()
+            return False
+        return True
+
+    def _drop(self) -> None:
+        with contextlib.suppress(OSError):  # a stream without a descriptor has nothing to fail on
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self._stream.flush()
