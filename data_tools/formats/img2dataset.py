@@ -42,8 +42,6 @@ Example:
 DROPPED = ("caption", "sha256", "status", "error_message", "width", "height")
 KEPT = ("url", "original_width", "original_height")
 LICENCE_COLUMNS = ("licence", "license", "LICENCE", "LICENSE")
-
-
 _TEXTS = ("json", "txt")
 
 
@@ -74,7 +72,7 @@ def _records(tar: Path, filters: Filters) -> Iterator[Record]:
     keys: set[str] = set()
     for start, end in pairwise(scan.bounds.tolist()):
         try:
-            key, files, _ = read_files(tar, start, end, ("json", "txt"))
+            key, files, _ = read_files(tar, start, end, _TEXTS)
             if key in keys:
                 raise DataError(f"repeated key: {tar}: {key} is the key of two samples")
             row, text = _annotations(tar, key, files)
@@ -95,7 +93,7 @@ def _records(tar: Path, filters: Filters) -> Iterator[Record]:
 def _annotations(tar: Path, key: str, files: dict[str, bytes]) -> tuple[dict[str, Any], str]:
     """The contents of KEY.json and of KEY.txt. Raises DataError."""
     try:
-        row, text = json.loads(files.get("json", b"{}")), files.get("txt", b"").decode("utf-8").strip()
+        row, text = json.loads(files.get("json", b"{}")), files.get("txt", b"").decode("utf-8-sig").strip()
     except ValueError as error:
         raise DataError(f"malformed text or JSON: {tar}: {key}: {error}") from error
     if not isinstance(row, dict):

@@ -145,6 +145,4 @@ def _caption_batch(trained: TrainedModel, samples: list[Sample], max_tokens: int
                 yield from _caption_batch(trained, [sample], max_tokens)
         return
     for sample, text in zip(samples, texts, strict=True):
-        attributes = sample.meta.get("attributes")
-        correct = names_every_object(text, attributes) if attributes else None
-        yield Captioned(sample, text, correct)
+        yield Captioned(sample, text, names_every_object(text, sample))

@@ -91,8 +91,9 @@ def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_toke
             scores = importance_scores(trained, sample, summary)
         except DataError:
             continue
-        if attributes := sample.meta.get("attributes"):
-            scores["attribute_accuracy"] = float(names_every_object(summary.text, attributes))
+        named = names_every_object(summary.text, sample)
+        if named is not None:
+            scores["attribute_accuracy"] = float(named)
         yield Summarized(sample, summary, scores)
 
 

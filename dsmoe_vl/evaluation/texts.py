@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.metrics.captions import caption_metrics
 from dsmoe_vl.report.content import ScoreLabel
 
@@ -22,11 +23,20 @@ TEXT_LABELS = {
 }
 
 
-def names_every_object(text: str, attributes: list[dict[str, str]]) -> bool:
-    """Whether the text says "COLOUR SHAPE" for every object; two equal objects must be named twice."""
+def names_every_object(text: str, sample: Sample) -> bool | None:
+    """Whether the text says "COLOUR SHAPE" for every object; two equal objects must be named twice.
+
+    None if KEY.json has no `attributes`, or others than colours and shapes: datasets use the name for many things.
+    """
+    objects = sample.meta.get("attributes")
+    try:
+        wanted = [f"{thing['colour']} {thing['shape']}" for thing in objects] if isinstance(objects, list) else []
+    except (KeyError, TypeError):
+        return None
+    if not wanted:
+        return None
     words = " ".join(re.findall(r"[a-z]+", text.lower()))
-    wanted = [f"{thing['colour']} {thing['shape']}" for thing in attributes]
-    return all(len(re.findall(rf"\b{phrase}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
+    return all(len(re.findall(rf"\b{re.escape(phrase)}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
 
 
 def text_scores(texts: Iterable[tuple[str, list[str]]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.evaluation.texts import names_every_object
 
 RED_CIRCLE, BLUE_RING = {"colour": "red", "shape": "circle"}, {"colour": "blue", "shape": "ring"}
@@ -23,4 +24,20 @@ RED_CIRCLE, BLUE_RING = {"colour": "red", "shape": "circle"}, {"colour": "blue",
     ],
 )
 def test_every_object_must_be_named(text, attributes, right):
-    assert names_every_object(text, attributes) is right
+    assert names_every_object(text, sample(attributes)) is right
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [None, [], "red", 3, ["red"], [3], [None], [{"colour": "red"}], {"colour": "red", "shape": "circle"}],
+)
+def test_attributes_of_other_datasets_are_no_truth(attributes):
+    assert names_every_object("a red circle", sample(attributes)) is None
+
+
+def test_colours_and_shapes_are_plain_text():
+    assert names_every_object("a circle", sample([{"colour": "(", "shape": "circle"}])) is False
+
+
+def sample(attributes: object) -> Sample:
+    return Sample("1", "a", 0, None, "", "", {"attributes": attributes})

@@ -80,6 +80,10 @@ class TestImg2dataset:
         write_tar(tmp_path / "00000.tar", members)
         assert [record.captions for record in read(img2dataset, "--shards", tmp_path)] == [[None], [None], ["a dog"]]
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path):
+        write_tar(tmp_path / "00000.tar", self.sample("1", "\ufeffa dog"))
+        assert [record.captions for record in read(img2dataset, "--shards", tmp_path)] == [["a dog"]]
+
     def test_samples_that_cannot_be_read_are_rejected_one_by_one(self, tmp_path):
         members = [
             *self.sample("1"),
