@@ -22,10 +22,12 @@ def is_own(sample: Sample) -> bool:
 
 def problems(sample: Sample) -> Iterator[str]:
     """The problems of a sample, each as `kind: detail`."""
-    yield from contents_of(sample).problems
+    contents, meta = contents_of(sample), sample.meta
+    yield from contents.problems
+    if (is_own(sample) or "summary" in contents.tasks) and (problem := curves_problem(meta)):
+        yield problem
     if not is_own(sample):
         return
-    meta = sample.meta
     if meta["schema_version"] != SCHEMA_VERSION:
         yield f"other schema_version: {meta['schema_version']}, this version reads {SCHEMA_VERSION}"
     tasks = meta.get("tasks", [])
@@ -34,8 +36,6 @@ def problems(sample: Sample) -> Iterator[str]:
     for name in ("width", "height", "duration_seconds", "fps"):
         if name in meta and not _is_positive(meta[name]):
             yield f"no positive number: {name} is {meta[name]!r:.40}"
-    if problem := curves_problem(meta):
-        yield problem
     if sample.media is not None and meta.get("sha256") != hashlib.sha256(sample.media).hexdigest():
         yield "media differ from the sha256 in json"
 

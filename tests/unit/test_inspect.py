@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 
 import pytest
 from PIL import Image
@@ -16,6 +15,8 @@ from data_tools.writer import ShardWriter
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.drawing.contact_sheet import PAGE_WIDTH, Cell, contact_sheet
 from dsmoe_vl.errors import DataError
+from tests.support.datasets import clip
+from tests.support.tars import write_tar
 
 
 def photo(size=(64, 48)):
@@ -72,16 +73,12 @@ def test_bad_samples_are_counted_by_reason(tmp_path):
 
 
 def test_tars_of_others(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in [
-            ("one.png", photo()), ("one.txt", b"a caption"),
-            ("two.png", photo()), ("two.json", b"{"),
-            ("three.json", json.dumps({"sha256": "0" * 64}).encode()), ("three.png", photo()), ("three.txt", b"a"),
-            ("one.png", photo()), ("one.txt", b"a caption"), ("one.json", b'{"a": 1}'),
-        ]:  # fmt: skip
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_tar(tmp_path / "a.tar", [
+        ("one.png", photo()), ("one.txt", b"a caption"),
+        ("two.png", photo()), ("two.json", b"{"),
+        ("three.json", json.dumps({"sha256": "0" * 64}).encode()), ("three.png", photo()), ("three.txt", b"a"),
+        ("one.png", photo()), ("one.txt", b"a caption"), ("one.json", b'{"a": 1}'),
+    ])  # fmt: skip
     assert problems(tmp_path) == {
         "malformed text or JSON": 1,
         "duplicate key": 1,
@@ -105,6 +102,15 @@ def test_json_that_training_could_not_use(tmp_path):
     assert inspect(folder).problems["no positive number"] == [
         "train-00000.tar, sample 1, no_positive_number-1330f8c9: duration_seconds is 0"
     ]
+
+
+def test_curves_of_others_are_checked_where_training_uses_them(tmp_path):
+    film, bad = clip(tmp_path / "one.mp4").read_bytes(), json.dumps({"importance": [3], "duration_seconds": 1}).encode()
+    write_tar(tmp_path / "a.tar", [
+        ("one.mp4", film), ("one.txt", b"a caption"), ("one.json", bad),
+        ("two.png", photo()), ("two.txt", b"a caption"), ("two.json", bad),
+    ])  # fmt: skip
+    assert problems(tmp_path) == {"malformed importance": 1}
 
 
 def test_length_in_tokens(tmp_path):
