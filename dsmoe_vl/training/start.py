@@ -22,8 +22,8 @@ from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.signals import StopRequest
 
 _CTRL_C = (
-    "Ctrl-C on `deepspeed` over several hosts stops every DeepSpeed run of this environment on them, each after a "
-    "checkpoint: to stop this run alone, send SIGTERM to one of its ranks"
+    "Ctrl-C on `deepspeed` over several hosts stops every DeepSpeed run of this environment on them, and gives "
+    "each 30 s to save a checkpoint: to stop this run alone, send SIGTERM to one of its ranks"
 )
 
 

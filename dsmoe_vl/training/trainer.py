@@ -85,9 +85,9 @@ class Trainer:
         elif self.step:
             self.log.say(f"resumed at step {self.step}")
         saved = self.step
-        stopping = self.host.max(int(self.stop.received)) > 0  # while the run was started
+        stopping = False
         batches = iter(self.loader)
-        if self.step == 0 and not stopping:
+        if self.step == 0:
             self.evaluate()  # held-out losses before training
         while self.step < run.steps and not stopping:
             self.profiler.before(self.step + 1)

@@ -106,7 +106,7 @@ def test_nohup_keeps_a_run_alive(tiny, tmp_path):
 @pytest.mark.parametrize("launcher", ["alone", "torchrun"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_a_run_starts(tiny, tmp_path, launcher, number):
-    """The run ends before its first step, and is as new for the next start."""
+    """The run takes a step, saves it and ends, as at any later time."""
     run = tmp_path / "run"
     command = launched(launcher, tiny.arguments(run, "run.steps=100000"))
     process = start(command)
@@ -115,8 +115,9 @@ def test_a_signal_while_a_run_starts(tiny, tmp_path, launcher, number):
     os.kill(ranks[-1].pid, number)  # one rank alone
     result = finish(process, SECONDS)
     assert result.status == 0, result.out + result.err
-    assert "stopped at step 0 of 100000; the same command continues from here" in result.out
-    assert newest_complete(run / "checkpoints") is None
+    assert "stopped at step 1 of 100000; the same command continues from here" in result.out
+    found = newest_complete(run / "checkpoints")
+    assert found is not None and found[1].step == 1
 
 
 def test_a_full_disk_under_the_output_does_not_stop_a_run(tiny, tmp_path):
