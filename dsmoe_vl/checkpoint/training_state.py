@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,45 +53,38 @@ def save(
     Raises OSError, which names the folder or a file, if the disk is full or refuses; then nothing of it is left.
     """
     folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
-    try:
-        with writing(folder):
-            _write(folder, plan, ranks, host, engine, tokenizer, step, load_fraction, data_state)
-    except BaseException:
-        remove_unfinished(folder.parent)
-        raise
+    with _removed_on_failure(folder):
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
+            folder.mkdir(parents=True)
+        host.barrier()
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        save_weights(engine.module, plan.zero_stage, folder)
+        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        torch.save(rng, folder / _rng_name(ranks))
+        states = host.gather(data_state)  # also a barrier: every rank has written its files
+        if ranks.rank == 0:
+            load = None if load_fraction is None else load_fraction.tolist()
+            write_json(folder / TRAINER_NAME, {"step": step, "load_fraction": load})
+            write_json(folder / DATA_NAME, states)
+            shutil.copyfile(plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
+            complete(folder, Manifest(step, topology_of(plan), tokenizer.sha256, {}))
+            prune(folder.parent, plan.recipe.run.keep_checkpoints)
+        host.barrier()
     return folder
 
 
-def _write(
-    folder: Path,
-    plan: RunPlan,
-    ranks: Ranks,
-    host: HostGroup,
-    engine: Any,
-    tokenizer: Tokenizer,
-    step: int,
-    load_fraction: Tensor | None,
-    data_state: dict[str, Any],
-) -> None:
-    if ranks.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
-        folder.mkdir(parents=True)
-    host.barrier()
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    save_weights(engine.module, plan.zero_stage, folder)
-    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save(rng, folder / _rng_name(ranks))
-    states = host.gather(data_state)  # also a barrier: every rank has written its files
-    if ranks.rank == 0:
-        load = None if load_fraction is None else load_fraction.tolist()
-        write_json(folder / TRAINER_NAME, {"step": step, "load_fraction": load})
-        write_json(folder / DATA_NAME, states)
-        shutil.copyfile(plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
-        complete(folder, Manifest(step, topology_of(plan), tokenizer.sha256, {}))
-        prune(folder.parent, plan.recipe.run.keep_checkpoints)
-    host.barrier()
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """If the block fails, nothing of `folder` is left: it may have filled the disk, or stop the next start."""
+    try:
+        with writing(folder):
+            yield
+    except BaseException:
+        remove_unfinished(folder.parent)
+        raise
 
 
 def restore(

@@ -7,7 +7,6 @@ import json
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -23,33 +22,12 @@ from dsmoe_vl.data.shards import remote
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples, read_sample
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
 from tests.support.loading import COUNTS, encode
-from tests.support.remote_shards import cached, impatient, remote_data
-from tests.support.tars import write_index, write_shards
+from tests.support.remote_shards import cached, impatient
+from tests.support.tars import write_index
 from tests.support.web import CUT, SILENT, STUCK, WRONG, Web, serving
 
 pytestmark = pytest.mark.timeout(60)
 FIRST = "a/00000.tar"
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_shards(tmp_path / "served" / "a", COUNTS)
-
-
-@pytest.fixture
-def web(folder: Path) -> Iterator[Web]:
-    with serving(folder.parent) as server:
-        yield server
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> DataConfig:
-    return remote_data(tmp_path / "cache")
 
 
 def loader_of(path: str | Path, data: DataConfig, quarantine: Path | None = None) -> Loader:

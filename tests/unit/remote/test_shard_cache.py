@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,35 +21,13 @@ from dsmoe_vl.data.shards import remote
 from dsmoe_vl.data.shards.index import Shard, ShardIndex, read_sample
 from dsmoe_vl.data.shards.prefetch import Prefetcher
 from dsmoe_vl.errors import DataError, FetchError
-from tests.support.loading import COUNTS
-from tests.support.remote_shards import cached, impatient, remote_data, until
-from tests.support.tars import write_index, write_shards, write_tar
-from tests.support.web import STUCK, Web, serving
+from tests.support.remote_shards import cached, impatient, until
+from tests.support.tars import write_index, write_tar
+from tests.support.web import STUCK, Web
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(60)
 FIRST = "a/00000.tar"
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_shards(tmp_path / "served" / "a", COUNTS)
-
-
-@pytest.fixture
-def web(folder: Path) -> Iterator[Web]:
-    with serving(folder.parent) as server:
-        yield server
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> DataConfig:
-    return remote_data(tmp_path / "cache")
 
 
 def test_announced_shards_are_fetched_ahead(web: Web, data: DataConfig) -> None:
