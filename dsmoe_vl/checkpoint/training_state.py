@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from dsmoe_vl.checkpoint.store import (
     checkpoint_name,
     complete,
     prune,
-    remove_unfinished,
 )
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -50,10 +47,11 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` and return its folder. Collective.
 
-    Raises OSError, which names the folder or a file, if the disk is full or refuses; then nothing of it is left.
+    Raises OSError, which names the folder or a file, if the disk is full or refuses. What is left is removed by the
+    next start, not here: a rank that still writes would report that its files have gone, instead of the cause.
     """
     folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
-    with _removed_on_failure(folder):
+    with writing(folder):
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
             folder.mkdir(parents=True)
@@ -74,17 +72,6 @@ def save(
             prune(folder.parent, plan.recipe.run.keep_checkpoints)
         host.barrier()
     return folder
-
-
-@contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """If the block fails, nothing of `folder` is left: it may have filled the disk, or stop the next start."""
-    try:
-        with writing(folder):
-            yield
-    except BaseException:
-        remove_unfinished(folder.parent)
-        raise
 
 
 def restore(

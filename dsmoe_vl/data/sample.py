@@ -20,7 +20,7 @@ class Sample:
     """
 
     key: str
-    source: str
+    source: str  # name of the recipe's source; in evaluation the last part of the path of the folder
     epoch: int  # of its source
     media: bytes | None
     media_type: str  # extension: "jpg", "mp4", ...; "" without media
