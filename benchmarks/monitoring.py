@@ -85,8 +85,8 @@ class Bench:
     def _take(self, index: int, part_norms: bool) -> Any:
         first = index * self.plan.accumulation
         batches = [self.batches[(first + micro) % len(self.batches)] for micro in range(self.plan.accumulation)]
-        batches, counts, _ = self.take_step.share(batches)
-        return self.take_step(batches, counts, part_norms)
+        shared = self.take_step.share(batches)
+        return self.take_step(shared.batches, shared.counts, part_norms)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -82,7 +82,7 @@ def _records(tar: Path, filters: Filters) -> Iterator[Record]:
         keys.add(key)
         if not filters.accept(row):
             continue
-        media = _picture(tar, start, end)
+        media = _media(tar, start, end)
         problem = "" if media else f"no image: {tar}: {key}"
         # Keys begin with the number of their tar, which two downloads in one folder may share.
         yield Record(f"{tar.stem}-{key}", "image", media, [text or row.get("caption")], _meta(row), problem)
@@ -109,8 +109,8 @@ def _meta(row: dict[str, Any]) -> dict[str, Any]:
     return {**{name: known.get(name) for name in KEPT}, "licence": licence, NAME: others or None}
 
 
-def _picture(tar: Path, start: int, end: int) -> Stored | None:
-    """The image of the sample in the bytes [start, end), found by the headers, or by the first bytes of files with
+def _media(tar: Path, start: int, end: int) -> Stored | None:
+    """The medium of the sample in the bytes [start, end), found by the headers, or by the first bytes of files with
     unusual names; None if there is none."""
     with tar.open("rb") as file:
         file.seek(start)
@@ -122,6 +122,6 @@ def _picture(tar: Path, start: int, end: int) -> Stored | None:
                 if extension in _TEXTS or not member.isreg() or member.issparse():
                     continue
                 stored = Stored(tar, member.offset_data, member.size, member.name)
-                if extension in IMAGE_EXTENSIONS or media_kind(stored.read_bytes(HEAD)) == "image":
+                if extension in IMAGE_EXTENSIONS or media_kind(stored.read_bytes(HEAD)) is not None:
                     return stored
     return None

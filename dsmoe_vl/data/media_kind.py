@@ -31,7 +31,10 @@ _TS_PACKET = 188  # bytes; each begins with 0x47
 
 
 def media_kind(head: bytes) -> Kind | None:
-    """Whether a file with these first bytes (HEAD are enough) is an image or a video; None: neither."""
+    """Whether a file with these first bytes (HEAD are enough) is an image or a video; None: neither.
+
+    The one place that decides by content. How both become a format of shards is in `foreign_media.py`.
+    """
     return "image" if image_format(head) else "video" if container(head) else None
 
 

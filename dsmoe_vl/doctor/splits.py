@@ -121,8 +121,8 @@ class Probe:
         gradients: dict[str, Tensor] = {}
         for step in range(STEPS):
             take_step.before_update = partial(_collect, engine.module, gradients) if step == 0 else None
-            batches, counts, _ = take_step.share(self._batches(split, step))
-            result = take_step(batches, counts)
+            shared = take_step.share(self._batches(split, step))
+            result = take_step(shared.batches, shared.counts)
             values |= {f"{name}, step {step}": float(value) for name, value in result.terms.items()}
             values[f"grad_norm, step {step}"] = result.grad_norm
         engine.destroy()

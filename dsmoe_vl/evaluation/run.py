@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import PLAN_NAME, read_manifest
-from dsmoe_vl.config.recipe import learned_tasks
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig, learned_tasks
 from dsmoe_vl.config.task_table import TaskSpec, import_class
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.evaluation.dealing import Dealer
@@ -98,13 +98,14 @@ def evaluate_folders(
     options: Options, trained: TrainedModel, evaluations: dict[str, TaskEvaluation], dealer: Dealer
 ) -> Evaluated:
     """Every task on every folder, folder by folder. Raises DsmoeVlError. Collective."""
-    paths = options.folders or tuple(source.path for source in trained.recipe.data.evaluation)
+    sources = held_out_sources(options.folders, trained.recipe.data)
     # The run's cache settings. Its plan may come from somebody else: only commands given on the command line are run.
     data = replace(trained.recipe.data, allow_pipe=bool(options.folders))
     print(f"{trained.checkpoint}")
     evaluated = Evaluated({}, {})
-    for path in paths:
-        folder = Folder(path, data, dealer, options.limit, Counts.of(len(paths)))
+    for source in sources:
+        path = source.path
+        folder = Folder(source, data, dealer, options.limit, Counts.of(len(sources)))
         results = {name: evaluation.evaluate(folder) for name, evaluation in evaluations.items()}
         evaluated.scores[path] = {name: scores for name, (scores, _) in results.items() if scores}
         evaluated.examples[path] = {name: examples for name, (_, examples) in results.items()}
@@ -112,6 +113,14 @@ def evaluate_folders(
             values = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
             print(f"{path}: {name}: {values or 'no sample of this task'}")
     return evaluated
+
+
+def held_out_sources(folders: Sequence[str], data: DataConfig) -> Sequence[SourceConfig]:
+    """The recipe's held-out sources, or those `folders`: by the recipe's own name where it has one, else by the last
+    part of the path."""
+    known = {source.path: source for source in data.evaluation}
+    made = (SourceConfig(path.rstrip("/").rpartition("/")[2], path) for path in folders)
+    return [known.get(source.path, source) for source in made] or data.evaluation
 
 
 def _part(spec: TaskSpec, evaluation: TaskEvaluation, evaluated: Evaluated) -> TaskPart:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
@@ -47,28 +47,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of shards, on this rank. `examples`: how many the report shows."""
+    """One folder of shards, on this rank: a held-out source of the recipe, or one made of a path. `examples`: how many
+    the report shows."""
 
-    path: str
+    source: SourceConfig
     data: DataConfig
     dealer: Dealer
     limit: int | None
     examples: Counts
 
-    @property
-    def name(self) -> str:
-        """The last part of its path."""
-        return self.path.rstrip("/").rpartition("/")[2]
-
     def own(self) -> Dealt:
         """This rank's samples, in order."""
         dealer = self.dealer
-        own = iterate_samples(self.path, self.name, data=self.data, first=dealer.rank, step=dealer.count)
+        own = iterate_samples(self.source.path, self.source.name, data=self.data, first=dealer.rank, step=dealer.count)
         return Dealt(islice(own, None if self.limit is None else dealer.own(self.limit)), dealer)
 
     def all(self) -> Iterator[Sample]:
         """Every rank's samples, in order."""
-        return islice(iterate_samples(self.path, self.name, data=self.data), self.limit)
+        return islice(iterate_samples(self.source.path, self.source.name, data=self.data), self.limit)
 
 
 class TaskEvaluation(Protocol):

@@ -106,7 +106,7 @@ def _spec(source: MoEFeedForward) -> MoELayerSpec:
         top_k=source.router.top_k,
         hidden_size=width,
         ffn_hidden_size=hidden,
-        score_func="softmax",
+        score_func="softmax",  # of DeepSpeed's own router, which is not used: ours is
         score_apply="post",
         route_norm=True,
         gate_bias=False,

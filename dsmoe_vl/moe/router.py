@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     """The decision for T tokens. A tuple, because ZeRO-3 looks for tensors in tuples only.
 
     Other files rely on `softmax(logits) = probabilities`: `expert_parallel_capacity.py` lets DeepSpeed make its gates
-    from logits, and the balancing terms need rows of probabilities that sum to 1.
+    from logits, `stats.py` takes the z-loss of them, and the balancing terms need rows of probabilities that sum to 1.
     """
 
     experts: Tensor  # int64 [T, K]

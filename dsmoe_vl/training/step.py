@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,15 @@ from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradie
 
 # Number of token groups for load balancing, by moe.balance_over.
 _GROUPS = {"all": 1, "task": len(TASKS), "modality": len(Modality)}
+
+
+class Shared(NamedTuple):
+    """What the ranks agree on before a step: this rank's batches with `pairs_of_ranks`, the counts of all ranks
+    (including "patches"), and whether any rank wants to stop. Read by name, so that it can get another field."""
+
+    batches: list[Batch]
+    counts: dict[str, int]
+    stopping: bool
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,9 @@ class OptimizerStep:
         self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are accumulated
         self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
 
-    def share(self, batches: list[Batch], stop: bool = False) -> tuple[list[Batch], dict[str, int], bool]:
-        """The batches with `pairs_of_ranks`, the global counts (including "patches"), and whether any rank wants to
-        stop. One small all-reduce on the host. Collective.
-        """
+    def share(self, batches: list[Batch], stop: bool = False) -> Shared:
+        """What the step needs to know of the other ranks. `stop`: this one wants to stop. One small all-reduce on the
+        host. Collective."""
         names = (*COUNTS, "patches")
         totals = [sum(batch.counts[name] for batch in batches) for name in COUNTS]
         totals.append(sum(len(batch.patches) for batch in batches))
@@ -82,7 +90,7 @@ class OptimizerStep:
                 replace(batch, pairs_of_ranks=tuple(of_ranks[i * world : (i + 1) * world]))
                 for i, batch in enumerate(batches)
             ]
-        return batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0
+        return Shared(batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0)
 
     def __call__(self, batches: list[Batch], counts: dict[str, int], part_norms: bool = False) -> StepResult:
         """Update the model with batches and counts from `share`. `part_norms`: also compute the gradient norm by part,

@@ -92,13 +92,14 @@ class Trainer:
         while self.step < run.steps and not stopping:
             self.profiler.before(self.step + 1)
             started = time.perf_counter()
-            step_batches = next(batches)
+            own = next(batches)
             waited = time.perf_counter() - started
-            step_batches, counts, stopping = self.take_step.share(step_batches, self.stop.received)
+            shared = self.take_step.share(own, self.stop.received)
+            stopping = shared.stopping
             self.step += 1
             last = self.step == run.steps
             logs = last or stopping or self.step % run.log_every == 0
-            result = self.take_step(step_batches, counts, part_norms=logs)
+            result = self.take_step(shared.batches, shared.counts, part_norms=logs)
             self.window.add(result)
             self.window.time(time.perf_counter() - started, waited)
             self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.after(self.step)))

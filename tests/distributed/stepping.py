@@ -24,5 +24,5 @@ def take_steps(
     for step in range(steps):
         packs = [mixed_pack(100 * step + n) for n in range(ranks.rank, PACKS_PER_STEP, ranks.world_size)]
         half = len(packs) // 2
-        batches, counts, _ = take_step.share([collate(packs[:half]), collate(packs[half:])])
-        yield take_step(batches, counts, part_norms)
+        shared = take_step.share([collate(packs[:half]), collate(packs[half:])])
+        yield take_step(shared.batches, shared.counts, part_norms)

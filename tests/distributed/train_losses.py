@@ -135,7 +135,8 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         own = range(ranks.rank, PACKS_PER_STEP, ranks.world_size)
         packs = [mixed_pack(100 * step + index, without) for index in own]
         batches = [collate(packs[i : i + micro_batch]) for i in range(0, len(packs), micro_batch)]
-        result = take_step(*take_step.share(batches)[:2])
+        shared = take_step.share(batches)
+        result = take_step(shared.batches, shared.counts)
         terms.append({name: float(value) for name, value in result.terms.items()})
         norms.append(result.grad_norm)
         dropped.append(float(result.routing.dropped.sum()))
