@@ -124,8 +124,9 @@ def test_the_view_is_one_affine_map(view: Augmentation):
 def test_any_picture_has_the_asked_size(shape):
     extreme = AugmentConfig(zoom=1.0, shift=0.5, rotate=180.0, colour=0.9, erase=1.0, mirror=0.5)
     for one in choices(extreme, 30):
-        changed = one.apply(noise(*shape), 32, 48)
-        assert changed.shape == (32, 48, 3) and changed.dtype == np.uint8
+        for height, width in ((32, 48), (2, 1)):
+            changed = one.apply(noise(*shape), height, width)
+            assert changed.shape == (height, width, 3) and changed.dtype == np.uint8
 
 
 def test_colours_keep_their_hue():
