@@ -118,6 +118,23 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Changes of training pictures, another one every epoch. All frames of a video are changed alike; 0: off."""
+
+    # a view of the picture replaces it, with sides of 1 / (1 + zoom) to (1 + zoom) times the picture's, log-uniform
+    zoom: float = bounded(0.0, least=0, most=1)
+    shift: float = bounded(0.0, least=0, most=0.5)  # share of a side; the view's centre moves by at most this
+    rotate: float = bounded(0.0, least=0, most=180)  # degrees; the view turns by at most this, either way
+    # relative; brightness, contrast and saturation change by at most this factor each. Hues are kept.
+    colour: float = bounded(0.0, least=0, most=0.9)
+    erase: float = bounded(
+        0.0, least=0, most=1
+    )  # probability that a rectangle gets the mean colour; 2-20 % of the area
+    # probability of mirroring left and right: makes "left of" and writing untrue
+    mirror: float = bounded(0.0, least=0, most=1)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Data sources, and the size and content of packs."""
 
@@ -134,6 +151,7 @@ class DataConfig:
     video_sampling: str = bounded("uniform", choices=("uniform", "fps", "keyframes"))
     video_fps: float = bounded(1.0, above=0)  # frames per second, for "fps"
     frame_pool: int = bounded(2, least=1)  # frame_pool x frame_pool vision tokens of a frame are averaged into one
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     # virtual readers; a multiple of (data-parallel ranks x workers); fixed for the whole run
     lanes: int = bounded(64, least=1)
     lookahead: int = bounded(32, least=1)  # samples from which the packer chooses the best fit

@@ -38,7 +38,10 @@ class TrainedModel:
     device: torch.device
 
     def task(self, kind: type[T]) -> T:
-        """The task of class `kind`, without dropout. Raises ConfigError if the model has not learned it."""
+        """The task of class `kind`, without dropout and augmentation.
+
+        Raises ConfigError if the model has not learned it.
+        """
         require_task(self, kind.name)
         pictures = PictureReader(self.recipe.data, self.recipe.model.vision)
         return kind(pictures, self.tokenizer, getattr(self.recipe.tasks, kind.name), training=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from dsmoe_vl.config.deepspeed_json import setting
-from dsmoe_vl.config.recipe import L1Config
+from dsmoe_vl.config.recipe import AugmentConfig, L1Config
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.planner.plan import RunPlan
@@ -41,6 +42,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
         ("ranks", f"{plan.world_size} x {plan.device}, {plan.precision}, ZeRO-{plan.zero_stage}{recomputed}"),
         ("sources", _sources(plan)),
         ("readers", f"{data.lanes} lanes, {data.lanes // plan.world_size} per rank, {data.workers} workers per rank"),
+        *_augmentation(data.augment),
     ]
 
 
@@ -48,6 +50,11 @@ def _sources(plan: RunPlan) -> str:
     sources, heat = plan.recipe.data.sources, plan.recipe.data.temperature
     total = sum(source.weight ** (1 / heat) for source in sources)
     return ", ".join(f"{source.name} {source.weight ** (1 / heat) / total:.0%}" for source in sources)
+
+
+def _augmentation(augment: AugmentConfig) -> list[tuple[str, str]]:
+    used = ", ".join(f"{name} {value:g}" for name, value in asdict(augment).items() if value)
+    return [("training pictures", f"changed every epoch: {used}")] if used else []
 
 
 def _parameters(plan: RunPlan) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig, VisionConfig
+from dsmoe_vl.data.augment import Augmentation
 from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches
 from dsmoe_vl.data.sample import Sample
@@ -17,8 +18,9 @@ _PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
 class PictureReader:
     """Decodes a sample's image or the sampled frames of its video, and cuts them into patches."""
 
-    def __init__(self, data: DataConfig, vision: VisionConfig) -> None:
-        self.data, self.vision = data, vision
+    def __init__(self, data: DataConfig, vision: VisionConfig, seed: int | None = None) -> None:
+        """`seed`: of the run, for training, where pictures are augmented; None: pictures are read as they are."""
+        self.data, self.vision, self.seed = data, vision, seed
         self._last: tuple[Sample, tuple[Modality, list[Picture], int]] | None = None
 
     def read(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
@@ -43,24 +45,32 @@ class PictureReader:
 
     def _decode(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
         media = media_of(sample)
+        augmentation = self._augmentation(sample)
         if not sample.is_video:
             image = decode_image(media, self.data.image_max_patches * self.vision.patch_size**2)
             grid = self._grid(image, self.data.image_max_patches)
             cells = np.arange(self._cells(grid), dtype=np.int32)
-            return Modality.IMAGE, [Picture(self._cut(image, grid), grid, -1.0, cells)], len(cells)
+            return Modality.IMAGE, [Picture(self._cut(image, grid, augmentation), grid, -1.0, cells)], len(cells)
         pictures: list[Picture] = []
         used = 0
         for seconds, frame in sampled_frames(sample, self.data):
             grid = self._grid(frame, self.data.frame_max_patches)
             tokens = self._pooled_tokens(grid)
-            pictures.append(Picture(self._cut(frame, grid), grid, seconds, tokens + used))
+            pictures.append(Picture(self._cut(frame, grid, augmentation), grid, seconds, tokens + used))
             used += int(tokens[-1]) + 1
         return Modality.VIDEO, pictures, used
+
+    def _augmentation(self, sample: Sample) -> Augmentation:
+        if self.seed is None:
+            return Augmentation()
+        return Augmentation.choose(self.data.augment, self.seed, sample.source, sample.key, sample.epoch)
 
     def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:
         return fit_grid(pixels.shape[1], pixels.shape[0], self.vision.patch_size, self.vision.merge, budget)
 
-    def _cut(self, pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    def _cut(self, pixels: np.ndarray, grid: tuple[int, int], augmentation: Augmentation) -> np.ndarray:
+        height, width = (side * self.vision.patch_size for side in grid)
+        pixels = augmentation.apply(pixels, height, width)
         return to_patches(pixels, grid, self.vision.patch_size, self.vision.merge)
 
     def _cells(self, grid: tuple[int, int]) -> int:

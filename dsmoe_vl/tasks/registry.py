@@ -17,8 +17,11 @@ from dsmoe_vl.tasks.task import Task
 
 
 def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> tuple[Task, ...]:
-    """All tasks with a weight above 0, in the table's order. `training=False`: samples are encoded without dropout."""
-    pictures = PictureReader(recipe.data, recipe.model.vision)
+    """All tasks with a weight above 0, in the table's order.
+
+    `training=False`: samples are encoded as they are, without dropout and augmentation.
+    """
+    pictures = PictureReader(recipe.data, recipe.model.vision, recipe.run.seed if training else None)
     return tuple(
         import_class(spec.task)(pictures, tokenizer, getattr(recipe.tasks, spec.name), training)
         for spec in learned_tasks(recipe)
