@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,10 @@ class DualEncoder(nn.Module):
         for width, out in ((3, first), (first, _CHANNELS[0])):
             stem += [nn.Conv2d(width, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
         widths = (_CHANNELS[0], *_CHANNELS)
-        stages = [_Block(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:], strict=False)]
-        self.picture = nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], _WIDTH))
+        stages = [_Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
+        self.picture = nn.Sequential(
+            *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], _WIDTH)
+        )
         self.words = nn.EmbeddingBag(_BUCKETS, _WIDTH, mode="mean")
         self.text = nn.Sequential(nn.Linear(_WIDTH, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH))
         nn.init.normal_(self.words.weight, std=1.0)

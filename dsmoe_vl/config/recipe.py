@@ -127,9 +127,8 @@ class AugmentConfig:
     rotate: float = bounded(0.0, least=0, most=180)  # degrees; the view turns by at most this, either way
     # relative; brightness, contrast and saturation change by at most this factor each. Hues are kept.
     colour: float = bounded(0.0, least=0, most=0.9)
-    erase: float = bounded(
-        0.0, least=0, most=1
-    )  # probability that a rectangle gets the mean colour; 2-20 % of the area
+    # probability that a rectangle of 2 to 20 % of the area gets the mean colour
+    erase: float = bounded(0.0, least=0, most=1)
     # probability of mirroring left and right: makes "left of" and writing untrue
     mirror: float = bounded(0.0, least=0, most=1)
 
