@@ -120,7 +120,7 @@ def time_loader(shards: Path, tokenizer: Path, workers: int, run: Interleaved, s
     recipe = replace(Recipe(), data=data, tasks=TasksConfig())
     recipe = replace(recipe, model=replace(recipe.model, vision=VISION))
     words = Tokenizer(tokenizer)
-    encode = Encoder(build_tasks(recipe, words), data.sources)
+    encode = Encoder(build_tasks(recipe, words))
     loader = Loader(data, data.sources, encode, VISION.patch_size, VISION.merge, 1, 0, 1, 1, 1)
     steps = iter(loader)
 
@@ -136,7 +136,7 @@ def time_loader(shards: Path, tokenizer: Path, workers: int, run: Interleaved, s
             taken += len(next(batches))
         return taken
 
-    memory = [(sample.media, sample.text) for sample in iterate_samples(shards)][: max(64, samples // 4)]
+    memory = [(sample.media, sample.text) for sample in iterate_samples(source)][: max(64, samples // 4)]
     limit = DataLoader(Endless(memory, words), batch_size=None, num_workers=workers, prefetch_factor=4)
     alone = iter(limit)
 

@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
 from dsmoe_vl.command import run
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
@@ -49,7 +50,7 @@ def train(
         raise DataError(f"{output} exists, and runs may depend on it: delete it first, or choose another --output")
     if max_samples < 1:
         raise DataError(f"--max-samples {max_samples}: must be positive")
-    samples = (sample for folder in data for sample in iterate_samples(folder, media=False))
+    samples = (sample for folder in data for sample in iterate_samples(SourceConfig.at(folder), media=False))
     left_out = LeftOut()
     texts = left_out.watch(tqdm(samples, desc="reading", unit="sample", disable=None))
     chosen, total = reservoir(texts, max_samples, random.Random(seed))

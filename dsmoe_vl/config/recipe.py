@@ -7,6 +7,7 @@ field's comment gives its unit. Bounds of one field are in its declaration, cons
 from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.config.bounds import bounded
@@ -115,6 +116,11 @@ class SourceConfig:
     path: str = ""
     weight: float = bounded(1.0, above=0)  # relative sampling weight, in samples
     tasks: tuple[str, ...] = ()  # tasks to use its samples for; empty: every task of the recipe that they qualify for
+
+    @classmethod
+    def at(cls, path: str | Path) -> SourceConfig:
+        """A source that is in no recipe. Its name is the last part of its path."""
+        return cls(str(path).rstrip("/").rpartition("/")[2], str(path))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def held_out_packs(
     index = ShardIndex.load(source.path, data)
     shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
     log = ErrorLog(data.max_bad_fraction, "data.evaluation")
-    reader = SampleReader({source.name: index}, encode, shape, log)
+    reader = SampleReader((source,), {source.name: index}, encode, shape, log)
     numbers = ((shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples))
     refs = (SampleRef(0, 0, *number) for number in itertools.islice(numbers, rank, None, ranks))
     items = (item for ref in refs if (item := reader.read(ref)) is not None)

@@ -38,8 +38,16 @@ class Delivery:
 class SampleReader:
     """Reads and encodes samples by reference, and logs them."""
 
-    def __init__(self, indexes: dict[str, ShardIndex], encode: Encode, shape: PackShape, log: ErrorLog) -> None:
-        self._sources = list(indexes.items())
+    def __init__(
+        self,
+        sources: tuple[SourceConfig, ...],
+        indexes: dict[str, ShardIndex],
+        encode: Encode,
+        shape: PackShape,
+        log: ErrorLog,
+    ) -> None:
+        """`indexes`: by name of the source."""
+        self._sources = [(source, indexes[source.name]) for source in sources]
         self._encode = encode
         self._shape = shape
         self._log = log
@@ -55,14 +63,14 @@ class SampleReader:
             sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
             item = encoded(ref, sample.key, self._encode(sample), self._shape)
         except DataError as error:
-            self._log.bad(BadSample(source, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
+            self._log.bad(BadSample(source.name, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
             return None
-        self._log.good(source, ref.epoch, contents_of(sample).flaws)
+        self._log.good(source.name, ref.epoch, contents_of(sample).flaws)
         return item
 
     def resume(self, lane_state: dict[str, Any]) -> None:
         """Count what a lane had read up to its state towards the error budget."""
-        names = [name for name, _ in self._sources]
+        names = [source.name for source, _ in self._sources]
         taken = lane_state["taken"]
         bad = lane_state.get("bad", [0] * len(taken))  # missing in older checkpoints
         self._log.resume(dict(zip(names, taken, strict=True)), dict(zip(names, bad, strict=True)))
@@ -136,7 +144,7 @@ class PackStream(IterableDataset[Delivery]):
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         log = ErrorLog(self._data.max_bad_fraction)
-        reader = SampleReader(self._indexes, self._encode, self._shape, log)
+        reader = SampleReader(self._sources, self._indexes, self._encode, self._shape, log)
         orders = [
             SourceOrder(name, index, self._data.lanes, self._data.shuffle_block, self._seed)
             for name, index in self._indexes.items()

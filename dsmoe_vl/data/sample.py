@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dsmoe_vl.config.recipe import SourceConfig
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
@@ -20,7 +22,7 @@ class Sample:
     """
 
     key: str
-    source: str  # name of the recipe's source; in evaluation the last part of the path of the folder
+    source: SourceConfig  # the recipe's, or one made of a path; a user's own media have one without a name
     epoch: int  # of its source
     media: bytes | None
     media_type: str  # extension: "jpg", "mp4", ...; "" without media

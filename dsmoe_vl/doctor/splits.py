@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.weights import one_process_tensors
-from dsmoe_vl.config.recipe import MoEConfig, Recipe
+from dsmoe_vl.config.recipe import MoEConfig, Recipe, SourceConfig
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
 from dsmoe_vl.data.segment import Pack
@@ -136,22 +136,22 @@ class Probe:
     def _read(self) -> list[list[list[Encoded]]]:
         """The encoded samples of every pack of every step, from the sources in turn, so that every task is included."""
         data = self.recipe.data
-        encode = Encoder(self.tasks, data.sources)
-        streams = cycle([self._samples(source.path, source.name, encode) for source in data.sources])
+        encode = Encoder(self.tasks)
+        streams = cycle([self._samples(source, encode) for source in data.sources])
         packer = Packer(self.shape, data.lookahead)
         return [[packer.fill(lambda: next(next(streams))) for _ in range(PACKS)] for _ in range(STEPS)]
 
-    def _samples(self, path: str, name: str, encode: Encoder) -> Iterator[Encoded]:
+    def _samples(self, source: SourceConfig, encode: Encoder) -> Iterator[Encoded]:
         while True:
             usable = 0
-            for number, sample in enumerate(iterate_samples(path, name, data=self.recipe.data)):
+            for number, sample in enumerate(iterate_samples(source, data=self.recipe.data)):
                 try:
                     yield encoded(SampleRef(0, 0, 0, number), sample.key, encode(sample), self.shape)
                     usable += 1
                 except DataError:
                     continue
             if not usable:
-                raise DataError(f"{path}: no sample can be used by the recipe's tasks")
+                raise DataError(f"{source.path}: no sample can be used by the recipe's tasks")
 
     def _batches(self, split: Split, step: int) -> list[Batch]:
         """This rank's micro-steps. Over all ranks, each one has the same packs, in any order."""

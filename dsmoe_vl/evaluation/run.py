@@ -116,11 +116,10 @@ def evaluate_folders(
 
 
 def held_out_sources(folders: Sequence[str], data: DataConfig) -> Sequence[SourceConfig]:
-    """The recipe's held-out sources, or those `folders`: by the recipe's own name where it has one, else by the last
-    part of the path."""
+    """The recipe's held-out sources, or those `folders`: as the recipe has them, else with the last part of the path as
+    the name."""
     known = {source.path: source for source in data.evaluation}
-    made = (SourceConfig(path.rstrip("/").rpartition("/")[2], path) for path in folders)
-    return [known.get(source.path, source) for source in made] or data.evaluation
+    return [known.get(path) or SourceConfig.at(path) for path in folders] or data.evaluation
 
 
 def _part(spec: TaskSpec, evaluation: TaskEvaluation, evaluated: Evaluated) -> TaskPart:

@@ -59,12 +59,12 @@ class Folder:
     def own(self) -> Dealt:
         """This rank's samples, in order."""
         dealer = self.dealer
-        own = iterate_samples(self.source.path, self.source.name, data=self.data, first=dealer.rank, step=dealer.count)
+        own = iterate_samples(self.source, data=self.data, first=dealer.rank, step=dealer.count)
         return Dealt(islice(own, None if self.limit is None else dealer.own(self.limit)), dealer)
 
     def all(self) -> Iterator[Sample]:
         """Every rank's samples, in order."""
-        return islice(iterate_samples(self.source.path, self.source.name, data=self.data), self.limit)
+        return islice(iterate_samples(self.source, data=self.data), self.limit)
 
 
 class TaskEvaluation(Protocol):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.folder_walk import described, files_below
@@ -105,7 +105,7 @@ def to_sample(media: Any, kind: str, name: str = "") -> Sample:
     extension = IMAGE_EXTENSIONS[0] if kind == "image" else VIDEO_EXTENSIONS[0]
     if media_kind(encoded[:HEAD]) == kind:
         encoded = stored(encoded).data
-    return Sample(key=name, source="", epoch=0, media=encoded, media_type=extension, text="", meta={})
+    return Sample(name, SourceConfig(), epoch=0, media=encoded, media_type=extension, text="", meta={})
 
 
 def first_picture(sample: Sample) -> Image.Image:

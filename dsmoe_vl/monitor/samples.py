@@ -56,7 +56,7 @@ class Answer:
 
     def record(self) -> dict[str, Any]:
         """The values of a JSON line."""
-        values: dict[str, Any] = {"key": self.sample.key, "source": self.sample.source}
+        values: dict[str, Any] = {"key": self.sample.key, "source": self.sample.source.name}
         values["reference"] = _reference(self.sample)
         if self.caption is not None:
             values["caption"] = self.caption
@@ -115,7 +115,7 @@ def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
 def held_out(recipe: Recipe) -> Iterator[Sample]:
     """Samples of all held-out sources in turn, always in the same order."""
     data = recipe.data
-    streams = [iterate_samples(source.path, source.name, data=data) for source in data.evaluation]
+    streams = [iterate_samples(source, data=data) for source in data.evaluation]
     while streams:
         for stream in list(streams):
             try:
@@ -146,7 +146,7 @@ def _with_hits(trained: TrainedModel, answers: list[Answer], gallery: list[Sampl
             kept.append(sample)
         except DataError:
             continue
-    places = {(sample.source, sample.key): place for place, sample in enumerate(kept)}
+    places = {_name(sample): place for place, sample in enumerate(kept)}
     asked = [answer for answer in answers if _name(answer.sample) in places and _reference(answer.sample)]
     if not asked:
         return answers
@@ -163,7 +163,7 @@ def _with_hits(trained: TrainedModel, answers: list[Answer], gallery: list[Sampl
 
 
 def _name(sample: Sample) -> tuple[str, str]:
-    return sample.source, sample.key
+    return sample.source.name, sample.key
 
 
 def _row(answer: Answer) -> Row:
@@ -178,7 +178,7 @@ def _row(answer: Answer) -> Row:
     if answer.summary is not None and answer.truth is not None:
         curves = Curves(answer.summary.seconds, answer.summary.importance, answer.truth)
     hits = [(_pictures(sample)[0], _name(sample) == _name(answer.sample)) for sample in answer.found]
-    return Row(f"{answer.sample.source}  {answer.sample.key}", _pictures(answer.sample), texts, hits, curves)
+    return Row(f"{answer.sample.source.name}  {answer.sample.key}", _pictures(answer.sample), texts, hits, curves)
 
 
 def _pictures(sample: Sample) -> list[Image.Image]:

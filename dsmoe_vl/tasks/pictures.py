@@ -63,7 +63,7 @@ class PictureReader:
     def _augmentation(self, sample: Sample) -> Augmentation:
         if self.seed is None:
             return Augmentation()
-        return Augmentation.choose(self.data.augment, self.seed, sample.source, sample.key, sample.epoch)
+        return Augmentation.choose(self.data.augment, self.seed, sample.source.name, sample.key, sample.epoch)
 
     def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:
         return fit_grid(pixels.shape[1], pixels.shape[0], self.vision.patch_size, self.vision.merge, budget)

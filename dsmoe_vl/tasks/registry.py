@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.config.task_table import import_class
 from dsmoe_vl.data.contents import offered_tasks
 from dsmoe_vl.data.sample import Sample
@@ -39,25 +39,25 @@ def build_backbone(recipe: Recipe, activation_checkpointing: bool = False) -> Vi
 class Encoder:
     """Called by the loader: encodes a sample into the segments of all its tasks.
 
-    A task must be in the `tasks` of the sample's source and in the `tasks` of its KEY.json. A missing list means all.
+    A task must be in the `tasks` of the sample's source and in the `tasks` of its KEY.json. A missing list means all,
+    and so does an empty one of the source.
     """
 
-    def __init__(self, tasks: tuple[Task, ...], sources: tuple[SourceConfig, ...]) -> None:
+    def __init__(self, tasks: tuple[Task, ...]) -> None:
         self.tasks = tasks
-        self.of_source = {source.name: source.tasks for source in sources if source.tasks}
 
     def __call__(self, sample: Sample) -> list[Segment]:
         """Raises DataError for a sample that no task can use."""
-        wanted = self.of_source.get(sample.source)
+        wanted = sample.source.tasks
         offered = offered_tasks(sample)
         segments: list[Segment] = []
         failure: DataError | None = None  # of the first task: the others may lack more
         for task in self.tasks:
-            if (wanted is None or task.name in wanted) and (offered is None or task.name in offered):
+            if (not wanted or task.name in wanted) and (offered is None or task.name in offered):
                 try:
                     segments += task.encode(sample)
                 except DataError as error:
-                    if wanted is not None or offered is not None:
+                    if wanted or offered is not None:
                         raise
                     failure = failure or error  # no list asks for this task: try the others
         if not segments:

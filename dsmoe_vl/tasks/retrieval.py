@@ -93,6 +93,6 @@ def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor
 
 def pair_id(sample: Sample) -> int:
     """Id of a sample's content, from KEY.json's `content`, else its `id`, else the key; 63 bits."""
-    shown = sample.meta.get("content") or f"{sample.source}/{sample.meta.get('id', sample.key)}"
+    shown = sample.meta.get("content") or f"{sample.source.name}/{sample.meta.get('id', sample.key)}"
     name = str(shown).encode("utf-8", "surrogatepass")  # scraped JSON contains lone surrogates
     return zlib.crc32(name) << 31 | zlib.adler32(name) & 0x7FFFFFFF

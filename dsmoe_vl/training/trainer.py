@@ -43,7 +43,7 @@ class Trainer:
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
         self.tokenizer.require_fit(recipe.tokenizer.vocab_size)
         self.tasks = build_tasks(recipe, self.tokenizer)
-        encode = Encoder(self.tasks, recipe.data.sources)
+        encode = Encoder(self.tasks)
         self.loader = Loader(
             recipe.data,
             recipe.data.sources,
@@ -57,7 +57,7 @@ class Trainer:
             accumulation=plan.accumulation,
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
-        as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False), recipe.data.evaluation)
+        as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False))
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)

@@ -7,6 +7,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
 from tests.conftest import REPOSITORY
 from tests.support.reports import Page
@@ -49,8 +50,8 @@ def run(project):
 
 
 def test_converters_say_which_samples_serve_it(project):
-    images = [sample.meta["tasks"] for sample in iterate_samples(project.data / "images_eval")]
-    videos = [sample.meta["tasks"] for sample in iterate_samples(project.data / "videos_eval")]
+    images = [sample.meta["tasks"] for sample in iterate_samples(SourceConfig.at(project.data / "images_eval"))]
+    videos = [sample.meta["tasks"] for sample in iterate_samples(SourceConfig.at(project.data / "videos_eval"))]
     assert images == [["caption", "retrieval", "counting"]] * 6
     assert videos == [["caption", "retrieval", "summary"]] * 2
 

@@ -79,11 +79,11 @@ class Marked:
             data=run.data,
         )
         self.names = [source.name for source in run.data.sources]
-        self.encoder = Encoder(build_tasks(recipe, Tokenizer(run.tokenizer)), run.data.sources)
+        self.encoder = Encoder(build_tasks(recipe, Tokenizer(run.tokenizer)))
 
     def __call__(self, sample: Sample) -> list[Segment]:
         name, shard, number = sample.key.split("-")
-        assert name == sample.source
+        assert name == sample.source.name
         tokens = np.full(5 + len(sample.text) % 23, 7, np.int32)
         tokens[:5] = MARK, self.names.index(name), sample.epoch, int(shard), int(number)
         text = np.full_like(tokens, Modality.TEXT)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
 from tests.distributed.ranks import REPOSITORY, free_port, try_ranks
 from tests.support.reports import Page
@@ -37,7 +38,7 @@ def run(tiny):
 def annotated(tiny):
     """A film of many scenes with four annotators, as each converter would describe it; one that cannot be read."""
     folder, rng = tiny.folder / "annotated", np.random.default_rng(0)
-    videos = list(iterate_samples(tiny.data / "videos_train"))
+    videos = list(iterate_samples(SourceConfig.at(tiny.data / "videos_train")))
     members = []
     for number in range(SAMPLES):
         source, video = ("tvsum", "summe", "videoxum", "qvhighlights")[number % 4], videos[number]
@@ -116,7 +117,7 @@ def test_torchrun_starts_it_too(run, annotated):
 def test_what_fails_on_one_rank_ends_both(run, annotated, tmp_path):
     """The JSON of sample 1, which is rank 1's, is damaged."""
     members = []
-    for number, sample in enumerate(iterate_samples(annotated)):
+    for number, sample in enumerate(iterate_samples(SourceConfig.at(annotated))):
         meta = b"{" if number == 1 else json.dumps(sample.meta).encode()
         members += [(f"{sample.key}.mp4", sample.media), (f"{sample.key}.json", meta)]
     write_tar(tmp_path / "broken" / "00000.tar", members)

@@ -165,7 +165,7 @@ class Examiner:
             data=self.data,
         )
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
-        self.encode = Encoder(build_tasks(recipe, self.tokenizer), (self.source,))
+        self.encode = Encoder(build_tasks(recipe, self.tokenizer))
         self.case = Case(b"")
         self.outcomes = {"whole": 0, "changed": 0, "bad": 0}
 
@@ -201,7 +201,7 @@ class Examiner:
         index = ShardIndex.load(self.source.path)
         for sample in range(index.samples):
             try:
-                self._encode(read_sample(index, 0, sample, self.source.name))
+                self._encode(read_sample(index, 0, sample, self.source))
             except DataError as error:
                 self._check_reason(error)
                 self.outcomes["bad"] += 1

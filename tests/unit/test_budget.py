@@ -109,7 +109,7 @@ def test_the_header_of_a_picture_that_is_none_is_left_to_the_decoder(tmp_path):
         b"RIFF....WEBP",
     ]
     write_tar(tmp_path / "a.tar", [(f"{i}.jpg", data) for i, data in enumerate(broken)])
-    assert [sample.media for sample in iterate_samples(tmp_path)] == broken
+    assert [sample.media for sample in iterate_samples(SourceConfig.at(tmp_path))] == broken
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import Captioned, CaptionEvaluation
@@ -161,7 +162,7 @@ def test_refuses_what_does_not_fit(generated, references, message):
 
 
 def captioned(text, **meta):
-    return Captioned(Sample(text, "images", 0, None, "", "", meta), text, None)
+    return Captioned(Sample(text, SourceConfig("images"), 0, None, "", "", meta), text, None)
 
 
 def test_scores_of_captioned_samples(capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from data_tools import inspect as inspect_tool
 from dsmoe_vl.command import run
-from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.download import TransientFailure
@@ -77,7 +77,7 @@ def test_every_message_of_an_error(kind, text, capsys):
 
 @pytest.mark.parametrize("text", ATTACKS)
 def test_evaluation(text, capsys):
-    print_text(Sample(text, "", 0, None, "", "", {}), f"generated {text}", f"reference {text}")
+    print_text(Sample(text, SourceConfig(), 0, None, "", "", {}), f"generated {text}", f"reference {text}")
     assert clean(capsys.readouterr().out).count("\n") == 3
 
 

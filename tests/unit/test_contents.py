@@ -29,7 +29,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def sample(text="", media=PHOTO, **meta):
-    return Sample("k", "photos", 0, media, "png" if media else "", text, meta)
+    return Sample("k", SourceConfig("photos"), 0, media, "png" if media else "", text, meta)
 
 
 def shard(folder, text=None, meta=None, count=1):
@@ -77,10 +77,12 @@ def test_every_reader_finds_the_same_captions(tmp_path, text, meta, captions):
     folder = shard(
         tmp_path / "s", None if text is None else text.encode(), None if meta is None else json.dumps(meta).encode(), 40
     )
-    (first, *_) = iterate_samples(folder)
+    (first, *_) = iterate_samples(SourceConfig.at(folder))
     assert contents_of(first).captions == tuple(captions)
     assert contents_of(first).tasks == ("caption", "retrieval")
-    epochs = (Sample(first.key, "", epoch, PHOTO, "png", first.text, first.meta) for epoch in range(len(captions)))
+    epochs = (
+        Sample(first.key, SourceConfig(), epoch, PHOTO, "png", first.text, first.meta) for epoch in range(len(captions))
+    )
     assert {chosen_caption(one) for one in epochs} == set(captions)
     report = inspect(folder)
     assert report.lengths == [len(caption.split()) for caption in captions] * 40
@@ -97,7 +99,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, encoding, place):
     folder = shard(tmp_path, **{"text": DOG.encode(encoding)} if place == "txt" else {
         "meta": json.dumps({"captions": [DOG]}).encode(encoding)
     })  # fmt: skip
-    (one,) = iterate_samples(folder)
+    (one,) = iterate_samples(SourceConfig.at(folder))
     assert contents_of(one).captions == (DOG,) and found(folder) == {}
 
 
@@ -118,7 +120,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, encoding, place):
 )  # fmt: skip
 def test_no_caption_has_one_reason_everywhere(task, tmp_path, text, meta, message):
     folder = shard(tmp_path / "s", text.encode(), json.dumps(meta).encode())
-    (one,) = iterate_samples(folder)
+    (one,) = iterate_samples(SourceConfig.at(folder))
     message += "; k0 has the files k0.png, k0.txt, k0.json"
     assert reason(lambda: task.encode(one)) == message
     kind, _, detail = message.partition(": ")

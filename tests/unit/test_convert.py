@@ -17,6 +17,7 @@ from data_tools import convert as tool
 from data_tools.convert import FORMATS
 from data_tools.parts import Settings
 from data_tools.synthetic.films import encode_mp4
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.errors import DataError
 
@@ -66,7 +67,7 @@ def test_coco_photos_arrive_with_their_bytes_and_all_captions(shared_data, tmp_p
         outcome = convert(found, "coco", tmp_path / split, split=split, samples_per_shard=10, workers=2)
         content = json.loads(annotations.read_text())
         assert outcome.written == len(content["images"]) == len(list(photos.iterdir())) and not outcome.reasons
-        for sample, image in zip(iterate_samples(tmp_path / split), content["images"], strict=True):
+        for sample, image in zip(iterate_samples(SourceConfig.at(tmp_path / split)), content["images"], strict=True):
             assert sample.media == (photos / image["file_name"]).read_bytes() and sample.media_type == "jpg"
             theirs = [
                 " ".join(row["caption"].split()) for row in content["annotations"] if row["image_id"] == image["id"]
@@ -125,7 +126,7 @@ def test_unusual_photos_are_kept_as_they_are(tmp_path):
     }
     captions = [(i, f"photo {i}\n") for i in range(5)]
     convert(coco(tmp_path, photos, captions), "coco", tmp_path / "shards")
-    samples = list(iterate_samples(tmp_path / "shards"))
+    samples = list(iterate_samples(SourceConfig.at(tmp_path / "shards")))
     assert [sample.media for sample in samples] == list(photos.values())
     assert [sample.media_type for sample in samples] == ["jpg", "jpg", "png", "webp", "jpg"]
     assert [sample.text for sample in samples] == [f"photo {i}" for i in range(5)]
@@ -145,7 +146,7 @@ def test_text_that_is_not_unicode(tmp_path):
     photos = {"good.jpg": picture(), "nul\0.jpg": None, "half\ud83d.jpg": None}
     captions = [(0, "a half \ud83d emoji"), (1, "a"), (2, "a")]
     convert(coco(tmp_path, photos, captions), "coco", tmp_path / "shards", max_rejected=1.0)
-    (sample,) = iterate_samples(tmp_path / "shards")
+    (sample,) = iterate_samples(SourceConfig.at(tmp_path / "shards"))
     assert sample.text == sample.meta["captions"][0] == "a half ? emoji"
     assert set(reasons(tmp_path / "shards").values()) == {"unreadable file"}
 
@@ -209,7 +210,7 @@ def test_real_videos_with_no_frame_count_in_their_headers(shared_data, tmp_path)
     found = records("folder", "--media", folder, "--table", tmp_path / "texts.csv", *columns)
     outcome = convert(found, "folder", tmp_path / "shards", max_rejected=0)
     assert outcome.written == len(names) == 11
-    for name, sample in zip(names, iterate_samples(tmp_path / "shards"), strict=True):
+    for name, sample in zip(names, iterate_samples(SourceConfig.at(tmp_path / "shards")), strict=True):
         assert sample.media == (folder / name).read_bytes()
         assert (sample.meta["id"], sample.text) == (name, f"this is {name}")
         if name.endswith("mkv"):
@@ -240,7 +241,7 @@ def test_rows_of_one_video_are_its_captions(clips, tmp_path, name, content):
     (tmp_path / name).write_text(content, newline="")
     found = records("folder", "--media", clips, "--table", tmp_path / name)
     convert(found, "folder", tmp_path / "shards", max_rejected=0)
-    first, second = iterate_samples(tmp_path / "shards")
+    first, second = iterate_samples(SourceConfig.at(tmp_path / "shards"))
     assert first.meta["captions"] == ["one, two", "three"] and second.meta["captions"] == ["second"]
     assert (first.meta["fps"], first.meta["duration_seconds"]) == (8, 1.25)
     assert (first.meta["width"], first.meta["height"]) == (48, 32)

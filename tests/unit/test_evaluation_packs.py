@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.held_out_packs import held_out_packs
-from dsmoe_vl.data.segment import IGNORE
+from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import IGNORE, Segment
 from tests.support.loading import (
     COUNTS,
     DATA,
@@ -65,3 +69,19 @@ def test_evaluation_fills_up_with_packs_without_labels(sources: tuple[SourceConf
     *_, last = held_out_packs(DATA, sources[1], encode, 16, 2, maximum=lambda value: next(answers))
     assert (last.keys, set(last.counts.values())) == ([], {0})
     assert (last.labels == IGNORE).all()
+
+
+def test_samples_have_the_settings_of_their_own_source(sources: tuple[SourceConfig, ...]) -> None:
+    """A held-out source may have the name of a training source and other settings."""
+    held_out = replace(sources[0], tasks=("summary",))
+    seen: set[tuple[str, SourceConfig]] = set()
+
+    def noted(sample: Sample) -> list[Segment]:
+        seen.add((sample.key[0], sample.source))
+        return encode(sample)
+
+    list(held_out_packs(DATA, held_out, noted, 16, 2))
+    assert seen == {("a", held_out)}
+    seen.clear()
+    list(islice(Loader(DATA, sources, noted, 16, 2, 1, 0, 1, 1, 1), 20))
+    assert seen == {("a", sources[0]), ("b", sources[1])}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_tools.convert import main
 from data_tools.formats import folder, img2dataset, video_path
-from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.folder_walk import files_below
 from dsmoe_vl.data.foreign_media import stored
@@ -162,7 +162,7 @@ class TestConversion:
             assert "1 image by its content, not by its name" in out
         for path in (tmp_path / "1").iterdir():
             assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path.name
-        found = {sample.meta["id"].split(".")[0]: sample for sample in iterate_samples(tmp_path / "1")}
+        found = {sample.meta["id"].split(".")[0]: sample for sample in iterate_samples(SourceConfig.at(tmp_path / "1"))}
         assert {stem: sample.media_type for stem, sample in found.items()} == expected
         assert found["f_MOV"].media == (media / "f_MOV.MOV").read_bytes() and found["f_MOV"].is_video
 
@@ -172,7 +172,8 @@ class TestConversion:
         written(tmp_path / "notes.html", "<p>")
         table = written(tmp_path / "t.csv", "file,text\na.GIF,x\nb.MOV,x\nc,x\nnotes.html,x\nmissing.gif,x\n")
         assert convert("--media", tmp_path, "--table", table, "--output", tmp_path / "s", "--max-rejected", 0.5) == 0
-        assert [sample.media_type for sample in iterate_samples(tmp_path / "s")] == ["png", "mp4", "png"]
+        found = iterate_samples(SourceConfig.at(tmp_path / "s"))
+        assert [sample.media_type for sample in found] == ["png", "mp4", "png"]
         found = (tmp_path / "s" / "rejected.jsonl").read_text()
         assert '"unknown kind"' in found and '"missing file"' in found
 
@@ -191,7 +192,7 @@ class TestConversion:
         written(inside / "file.txt", "a photo")
         assert convert("--media", inside, "--output", tmp_path / "s", "--max-rejected", 0) == 0
         out = capsys.readouterr().out
-        found = [sample.meta["id"] for sample in iterate_samples(tmp_path / "s")]
+        found = [sample.meta["id"] for sample in iterate_samples(SourceConfig.at(tmp_path / "s"))]
         assert found == ["a.jpg", "again/d.jpg", "file.jpg", "outside/c.jpg", "sub/b.jpg"]
         assert "3 a link to a folder that is read already (outside/deep, outside/self, sub2)" in out
         assert "3 a link to a folder around it (loop, sub/back, up)" in out and "1 a link to nothing (gone)" in out
@@ -300,4 +301,4 @@ def test_mutated_names(tmp_path):
     assert unused.count("(") >= 2 and len(files) + len(passed) >= len(names)
     status = convert("--media", tmp_path / "m", "--output", tmp_path / "s", "--max-rejected", 1, "--workers", 1)
     assert status == 0
-    assert len(list(iterate_samples(tmp_path / "s"))) > 30
+    assert len(list(iterate_samples(SourceConfig.at(tmp_path / "s")))) > 30

@@ -91,7 +91,7 @@ def test_a_key_of_two_whole_samples_is_no_cause(tmp_path):
     members = [("a.jpg", PHOTO), ("a.txt", TEXT), ("b.jpg", PHOTO), ("a.jpg", PHOTO), ("a.txt", TEXT)]
     write_tar(tmp_path / "a.tar", members)
     assert "elsewhere" not in first_problem(tmp_path)
-    assert [contents_of(sample).problems[:1] for sample in iterate_samples(tmp_path)][::2] == [(), ()]
+    assert [contents_of(sample).problems[:1] for sample in iterate_samples(SourceConfig.at(tmp_path))][::2] == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_several_media_of_one_sample(tmp_path):
     assert inspect(tmp_path).problems == {
         "several images or videos": ["a.tar, sample 0, a: a.jpg, a.png; only a.jpg is used"]
     }
-    (sample,) = iterate_samples(tmp_path)
+    (sample,) = iterate_samples(SourceConfig.at(tmp_path))
     assert sample.media == PHOTO
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from data_tools.check import DAMAGED_METADATA, Reencoding, Rejected, check
 from data_tools.convert import main
 from data_tools.formats import Record, Stored
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.decode import decode_image, read_image
 from dsmoe_vl.data.shards.index import iterate_samples
 from tests.support.tars import encoded_as, picture
@@ -171,7 +172,9 @@ def test_a_conversion_says_what_it_ignored(shared_data, tmp_path, capsys):
         assert f"notes: {count} {DAMAGED_METADATA}; listed in {tmp_path / workers / 'notes.jsonl'}" in out
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
-    turned = {s.meta["id"]: (s.meta["width"], s.meta["height"]) for s in iterate_samples(tmp_path / "1")}
+    turned = {
+        s.meta["id"]: (s.meta["width"], s.meta["height"]) for s in iterate_samples(SourceConfig.at(tmp_path / "1"))
+    }
     assert turned["double-header.jpg"] == (72, 96) and turned["orientation-string.jpg"] == (96, 72)
 
 

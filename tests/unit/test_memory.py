@@ -75,7 +75,7 @@ def test_memory_of_a_worker_stays_flat(sources: tuple[SourceConfig, ...], tmp_pa
         data=data,
     )
     folder = Path(sources[0].path).parent
-    encode = Encoder(build_tasks(recipe, Tokenizer(folder / "tokenizer.model")), sources)
+    encode = Encoder(build_tasks(recipe, Tokenizer(folder / "tokenizer.model")))
     loader = Loader(data, sources, encode, 8, 2, 1, 0, 1, 1, 4, quarantine=tmp_path / "quarantine.jsonl")
     before: list[int] = []  # of worker and rank, when all that is kept for good has been seen
     for _ in loader:

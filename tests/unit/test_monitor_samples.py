@@ -48,12 +48,12 @@ def model(monkeypatch):
 
 def test_images_and_videos_in_turn_with_every_answer(recipe, model):
     answers = samples.ask(model, recipe, 60)
-    assert [answer.sample.source for answer in answers] == ["images", "videos"] * 4
+    assert [answer.sample.source.name for answer in answers] == ["images", "videos"] * 4
     for answer in answers:
         record = json.loads(json.dumps(answer.record()))
         assert record["caption"] == f"a picture of {answer.sample.key}" and record["reference"]
         assert 1 <= record["rank"] <= record["gallery"] == 12 and len(record["found"]) == 5
-        assert ("importance" in record) == ("annotated_importance" in record) == (answer.sample.source == "videos")
+        assert ("importance" in record) == ("annotated_importance" in record) == (answer.sample.source.name == "videos")
 
 
 def test_no_time_no_answers_but_the_samples(recipe, model):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.evaluation.texts import names_every_object
 
@@ -40,4 +41,4 @@ def test_colours_and_shapes_are_plain_text():
 
 
 def sample(attributes: object) -> Sample:
-    return Sample("1", "a", 0, None, "", "", {"attributes": attributes})
+    return Sample("1", SourceConfig("a"), 0, None, "", "", {"attributes": attributes})

@@ -20,6 +20,7 @@ from data_tools.check import Reencoding
 from data_tools.convert import convert
 from data_tools.formats import Record, Stored
 from data_tools.parts import Parts, Settings, make_part
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.errors import DataError
 from tests.conftest import REPOSITORY
@@ -76,7 +77,7 @@ def test_processes_and_hosts_do_not_change_a_byte(coco, tmp_path):
         assert "rejected: 9 missing file" in result.stdout
     assert content(tmp_path / "one") == content(tmp_path / "three") == content(tmp_path / "hosts")
     assert len(list(tmp_path.glob("one/*.tar"))) == 9
-    keys = [sample.key for sample in iterate_samples(tmp_path / "one")]
+    keys = [sample.key for sample in iterate_samples(SourceConfig.at(tmp_path / "one"))]
     assert keys == [f"{i}" for i in range(60) if i % 7 != 3]
 
 
@@ -121,7 +122,7 @@ def test_continues_with_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "2.jpg").unlink()  # part 1 is done and does not look at it again
     assert Parts(tmp_path / "out", found, settings).open() == [0, 2, 4]
     assert convert(found, tmp_path / "out", settings).written == 9
-    assert [sample.text for sample in iterate_samples(tmp_path / "out")] == [f"{i}" for i in range(9)]
+    assert [sample.text for sample in iterate_samples(SourceConfig.at(tmp_path / "out"))] == [f"{i}" for i in range(9)]
     assert not (tmp_path / "out" / ".unfinished").exists()
 
 
@@ -211,17 +212,17 @@ def test_large_images_are_made_smaller_where_asked(tmp_path):
     found = [Record(name, "image", tmp_path / name, [name]) for name in ("turned.jpg", "small.png")]
 
     convert(found, tmp_path / "kept", Settings("test"))
-    kept = list(iterate_samples(tmp_path / "kept"))
+    kept = list(iterate_samples(SourceConfig.at(tmp_path / "kept")))
     assert [one.media for one in kept] == [(tmp_path / one.text).read_bytes() for one in kept]
     assert [(one.meta["width"], one.meta["height"]) for one in kept] == [(200, 400), (80, 60)]
 
     convert(found, tmp_path / "side", Settings("test", reencoding=Reencoding(max_side=100)))
-    large, small = iterate_samples(tmp_path / "side")
+    large, small = iterate_samples(SourceConfig.at(tmp_path / "side"))
     assert (large.meta["width"], large.meta["height"]) == Image.open(io.BytesIO(large.media)).size == (50, 100)
     assert small.media == (tmp_path / "small.png").read_bytes()
 
     convert(found, tmp_path / "quality", Settings("test", reencoding=Reencoding(quality=30)))
-    for one, size in zip(iterate_samples(tmp_path / "quality"), [(200, 400), (80, 60)], strict=True):
+    for one, size in zip(iterate_samples(SourceConfig.at(tmp_path / "quality")), [(200, 400), (80, 60)], strict=True):
         picture = Image.open(io.BytesIO(one.media))
         assert (picture.format, picture.size, one.media_type) == ("JPEG", size, "jpg")
 
@@ -237,5 +238,5 @@ def test_media_inside_of_other_files(tmp_path):
     (tmp_path / "large.bin").write_bytes(b"before" + data + b"after")
     found = [Record("a", "image", Stored(tmp_path / "large.bin", 6, len(data), "a.jpg"), ["a photo"])]
     convert(found, tmp_path / "out", Settings("test"))
-    (sample,) = iterate_samples(tmp_path / "out")
+    (sample,) = iterate_samples(SourceConfig.at(tmp_path / "out"))
     assert sample.media == data

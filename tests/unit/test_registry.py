@@ -41,9 +41,9 @@ def test_tasks_with_a_weight_in_a_fixed_order(tiny, tasks):
 
 
 def test_a_sample_serves_all_tasks_unless_limited(tasks):
-    encoder = Encoder(tasks, (SourceConfig("test"),))
-    assert used_for(encoder, sample("video")) == ["caption", "retrieval", "retrieval", "summary"]
-    assert used_for(encoder, sample("video", source="unknown")) == ["caption", "retrieval", "retrieval", "summary"]
+    for source in (SourceConfig("test"), SourceConfig()):
+        found = used_for(Encoder(tasks), sample("video", source=source))
+        assert found == ["caption", "retrieval", "retrieval", "summary"]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_a_sample_serves_all_tasks_unless_limited(tasks):
     ],
 )
 def test_source_and_sample_limit_the_tasks(tasks, source, own, used):
-    encoder = Encoder(tasks, (SourceConfig("other", tasks=("retrieval",)), SourceConfig("test", tasks=source)))
-    given = sample("video") if own is None else limited("video", *own)
-    assert used_for(encoder, given) == used
+    wanted = SourceConfig("test", tasks=source)
+    given = sample("video", source=wanted) if own is None else limited("video", *own, source=wanted)
+    assert used_for(Encoder(tasks), given) == used
 
 
 @pytest.mark.parametrize(
@@ -72,20 +72,19 @@ def test_source_and_sample_limit_the_tasks(tasks, source, own, used):
     ],
 )
 def test_a_sample_that_serves_no_task_is_bad(tasks, source, own, named):
-    encoder = Encoder(tasks, (SourceConfig("test", tasks=source),))
     with pytest.raises(DataError, match=f"^serves none of the tasks {named}$"):
-        encoder(limited("video", *own))
+        Encoder(tasks)(limited("video", *own, source=SourceConfig("test", tasks=source)))
 
 
 def test_a_task_that_is_not_learned_is_not_served(tasks):
-    encoder = Encoder(tasks[:1], (SourceConfig("test", tasks=("caption", "summary")),))
-    assert used_for(encoder, sample("video")) == ["caption"]
+    encoder = Encoder(tasks[:1])
+    assert used_for(encoder, sample("video", source=SourceConfig(tasks=("caption", "summary")))) == ["caption"]
     with pytest.raises(DataError, match="serves none"):
-        Encoder(tasks[:1], (SourceConfig("test", tasks=("summary",)),))(sample("video"))
+        encoder(sample("video", source=SourceConfig(tasks=("summary",))))
 
 
 def test_a_sample_is_decoded_once(tasks):
-    caption, media, text, summary = Encoder(tasks, ())(sample("video"))
+    caption, media, text, summary = Encoder(tasks)(sample("video"))
     assert [s.task for s in (caption, media, text, summary)] == [0, 1, 1, task_number("summary")]
     for first, second, third in zip(caption.pictures, media.pictures, summary.pictures, strict=True):
         assert first.patches is second.patches is third.patches

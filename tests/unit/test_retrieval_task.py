@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import TasksConfig
+from dsmoe_vl.config.recipe import SourceConfig, TasksConfig
 from dsmoe_vl.config.task_table import RetrievalConfig, task_number
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.sample import Sample
@@ -73,7 +73,7 @@ def test_a_side_alone_is_that_of_the_pair(task):
 
 def test_a_pair_has_the_id_of_what_it_shows():
     def id_of(key, source="test", **meta):
-        return pair_id(Sample(key, source, 0, None, "", "words", meta))
+        return pair_id(Sample(key, SourceConfig(source), 0, None, "", "words", meta))
 
     assert id_of("a") == id_of("a") != id_of("b")
     assert id_of("a") != id_of("a", source="elsewhere")

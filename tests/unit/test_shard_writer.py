@@ -9,6 +9,7 @@ import pytest
 import webdataset
 
 from data_tools.writer import ShardWriter, sample_key
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.errors import DataError
 
@@ -33,7 +34,7 @@ def test_our_reader_and_webdataset_read_what_was_written(tmp_path):
         data = (folder / shard.name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
 
-    samples = list(iterate_samples(folder))
+    samples = list(iterate_samples(SourceConfig.at(folder)))
     assert [sample.text for sample in samples] == [f"caption {i}" for i in range(5)]
     assert samples[3].media == b"\3" * 1000 and samples[3].media_type == "jpg"
     assert samples[3].meta == {
@@ -64,7 +65,7 @@ def test_same_samples_same_bytes(tmp_path):
 def test_any_identifier_becomes_a_key_that_survives_the_tar(tmp_path, identifier):
     with ShardWriter(tmp_path, "train") as writer:
         writer.write(identifier, b"data", "webp", "text", {"id": identifier})
-    (sample,) = iterate_samples(tmp_path)
+    (sample,) = iterate_samples(SourceConfig.at(tmp_path))
     assert sample.key == sample_key(identifier)
     assert (sample.media, sample.meta["id"]) == (b"data", identifier)
 
@@ -85,7 +86,7 @@ def test_an_exception_publishes_nothing_and_a_rerun_starts_afresh(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "train-00007.tar.partial").write_bytes(b"left by a process that was killed")
     write(tmp_path)
-    assert len(list(iterate_samples(tmp_path))) == 5
+    assert len(list(iterate_samples(SourceConfig.at(tmp_path)))) == 5
     assert not list(tmp_path.glob("*.partial"))
 
 

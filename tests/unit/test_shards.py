@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples, read_sample
 from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.errors import DataError
@@ -30,11 +31,12 @@ def three_samples(prefix: str = "") -> list[tuple[str, bytes]]:
 def test_reads_every_tar_dialect(tmp_path: Path, tar_format: int, prefix: str) -> None:
     stray = [("README", b"no extension"), (f"{prefix}.hidden", b"no key")]
     write_tar(tmp_path / "a.tar", [*stray, *three_samples(prefix)], tar_format)
-    samples = list(iterate_samples(tmp_path, "source"))
+    source = SourceConfig("source", str(tmp_path), tasks=("caption",))
+    samples = list(iterate_samples(source))
     assert [sample.key for sample in samples] == [f"{prefix}{i}" for i in range(3)]
     assert [(sample.media, sample.media_type) for sample in samples] == [(b"j" * (500 + i), "jpg") for i in range(3)]
     assert [(sample.text, sample.meta, sample.source) for sample in samples] == [
-        (f"é{i}", {"n": i}, "source") for i in range(3)
+        (f"é{i}", {"n": i}, source) for i in range(3)
     ]
 
 
@@ -46,14 +48,14 @@ def test_long_pax_names_and_folders(tmp_path: Path) -> None:
         tar.addfile(folder)
         tar.addfile(tarfile.TarInfo(f"folder/{name}.jpg"))
         tar.addfile(tarfile.TarInfo(f"folder/{name}.txt"))
-    assert [sample.key for sample in iterate_samples(tmp_path)] == [f"folder/{name}"]
+    assert [sample.key for sample in iterate_samples(SourceConfig.at(tmp_path))] == [f"folder/{name}"]
 
 
 def test_reads_what_webdataset_writes(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar"), mtime=0) as writer:
         for i in range(4):
             writer.write({"__key__": f"k{i}", "mp4": b"v" * i, "txt": f"text {i}", "json": {"n": i}})
-    samples = list(iterate_samples(tmp_path))
+    samples = list(iterate_samples(SourceConfig.at(tmp_path)))
     assert [(s.key, s.media, s.media_type, s.text, s.meta) for s in samples] == [
         (f"k{i}", b"v" * i, "mp4", f"text {i}", {"n": i}) for i in range(4)
     ]
@@ -134,7 +136,7 @@ def test_shard_rewritten_under_a_reader(tmp_path: Path) -> None:
 
 def test_texts_alone(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", three_samples())
-    samples = list(iterate_samples(tmp_path, media=False))
+    samples = list(iterate_samples(SourceConfig.at(tmp_path), media=False))
     assert [(s.key, s.media, s.media_type, s.text, s.meta) for s in samples] == [
         (str(i), None, "", f"é{i}", {"n": i}) for i in range(3)
     ]
@@ -152,7 +154,7 @@ def test_texts_alone(tmp_path: Path) -> None:
 def test_malformed_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(DataError, match=message):
-        list(iterate_samples(tmp_path))
+        list(iterate_samples(SourceConfig.at(tmp_path)))
 
 
 def test_manifest_is_checked_against_the_files(tmp_path: Path) -> None:
@@ -215,7 +217,8 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("counts", [[5, 1, 4], [1, 1, 1], [10]])
 def test_every_nth_sample(tmp_path, counts):
     write_shards(tmp_path, counts)
-    keys = [sample.key for sample in iterate_samples(tmp_path)]
+    source = SourceConfig.at(tmp_path)
+    keys = [sample.key for sample in iterate_samples(source)]
     for step in (1, 2, 3, 11):
         for first in range(step):
-            assert [s.key for s in iterate_samples(tmp_path, first=first, step=step)] == keys[first::step]
+            assert [s.key for s in iterate_samples(source, first=first, step=step)] == keys[first::step]

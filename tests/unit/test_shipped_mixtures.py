@@ -44,7 +44,7 @@ def test_at_least_97_of_100_tokens_are_real(shards, name):
     recipe = load_recipe(REPOSITORY / "launch" / "recipes" / f"{name}.toml")
     sources = tuple(replace(source, path=str(shards / source.name)) for source in recipe.data.sources)
     data = replace(recipe.data, sources=sources, lanes=2, workers=0, shuffle_block=4)
-    encode = Encoder(build_tasks(recipe, Tokenizer(shards / "tokenizer.model")), sources)
+    encode = Encoder(build_tasks(recipe, Tokenizer(shards / "tokenizer.model")))
     vision = recipe.model.vision
     loader = Loader(data, sources, encode, vision.patch_size, vision.merge, 1, 0, 1, 1, 1)
     batches = [batch for step in islice(iter(loader), PACKS) for batch in step]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
+from itertools import islice
 
 import av
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from data_tools.synthetic.films import VECTORS, WEIGHTS, film
 from data_tools.synthetic.generate import generate
 from data_tools.synthetic.scenes import COLOURS, RELATIONS, SHAPES, SIZES, combinations, scene, shape_mask
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.errors import DataError
@@ -79,8 +82,9 @@ def test_sample_does_not_depend_on_how_many_there_are(world, tmp_path):
     generate(tmp_path / "few", images=5, videos=2, eval_images=0, eval_videos=0)
     assert not (tmp_path / "few" / "images_eval").exists()
     for name in ("images_train", "videos_train"):
-        few, many = list(iterate_samples(tmp_path / "few" / name)), list(iterate_samples(world / name))
-        assert few == many[: len(few)]
+        source = SourceConfig.at(tmp_path / "few" / name)
+        few, many = list(iterate_samples(source)), iterate_samples(SourceConfig.at(world / name))
+        assert few == [dataclasses.replace(sample, source=source) for sample in islice(many, len(few))]
 
 
 @pytest.mark.parametrize("third", [list(SIZES), list(VECTORS)])
@@ -99,14 +103,14 @@ def test_held_out_combinations_leave_every_coloured_shape_to_training(third):
 def test_training_and_evaluation_show_disjoint_combinations(world, kind, third, values):
     held_out = set(combinations(values, True))
     for split in ("train", "eval"):
-        for sample in iterate_samples(world / f"{kind}_{split}"):
+        for sample in iterate_samples(SourceConfig.at(world / f"{kind}_{split}")):
             items = {(item["shape"], item["colour"], item[third]) for item in sample.meta["attributes"]}
             assert bool(items & held_out) == (split == "eval")
 
 
 def test_captions_are_short_lower_case_and_name_what_is_shown(world):
     for folder in world.iterdir():
-        for sample in iterate_samples(folder):
+        for sample in iterate_samples(SourceConfig.at(folder)):
             captions = sample.meta["captions"]
             assert sample.text == captions[0]
             assert len(set(captions)) == len(captions) >= 2
@@ -151,7 +155,7 @@ def test_shapes_can_be_told_apart_when_small():
 
 
 def test_videos_are_ordinary_h264(world):
-    for sample in iterate_samples(world / "videos_train"):
+    for sample in iterate_samples(SourceConfig.at(world / "videos_train")):
         with av.open(io.BytesIO(sample.media)) as container:
             stream = container.streams.video[0]
             frames = list(container.decode(stream))
@@ -216,11 +220,11 @@ def test_events_happen_at_the_frames_that_show_them():
 @pytest.mark.parametrize("size", [48, 80, 128])
 def test_other_sizes(tmp_path, size):
     generate(tmp_path, images=8, videos=2, eval_images=2, eval_videos=2, size=size, max_objects=1)
-    for sample in iterate_samples(tmp_path / "images_train"):
+    for sample in iterate_samples(SourceConfig.at(tmp_path / "images_train")):
         picture = decode_image(sample.media)
         assert max(picture.shape) == size and not any(side % 16 for side in picture.shape[:2])
         assert len(sample.meta["attributes"]) == 1
-    for sample in iterate_samples(tmp_path / "videos_train"):
+    for sample in iterate_samples(SourceConfig.at(tmp_path / "videos_train")):
         assert decode_video(sample.media, 1)[0][1].shape == (size, size, 3)
 
 

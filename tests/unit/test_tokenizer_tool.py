@@ -10,6 +10,7 @@ import pytest
 from data_tools.synthetic.generate import generate
 from data_tools.tokenizer.train import reservoir, train
 from data_tools.writer import ShardWriter
+from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
@@ -44,7 +45,7 @@ def test_the_loader_accepts_it_and_ids_are_the_agreed_ones(tokenizer):
 
 def test_held_out_captions_are_short_and_come_back(world, tokenizer):
     for folder in ("images_eval", "videos_eval"):
-        for sample in iterate_samples(world / folder):
+        for sample in iterate_samples(SourceConfig.at(world / folder)):
             for text in contents_of(sample).texts:
                 ids = tokenizer.encode(text)
                 assert tokenizer.decode(ids) == text
@@ -101,7 +102,7 @@ def test_texts_that_the_trainer_would_drop_are_used(tmp_path):
 
 def test_which_texts_a_sample_gives():
     def texts(text, **meta):
-        return list(contents_of(Sample("key", "", 0, None, "", text, meta)).texts)
+        return list(contents_of(Sample("key", SourceConfig(), 0, None, "", text, meta)).texts)
 
     assert texts("one", captions=["one", "two"], summary="three") == ["one", "two", "three"]
     assert texts("one") == ["one"]

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.budget import check_pixels
 from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, TEXT_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
@@ -31,6 +31,7 @@ SCHEMA_VERSION = 1
 _REINDEX_HINT = f"write the shards again, or delete {INDEX_NAME} to have the tars scanned"
 _REWRITE_HINT = "write the shards again"  # remote shards need a manifest
 _DEFAULTS = DataConfig()
+_NO_SOURCE = SourceConfig()
 _ATTEMPTS = 10  # to read a remote shard before another process removes it from the cache
 
 
@@ -90,9 +91,9 @@ class ShardIndex:
 
 
 def read_sample(
-    index: ShardIndex, shard: int, sample: int, source: str = "", epoch: int = 0, media: bool = True
+    index: ShardIndex, shard: int, sample: int, source: SourceConfig = _NO_SOURCE, epoch: int = 0, media: bool = True
 ) -> Sample:
-    """Read one sample; with `media` False, without its image or video. A remote shard is downloaded first.
+    """Read one sample of `source`; with `media` False, without its image or video. A remote shard is downloaded first.
 
     Raises DataError if the shard is damaged at the sample or does not exist, the text or JSON is malformed, or the
     sample is above a limit of `index.data`; FetchError if a server keeps failing.
@@ -114,7 +115,7 @@ def read_sample(
 
 
 def _read_local(
-    path: Path, row: Shard, sample: int, source: str, epoch: int, media: bool, data: DataConfig, hint: str
+    path: Path, row: Shard, sample: int, source: SourceConfig, epoch: int, media: bool, data: DataConfig, hint: str
 ) -> Sample:
     scan = _cached_scan(path)
     if scan.samples != row.samples and not scan.damage:
@@ -141,20 +142,15 @@ def _read_local(
 
 
 def iterate_samples(
-    folder: str | Path,
-    source: str = "",
-    media: bool = True,
-    data: DataConfig = _DEFAULTS,
-    first: int = 0,
-    step: int = 1,
+    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, first: int = 0, step: int = 1
 ) -> Iterator[Sample]:
-    """The samples of a folder in the order of its shards: numbers first, first + step, ..., counted from 0.
+    """The samples of a source in the order of its shards: numbers first, first + step, ..., counted from 0.
 
-    `media` as in `read_sample`, `folder` and `data` as in `ShardIndex.load`.
+    `media` as in `read_sample`, `data` as in `ShardIndex.load`.
 
     Raises DataError at the first damaged sample, and the errors of `ShardIndex.load`.
     """
-    index = ShardIndex.load(folder, data)
+    index = ShardIndex.load(source.path, data)
     places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
     for number, sample in islice(places, first, None, step):
         yield read_sample(index, number, sample, source, media=media)

@@ -46,7 +46,7 @@ def take(loader: Loader, steps: int) -> list[Batch]:
 def test_every_kind_of_url_reads_like_the_folder(folder: Path, web: Web, data: DataConfig) -> None:
     files = fsspec.filesystem("memory")
     files.put(str(folder), "/remote_test/a", recursive=True)
-    local = list(iterate_samples(folder, "s"))
+    local = list(iterate_samples(SourceConfig("s", str(folder))))
     assert len(local) == sum(COUNTS)
     for url in (
         f"{web.url}/a",
@@ -56,11 +56,13 @@ def test_every_kind_of_url_reads_like_the_folder(folder: Path, web: Web, data: D
         f"pipe:cat {folder}/{{}}",
     ):
         remote_data = dataclasses.replace(data, cache=f"{data.cache}/{url[:6]}")
-        assert list(iterate_samples(url, "s", data=remote_data)) == local
+        source = SourceConfig("s", url)
+        expected = [dataclasses.replace(sample, source=source) for sample in local]
+        assert list(iterate_samples(source, data=remote_data)) == expected
         index = ShardIndex.load(url, remote_data)
         assert (index.fingerprint, index.split) == (ShardIndex.load(folder).fingerprint, "train")
         again = pickle.loads(pickle.dumps(index))  # as for a worker process that is not forked
-        assert read_sample(again, 0, 0, "s") == local[0]
+        assert read_sample(again, 0, 0, source) == expected[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -81,7 +83,7 @@ def test_stream_equals_the_local_one_bit_for_bit(folder: Path, web: Web, data: D
 
 def test_evaluation(folder: Path, web: Web, data: DataConfig) -> None:
     keys = [key for pack in held_out_packs(data, SourceConfig("a", f"{web.url}/a"), encode, 16, 2) for key in pack.keys]
-    assert sorted(keys) == sorted(sample.key for sample in iterate_samples(folder))
+    assert sorted(keys) == sorted(sample.key for sample in iterate_samples(SourceConfig.at(folder)))
 
 
 @pytest.mark.parametrize("faults", [[500], [503, 429, 408], [CUT], [STUCK], [SILENT], [WRONG], [502, WRONG, CUT]])
@@ -89,7 +91,9 @@ def test_what_passes_is_tried_again(folder: Path, web: Web, data: DataConfig, fa
     monkeypatch.setattr(remote, "_TIMEOUT", 0.3)
     web.faults["a/index.json"] = [fault for fault in faults if fault != WRONG]
     web.faults[FIRST] = list(faults)
-    assert list(iterate_samples(f"{web.url}/a", data=data)) == list(iterate_samples(folder))
+    source = SourceConfig.at(f"{web.url}/a")
+    expected = [dataclasses.replace(sample, source=source) for sample in iterate_samples(SourceConfig.at(folder))]
+    assert list(iterate_samples(source, data=data)) == expected
     assert web.requests[FIRST] == len(faults) + 1
     assert cached(data) == ["00000.tar", "00002.tar", "00003.tar"]
 
@@ -177,7 +181,7 @@ def test_pipes_need_permission(folder: Path, data: DataConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.allow_pipe = true"):
         ShardIndex.load(f"pipe:cat {folder}/{{}}", dataclasses.replace(data, allow_pipe=False))
     with pytest.raises(ConfigError, match=r"data\.allow_pipe = true"):
-        next(iterate_samples(f"pipe:cat {folder}/{{}}"))
+        next(iterate_samples(SourceConfig.at(f"pipe:cat {folder}/{{}}")))
 
 
 def test_a_manifest_cannot_run_commands(folder: Path, data: DataConfig) -> None:
