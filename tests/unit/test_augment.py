@@ -159,7 +159,7 @@ def test_an_erased_rectangle_has_the_mean_colour():
 def test_all_frames_of_a_video_change_alike_on_the_same_grid(recipe):
     vision, clip = recipe.model.vision, sample("video", epoch=3)
     reader, plain = PictureReader(recipe.data, vision, 7), PictureReader(recipe.data, vision)
-    choice = Augmentation.choose(ALL, 7, clip.source, clip.key, 3)
+    choice = Augmentation.choose(ALL, 7, clip.source.name, clip.key, 3)
     frames = list(sampled_frames(clip, recipe.data))
     for (_, frame), picture, same in zip(frames, reader.read(clip)[1], plain.read(clip)[1], strict=True):
         changed = choice.apply(frame, *(side * vision.patch_size for side in picture.grid))
