@@ -188,7 +188,7 @@ def test_training_alone_sees_changed_pictures(tiny, recipe, tmp_path):
 def batches(tiny, recipe: Recipe, workers: int, states=None, skip: int = 0, take: int = 0):
     """Values of the batches of steps `skip` to `skip + take`, and the loader's state after them."""
     data = replace(recipe.data, workers=workers)
-    encode = Encoder(build_tasks(recipe, Tokenizer(tiny.data / "tokenizer.model")), data.sources)
+    encode = Encoder(build_tasks(recipe, Tokenizer(tiny.data / "tokenizer.model")))
     vision = recipe.model.vision
     loader = Loader(data, data.sources, encode, vision.patch_size, vision.merge, recipe.run.seed, 0, 1, 1, 2)
     if states:
