@@ -76,10 +76,7 @@ class RunLog:
         if not self.enabled:
             return
         self._record(step, values)
-        signs = list(self._watch.look(step, values))
-        for sign in signs:
-            self.say(f"warning at step {step}: {sign}")
-        self._draw(lambda board: board.add_texts("warnings", signs, step))
+        self._warn(step, values)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
             if sys.stdout.isatty():
@@ -98,6 +95,7 @@ class RunLog:
             return
         self._record(step, values)
         self.say(f"step {step}/{self.steps}  held-out  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._warn(step, values)
 
     def log_router(self, series: RouterSeries | None) -> None:
         """Write the recorder's last record to TensorBoard: a picture, and aggregates of every layer."""
@@ -136,6 +134,12 @@ class RunLog:
             self._bar.close()
         self._draw(lambda board: board.close())
         self._metrics.close()
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        signs = self._watch.look(step, values)
+        for sign in signs:
+            self.say(f"warning at step {step}: {sign}")
+        self._draw(lambda board: board.add_texts("warnings", signs, step))
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         self.attempt("metrics.jsonl", lambda: self._metrics.write(step, values))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsmoe_vl.config.recipe import learned_tasks, term_weights
 from dsmoe_vl.data.batch import Batch
@@ -47,18 +48,26 @@ class HeldOut:
             ]
 
     @torch.no_grad()
+    def sums(self, engine: Any, device: torch.device) -> dict[str, Tensor]:
+        """By source, the loss sum and the number of targets of every term in each pack of this rank: float64
+        [packs, 2, terms]. Collective."""
+        engine.eval()
+        found: dict[str, Tensor] = {}
+        for name, batches in self.batches.items():
+            rows = torch.zeros(len(batches), 2, len(self.terms), device=device, dtype=torch.float64)
+            for row, batch in zip(rows, batches, strict=True):
+                output, _ = engine(batch.to(device))
+                for column, term in enumerate(self.terms):
+                    row[0, column] = output.loss_sums[term]
+                    row[1, column] = batch.counts[term]
+            found[name] = rows
+        engine.train()
+        return found
+
     def losses(self, engine: Any, device: torch.device) -> dict[str, float]:
         """Mean loss per target of every term, over all sources (`eval_loss_TERM`) and per source
         (`eval_loss_TERM_SOURCE`), and the weighted sum over terms (`eval_loss`). Collective."""
-        engine.eval()
-        sums = {name: torch.zeros(2, len(self.terms), device=device, dtype=torch.float64) for name in self.batches}
-        for name, batches in self.batches.items():
-            for batch in batches:
-                output, _ = engine(batch.to(device))
-                for column, term in enumerate(self.terms):
-                    sums[name][0, column] += output.loss_sums[term]
-                    sums[name][1, column] += batch.counts[term]
-        engine.train()
+        sums = {name: of_packs.sum(0) for name, of_packs in self.sums(engine, device).items()}
         stacked = torch.stack(list(sums.values()))
         if dist.get_world_size() > 1:
             dist.all_reduce(stacked)

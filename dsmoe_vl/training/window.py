@@ -69,6 +69,9 @@ class Window:
         values["data_wait_ms"] = 1e3 * self.waited / self.steps
         values |= {f"{name}_ms": 1e3 * seconds / self.steps for name, seconds in phases.items()}
         values["real_tokens"] = tokens / self.steps / self.plan.tokens_per_step
+        if pairs := self.counts.get("retrieval"):
+            contrasts = 1 if self.plan.recipe.tasks.retrieval.gradient_cache else self.plan.accumulation
+            values["pairs"] = pairs / self.steps / contrasts  # that are contrasted with each other
         if self.routing is not None:
             load, entropy, dropped, _, violation = self.routing
             per_expert = load.sum((1, 2))

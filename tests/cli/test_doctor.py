@@ -1,6 +1,8 @@
-"""`launch/doctor.py objective` on the tiny recipe with all three tasks: the whole grid, and what it says."""
+"""`launch/doctor.py` on the tiny recipe: the whole grid of `objective` with all three tasks, and a race of `lr`."""
 
 from __future__ import annotations
+
+import pytest
 
 from tests.support.runs import REPOSITORY, finish, python, start
 
@@ -23,3 +25,50 @@ def test_a_recipe_without_shards(tiny, tmp_path):
     result = finish(start(python(DOCTOR, "objective", "--recipe", tiny.recipe, f"tokenizer.path={tmp_path}/none")))
     assert result.status == 2
     assert result.err.count("error: ") == 1 and f"{tmp_path}/none" in result.err and "Traceback" not in result.err
+
+
+def rows_of(out):
+    """The cells of a race's table, by rate."""
+    rows = [line.split() for line in out.splitlines() if line.startswith("  ") and line.split()[0][0].isdigit()]
+    return {float(row[0]): row for row in rows if row[1][0].isdigit()}
+
+
+def test_a_race_of_two_rates(tiny):
+    rates = ("--rates", "1e-2", "1e9", "--steps", "10", "--world-size", "2")
+    tasks = ("tasks.retrieval.weight=1", "tasks.retrieval.embedding_width=16")
+    command = python(DOCTOR, "lr", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(2), *tasks, *rates)
+    result = finish(start(command))
+    assert result.status == 0, result.out + result.err
+    assert "held-out     caption   retrieval   grad norm" in result.out
+    rows = rows_of(result.out)
+    assert set(rows) == {1e-2, 1e9}
+    good, bad = rows[1e-2], rows[1e9]
+    assert all(0 < float(cell) < 20 for cell in good[1:5]) and " ".join(good[6:]) == "the JSON's"
+    assert float(good[2]) == pytest.approx(float(good[3]) + float(good[4]), abs=2e-4)
+    assert "diverged at step" in " ".join(bad)
+    assert "suggested: optimizer.params.lr = 0.01 in" in result.out
+    assert "0.01 is the lowest rate of the race" in result.out
+
+
+def test_a_race_that_no_rate_survives(tiny):
+    rates = ("--rates", "1e9", "1e10", "--steps", "10")
+    command = python(
+        DOCTOR, "lr", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(2), "data.evaluation=[]", *rates
+    )
+    result = finish(start(command))
+    assert result.status == 1, result.out + result.err
+    assert "no data.evaluation" in result.out and "every rate diverged" in result.out
+    assert "optimizer.params.lr =" not in result.out and "--rates 1e+06 1e+07 1e+08" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rates", "-1", "1e-3"), "--rates -1.0"),
+        (("--rates", "1e-3"), "at least two"),
+        (("--steps", "3"), "--steps 3"),
+    ],
+)
+def test_a_race_that_cannot_be_run(tiny, arguments, words):
+    result = finish(start(python(DOCTOR, "lr", "--recipe", tiny.recipe, *arguments)))
+    assert result.status == 2 and words in result.err and "Traceback" not in result.err
