@@ -130,7 +130,7 @@ class Race:
         self.device = use_device(device, self.ranks)
         start_process_group(self.ranks, device)
         self.host = HostGroup()
-        encode = Encoder(build_tasks(recipe, tokenizer, training=False), recipe.data.evaluation)
+        encode = Encoder(build_tasks(recipe, tokenizer, training=False))
         self.held_out = HeldOut(plan, self.ranks, encode, self.host)
         self.weights = torch.tensor([self.held_out.weights[term] for term in self.held_out.terms]).double()
 
@@ -187,7 +187,7 @@ class Race:
         """The run's first batches, read again for every rate: all of them may not fit into memory."""
         recipe, vision = plan.recipe, plan.recipe.model.vision
         return Loader(
-            recipe.data, recipe.data.sources, Encoder(self.tasks, recipe.data.sources), vision.patch_size,
+            recipe.data, recipe.data.sources, Encoder(self.tasks), vision.patch_size,
             vision.merge, recipe.run.seed, rank=0, ranks=1, micro_batch=plan.micro_batch,
             accumulation=plan.accumulation,
         )  # fmt: skip
