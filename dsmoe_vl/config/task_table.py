@@ -35,6 +35,8 @@ class RetrievalConfig:
     weight: float = bounded(0.0, least=0)  # w_i; 0: the task is not trained
     loss: str = bounded("info_nce", choices=("info_nce", "sigmoid"))
     embedding_width: int = bounded(512, least=1)
+    # what stands for a picture, a video or a text: the state of its "last" token, or the "mean" of all its tokens
+    pooling: str = bounded("last", choices=("last", "mean"))
     gradient_cache: bool = False  # contrast over all accumulation steps; costs a second forward
 
 

@@ -38,8 +38,9 @@ def retrieval_task(trained: TrainedModel) -> RetrievalTask:
 
 @torch.inference_mode()
 def _embed(trained: TrainedModel, segments: list[Segment]) -> RetrievalEmbeddings:
-    """Both projections of each segment's last token; the caller takes the one it needs."""
-    hidden, _ = trained.model(prompt_batch(trained, segments))
+    """Both projections of each segment; the caller takes the one it needs."""
+    batch = prompt_batch(trained, segments)
+    hidden, _ = trained.model(batch)
     ends = torch.tensor([segment.length for segment in segments], device=hidden.device).cumsum(0) - 1
-    embedded = trained.model.get_submodule("retrieval")(hidden[ends], hidden[ends])
+    embedded = trained.model.get_submodule("retrieval")(hidden, ends, ends, batch.cu_segments)
     return RetrievalEmbeddings(*(value.cpu() for value in embedded))

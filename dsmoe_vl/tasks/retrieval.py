@@ -76,8 +76,8 @@ class RetrievalTask:
 
 def embed_pairs(model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> RetrievalEmbeddings:
     """Both sides of this rank's pairs: hidden [T, D] -> [n, W] each."""
-    media, text = (hidden.index_select(0, at) for at in (batch.media_embedding, batch.text_embedding))
-    return model.get_submodule("retrieval")(media, text)
+    head = model.get_submodule("retrieval")
+    return head(hidden, batch.media_embedding, batch.text_embedding, batch.cu_segments)
 
 
 def contrastive_sum(loss: str, own: RetrievalEmbeddings, batch: Batch) -> Tensor:

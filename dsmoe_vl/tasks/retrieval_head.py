@@ -1,4 +1,7 @@
-"""Retrieval embeddings from the decoder's hidden states. Shapes: n pairs, D width, W width of an embedding."""
+"""Retrieval embeddings from the decoder's hidden states.
+
+Shapes: T tokens, S segments, n pairs, D width, W width of an embedding.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class RetrievalEmbeddings(NamedTuple):
 
 
 class RetrievalHead(nn.Module):
-    """Projections of the two embedding tokens, and the learned temperature (Radford et al. 2021, section 2.3)."""
+    """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3)."""
 
     OWN_START = ("log_scale", "bias")  # parameters that `initialise` does not change
 
@@ -38,14 +41,36 @@ class RetrievalHead(nn.Module):
         embedding_width, (initial_scale, initial_bias) = settings.embedding_width, _START[settings.loss]
         self.media = nn.Linear(width, embedding_width, bias=False)
         self.text = nn.Linear(width, embedding_width, bias=False)
+        self.pooling = settings.pooling
         self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
         self.bias = nn.Parameter(torch.tensor([initial_bias]))  # used by the sigmoid loss
 
-    def forward(self, media: Tensor, text: Tensor) -> RetrievalEmbeddings:
-        """media, text [n, D]: hidden states of the embedding tokens."""
+    def forward(self, hidden: Tensor, media: Tensor, text: Tensor, cu_segments: Tensor) -> RetrievalEmbeddings:
+        """hidden [T, D]; media, text: the last tokens of the segments to embed, int64 [n]; cu_segments int32 [S + 1]:
+        cumulative lengths of all segments; the last is T."""
+        of_segments = segment_means(hidden, cu_segments) if self.pooling == "mean" else None
+
+        def states(last: Tensor) -> Tensor:
+            if of_segments is None:
+                return hidden.index_select(0, last)
+            return of_segments.index_select(0, _segment_of(last, cu_segments)).type_as(hidden)
+
         return RetrievalEmbeddings(
-            F.normalize(self.media(media).float(), dim=-1),
-            F.normalize(self.text(text).float(), dim=-1),
+            F.normalize(self.media(states(media)).float(), dim=-1),
+            F.normalize(self.text(states(text)).float(), dim=-1),
             self.log_scale.float().exp().clamp(max=_MAX_SCALE),
             self.bias.float(),
         )
+
+
+def segment_means(hidden: Tensor, cu_segments: Tensor) -> Tensor:
+    """The mean state of each segment, in fp32: hidden [T, D], cu_segments int32 [S + 1] -> [S, D]."""
+    lengths = cu_segments.diff()
+    segments = _segment_of(torch.arange(len(hidden), device=hidden.device), cu_segments)
+    sums = hidden.new_zeros(len(lengths), hidden.shape[-1], dtype=torch.float32)
+    return sums.index_add(0, segments, hidden.float()) / lengths.unsqueeze(-1)
+
+
+def _segment_of(tokens: Tensor, cu_segments: Tensor) -> Tensor:
+    """The segment of each token, int64."""
+    return torch.searchsorted(cu_segments[1:], tokens.int(), right=True)

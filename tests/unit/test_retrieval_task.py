@@ -96,8 +96,11 @@ def test_what_cannot_be_used_says_why(task, changes, message):
         task.encode(sample("image", **changes))
 
 
-def test_loss_of_a_batch_against_loops(task, recipe):
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_loss_of_a_batch_against_loops(task, recipe, pooling):
     """Two packs with three pairs, of which two show the same picture."""
+    settings = dataclasses.replace(recipe.tasks.retrieval, pooling=pooling)
+    recipe = dataclasses.replace(recipe, tasks=dataclasses.replace(recipe.tasks, retrieval=settings))
     given = [sample("image"), sample("video", number=1), sample("image", epoch=1)]
     packs = [[*task.encode(given[0]), *task.encode(given[1])], task.encode(given[2])]
     batch = collate([assemble(segments, SHAPE) for segments in packs])
@@ -106,14 +109,15 @@ def test_loss_of_a_batch_against_loops(task, recipe):
     hidden = torch.randn(2 * SHAPE.length, recipe.model.width)
     output = task.loss(model, hidden, batch)
 
-    ends, start = [], 0  # of every segment
+    states, start = [], 0  # of every segment
     for pack, segments in enumerate(packs):
         start = SHAPE.length * pack
         for segment in segments:
+            of_segment = hidden[start : start + segment.length]
+            states.append(of_segment[-1] if pooling == "last" else of_segment.mean(0))
             start += segment.length
-            ends.append(start - 1)
-    media = [F.normalize(model.retrieval.media(hidden[end]), dim=0) for end in ends[::2]]
-    text = [F.normalize(model.retrieval.text(hidden[end]), dim=0) for end in ends[1::2]]
+    media = [F.normalize(model.retrieval.media(state), dim=0) for state in states[::2]]
+    text = [F.normalize(model.retrieval.text(state), dim=0) for state in states[1::2]]
     scale, expected = model.retrieval.log_scale.exp(), 0.0
     for i in range(3):
         allowed = [j for j in range(3) if j == i or {i, j} != {0, 2}]
