@@ -65,8 +65,10 @@ class DualEncoder(nn.Module):
             *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], _WIDTH)
         )
         self.words = nn.EmbeddingBag(_BUCKETS, _WIDTH, mode="mean")
-        self.text = nn.Sequential(nn.Linear(_WIDTH, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH))
-        nn.init.normal_(self.words.weight, std=1.0)
+        self.text = nn.Sequential(
+            nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH)
+        )
+        nn.init.normal_(self.words.weight, std=0.02)  # rows are seen seldom: small ones move
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_pictures(self, pixels: Tensor) -> Tensor:

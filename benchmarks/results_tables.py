@@ -118,6 +118,23 @@ def together_and_alone(results: Results) -> str:
     return block(table)
 
 
+def learning(results: Results) -> str:
+    """Real pictures from nothing, beside a plain dual encoder."""
+    scores = {"text_to_media_r1": "text to picture, R@1", "media_to_text_r1": "picture to text, R@1",
+              "captions": "exact captions"}  # fmt: skip
+    table = Table("variant", "pairs", "CPU seconds", *scores.values())
+    result = newest(results, "learning")
+    if result is None:
+        table.unverified("learning", "all")
+        return block(table)
+    for variant, seeds in result.figures["curves"].items():
+        last = [points[-1] for points in seeds]
+        cells = [_percent_of_seeds([point[score] for point in last if score in point]) for score in scores]
+        seconds = fmean(point["seconds"] for point in last)
+        table.row(result, variant, f"{fmean(point['pairs'] for point in last):,.0f}", f"{seconds:.0f}", *cells)
+    return block(table)
+
+
 def sizes(results: Results) -> str:
     """Parameters of the shipped recipes."""
     table = Table("recipe", "parameters", "active")
@@ -147,6 +164,14 @@ def recipes(results: Results) -> str:
             _minutes(found["step_seconds"]), _minutes(found["seconds"]),
         )  # fmt: skip
     return block(table)
+
+
+def _percent_of_seeds(values: list[float]) -> str:
+    """Mean and range of the seeds."""
+    if not values:
+        return "-"
+    mean, least, most = (100 * value for value in (fmean(values), min(values), max(values)))
+    return f"**{mean:.1f} %** ({least:.1f} to {most:.1f})" if len(values) > 1 else f"{mean:.1f} %"
 
 
 def _last_losses(variant: dict[str, Any]) -> list[float]:

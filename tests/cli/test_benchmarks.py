@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+from PIL import Image
+
 from benchmarks.record import Result
 from benchmarks.results_tables import quickstart_output
 from benchmarks.summary import BLOCKS
@@ -115,6 +118,27 @@ def test_generate(tiny, tmp_path):
     command = python(BENCHMARKS / "generate.py", "--recipe", tiny.recipe, "--batch", "2", "--max-tokens", "4")
     found = measured(command, tmp_path, "--repeats", "2").figures
     assert [len(seconds) for seconds in found["seconds"].values()] == [2, 2, 2] and len(found["ratios"]) == 2
+
+
+def test_learning(tmp_path):
+    """On pictures of noise with texts of noise."""
+    noise, pictures = np.random.default_rng(0), tmp_path / "pictures"
+    pictures.mkdir()
+    words = ["".join(noise.choice(list("abcdefghijklmnop"), 7)) for _ in range(600)]
+    for part, count in (("train", 120), ("test", 6)):
+        rows = []
+        for number in range(count):
+            name = f"{part}{number}.png"
+            Image.fromarray(noise.integers(0, 256, (64, 64, 3), np.uint8)).save(pictures / name)
+            rows.append(f"{name},{' '.join(noise.choice(words, 5))},{number}")
+        (pictures / f"{part}.csv").write_text("\n".join(["file,text,content", *rows]))
+    options = ("--pictures", pictures, "--shards", tmp_path / "shards")
+    variants = ("--pairs", "660", "--seeds", "1", "--variants", "together", "plain dual encoder")
+    found = measured(python(BENCHMARKS / "learning.py", *options, *variants), tmp_path).figures
+    ours, plain = (seeds[0] for seeds in found["curves"].values())
+    assert [point["pairs"] for point in plain] == [110 * step for step in range(1, 7)]
+    assert len(ours) == 6 and 600 < ours[-1]["pairs"] < 720 and ours[-1]["seconds"] > ours[0]["seconds"] > 0
+    assert {"text_to_media_r1", "media_to_text_r1", "captions"} <= set(ours[-1])
 
 
 def test_the_gpu_script_is_valid():

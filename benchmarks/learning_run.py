@@ -1,0 +1,199 @@
+"""One curve of learning.py, in a process of its own: trains one variant with one seed, scores it, prints JSON lines.
+
+    python benchmarks/learning_run.py retrieval --seed 1 [--pairs 66000] [--rate 3e-4] [section.key=value ...]
+
+A line: samples seen so far, CPU seconds of training so far (data included, scoring not), R@1 among all held-out
+pictures and all their texts, and the share of held-out pictures whose generated caption is one of their texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import numpy as np
+import torch
+from dual_encoder import DualEncoder, Pairs, features
+from dual_encoder import train as train_dual_encoder
+from record import ROOT
+from run import DEEPSPEED
+
+from dsmoe_vl.config.deepspeed_json import load_deepspeed
+from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.data.contents import contents_of
+from dsmoe_vl.data.decode import decode_image, resized
+from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.evaluation.captions import caption_samples
+from dsmoe_vl.evaluation.retrieval import evaluate_retrieval
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.metrics.retrieval import retrieval_metrics
+from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.resolve import resolve
+from dsmoe_vl.tasks.registry import Encoder, build_tasks
+from dsmoe_vl.tasks.retrieval import pair_id
+
+RECIPE = ROOT / "benchmarks/learning.toml"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "retrieval": ("tasks.caption.weight=0",),
+    "captions": ("tasks.retrieval.weight=0",),
+    "together": (),
+    "together, dense": ("moe.first_dense_layers=4", "model.ffn_width=512"),  # equal active FLOPs
+}
+DUAL_ENCODER = "plain dual encoder"
+POINTS = 6  # of a curve
+_BATCH = 110  # samples of a step, about
+_SLACK = 1.03  # of a pack's room over what its samples take
+_MAX_TOKENS = 12  # of a caption
+_SIDE = 64  # pixels; the dual encoder's pictures
+
+
+def held_out(recipe: Recipe) -> list[Sample]:
+    """The held-out samples, with different content."""
+    found: dict[int, Sample] = {}
+    for source in recipe.data.evaluation:
+        for sample in iterate_samples(source):
+            found.setdefault(pair_id(sample), sample)
+    return list(found.values())
+
+
+def sized(recipe: Recipe, pairs: int) -> Recipe:
+    """Packs of _BATCH samples, whatever tasks they serve, and as many steps as see `pairs` of them."""
+    encode = Encoder(build_tasks(recipe, Tokenizer(recipe.tokenizer.path)))
+    segments = [encode(sample) for sample in islice(iterate_samples(recipe.data.sources[0]), 200)]
+    tokens = np.mean([sum(segment.length for segment in of_sample) for of_sample in segments])
+    patches = np.mean([sum(len(p.patches) for s in of_sample for p in s.pictures) for of_sample in segments])
+    cell = recipe.model.vision.merge**2
+    data = replace(
+        recipe.data,
+        pack_length=round(_BATCH * _SLACK * tokens),
+        pack_patches=-(-round(2 * _BATCH * patches) // cell) * cell,
+    )
+    return replace(recipe, data=data, run=replace(recipe.run, steps=round(pairs / _BATCH)))
+
+
+def train(plan: RunPlan) -> Iterator[tuple[TrainedModel, int, float]]:
+    """POINTS times: the model, samples seen, CPU seconds."""
+    from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
+    from dsmoe_vl.training.engine import build_engine
+    from dsmoe_vl.training.step import OptimizerStep
+
+    ranks, recipe, device = Ranks(0, 1, 0), plan.recipe, torch.device("cpu")
+    start_process_group(ranks, "cpu")
+    tokenizer = Tokenizer(recipe.tokenizer.path)
+    tasks = build_tasks(recipe, tokenizer)
+    engine = build_engine(plan, ranks, tasks)
+    take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
+    data, vision = recipe.data, recipe.model.vision
+    loader = Loader(
+        data, data.sources, Encoder(tasks), vision.patch_size, vision.merge, recipe.run.seed, rank=0, ranks=1,
+        micro_batch=plan.micro_batch, accumulation=plan.accumulation,
+    )  # fmt: skip
+    seconds, started = 0.0, time.process_time()
+    for step, batches in zip(range(1, recipe.run.steps + 1), loader, strict=False):
+        shared = take_step.share(batches)
+        take_step(shared.batches, shared.counts)
+        if step * POINTS // recipe.run.steps > (step - 1) * POINTS // recipe.run.steps:
+            seconds += time.process_time() - started
+            samples = sum(value for name, value in loader.report().items() if name.endswith("/samples"))
+            engine.eval()
+            yield TrainedModel(engine.module.backbone, tokenizer, recipe, Path(), device), samples, seconds
+            engine.train()
+            started = time.process_time()
+
+
+@torch.no_grad()
+def scores(trained: TrainedModel, samples: list[Sample]) -> dict[str, float]:
+    """Of the tasks that it has learned."""
+    names = [spec.name for spec in learned_tasks(trained.recipe)]
+    found: dict[str, float] = {}
+    if "retrieval" in names:
+        found |= recalls(evaluate_retrieval(trained, samples, len(samples)))
+    if "caption" in names:
+        right = [
+            said.generated.casefold() in {text.casefold() for text in contents_of(said.sample).captions}
+            for said in caption_samples(trained, iter(samples), _MAX_TOKENS)
+        ]
+        found["captions"] = sum(right) / len(samples)
+    return found
+
+
+def recalls(metrics: dict[str, float]) -> dict[str, float]:
+    """R@1 in both directions, 0 to 1."""
+    return {name: metrics[name] for name in ("text_to_media_r1", "media_to_text_r1")}
+
+
+def pairs_of(samples: list[Sample]) -> Pairs:
+    """For the dual encoder: everything decoded once."""
+    numbers: dict[int, int] = {}
+    pictures = [np.array(resized(decode_image(sample.media or b""), _SIDE, _SIDE)) for sample in samples]
+    content = [numbers.setdefault(pair_id(sample), len(numbers)) for sample in samples]
+    texts = [list(contents_of(sample).captions) for sample in samples]
+    return Pairs(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), texts, torch.tensor(content))
+
+
+@torch.no_grad()
+def dual_encoder_scores(model: DualEncoder, pairs: Pairs) -> dict[str, float]:
+    """As `scores`."""
+    media = torch.cat([model.embed_pictures(part.float() / 127.5 - 1) for part in pairs.pictures.split(128)])
+    texts = [features(text) for of_picture in pairs.texts for text in of_picture]
+    text = torch.cat([model.embed_texts(texts[at : at + 256]) for at in range(0, len(texts), 256)])
+    owners = np.repeat(np.arange(len(media)), [len(of_picture) for of_picture in pairs.texts])
+    return recalls(retrieval_metrics(media.numpy(), text.numpy(), owners))
+
+
+def curve(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The points of one variant."""
+    overrides = (*args.overrides, f"run.seed={args.seed}", *VARIANTS.get(args.variant, ()))
+    recipe = load_recipe(RECIPE, overrides)
+    samples = held_out(recipe)
+    if args.variant == DUAL_ENCODER:
+        learned = [sample for source in recipe.data.sources for sample in iterate_samples(SourceConfig.at(source.path))]
+        steps, tests = round(args.pairs / _BATCH), pairs_of(samples)
+        for model, pairs, seconds in train_dual_encoder(
+            pairs_of(learned), steps, _BATCH, args.seed, -(-steps // POINTS)
+        ):
+            yield {"pairs": pairs, "seconds": seconds, **dual_encoder_scores(model, tests)}
+        return
+    deepspeed = load_deepspeed(DEEPSPEED)
+    deepspeed["optimizer"]["params"]["lr"] = args.rate
+    plan = resolve(sized(recipe, args.pairs), deepspeed, 1, device="cpu", bf16_unit=False)
+    for trained, pairs, seconds in train(plan):
+        yield {"pairs": pairs, "seconds": seconds, **scores(trained, samples)}
+
+
+def main() -> int:
+    """Print the points."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=[*VARIANTS, DUAL_ENCODER])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=66_000, help="samples to see")
+    parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate, as `launch/doctor.py lr` finds")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
+    args = parser.parse_intermixed_args()
+    os.chdir(ROOT)  # where the recipe's paths begin
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for point in curve(args):
+        print(json.dumps(point), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
