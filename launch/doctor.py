@@ -31,7 +31,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deepspeed", type=Path, default=_ROOT / "ds_configs/moe.json", metavar="JSON")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # makes this process one rank of the grid
     race = parser.add_argument_group("lr")
-    race.add_argument("--rates", type=float, nargs="+", metavar="LR", help="default: an eighth to twice the JSON's lr")
+    race.add_argument(
+        "--rates", type=_numbers, metavar="LR,LR", help="with commas; default: an eighth to twice the JSON's lr"
+    )
     race.add_argument("--steps", type=int, help="optimizer steps at each rate; default: 60")
     race.add_argument("--world-size", type=int, help="with the batch of this many ranks; default: 1")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
@@ -51,6 +53,10 @@ def main() -> int:
     if args.results is None:
         return run(start_splits)
     return run(lambda: examine_split(args), print_error if os.environ["RANK"] == "0" else lambda error: None)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 def race_rates(args: argparse.Namespace) -> int:

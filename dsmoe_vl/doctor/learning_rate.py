@@ -10,9 +10,10 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,15 @@ _LEAST_STEPS = 10  # two of warm-up, two that the training loss is a mean of
 _PART = 5  # the warm-up is steps / _PART; so is the end whose mean is the training loss
 _BELOW, _ABOVE = 3, 1  # powers of 2 below and above the JSON's rate
 _FURTHER = 2  # powers of 2 by which a sweep is extended, at most, if its best rate is at its edge
-_LOST = 3.0  # times the first step's loss: the end of a rate's race
+_LOST = 3.0  # times the first loss: the end of a rate's race
 _WIDTH = 12  # characters of a column
 _SURE = 2.0  # standard errors of a difference of losses; less is noise
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One rate's race. Losses are nats, weighted as in the recipe; `parts` are the loss by held-out pack, or by step
-    if there is no held-out data: their spread is its noise."""
+    """One rate's race. Losses are nats, weighted as in the recipe; `parts` are the loss of each term by held-out pack,
+    or of all by step if there is no held-out data: their spread is its noise."""
 
     rate: float
     diverged: bool
@@ -57,7 +58,7 @@ class Outcome:
     held_out: float | None = None  # None: no held-out data
     terms: tuple[float, ...] = ()  # held-out loss of each term
     grad_norm: float = math.nan  # before clipping, the largest after the warm-up: before, all rates have the same
-    parts: tuple[float, ...] = ()
+    parts: tuple[tuple[float, ...], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -67,8 +68,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome to begin with, the best one, the noise of their difference, and the edge of the sweep at which the
-    best one is: -1 for the lowest rate, 1 for the highest, 0 for neither."""
+    """The outcome to begin with, the best one, the noise of their difference (nan: not known), and the edge of the
+    sweep at which the best one is: -1 for the lowest rate, 1 for the highest, 0 for neither."""
 
     chosen: Outcome
     best: Outcome
@@ -93,25 +94,38 @@ def choose(outcomes: Sequence[Outcome]) -> Choice | None:
 
 
 def noise_of_difference(one: Outcome, other: Outcome) -> float:
-    """Two standard errors of the difference of two losses, over the same held-out packs; infinite for one pack."""
-    differences = torch.tensor(one.parts, dtype=torch.float64) - torch.tensor(other.parts, dtype=torch.float64)
-    if len(differences) < 2:
-        return math.inf
-    return _SURE * float(differences.std()) / math.sqrt(len(differences))
+    """Two standard errors of the difference of two losses, over the same held-out packs. Those of several terms are
+    added, because the terms of a pack may vary together. The noise of a term in one pack alone is not known and left
+    out; nan if there are no others."""
+    errors = []
+    for ours, theirs in zip(one.parts, other.parts, strict=True):
+        if len(ours) > 1:
+            differences = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+            errors.append(float(differences.std()) / math.sqrt(len(differences)))
+    return _SURE * sum(errors) if errors else math.nan
 
 
-def loss_by_pack(sums: Tensor, weights: Tensor) -> tuple[float, ...]:
-    """Pseudo-values of the jackknife: the loss by pack, so that packs with more targets count for more.
+def is_lost(now: Mapping[str, float], first: Mapping[str, float], weights: Mapping[str, float]) -> bool:
+    """Whether a step's loss is far above that at the start. `now`: the terms that have targets in this step; `first`:
+    the first value of each, because a step may lack terms that later ones have."""
+    return sum(weights[term] * now[term] for term in now) > _LOST * sum(weights[term] * first[term] for term in now)
 
-    sums: loss sum and number of targets of every term in every pack, [packs, 2, terms]; weights: [terms].
+
+def loss_by_pack(sums: Tensor, weights: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Pseudo-values of the jackknife: the loss of each term by pack, so that packs with more targets count for more.
+
+    sums: loss sum and number of targets of every term in every pack, [packs, 2, terms]; weights: [terms]. A term has a
+    value for every pack with its targets.
     """
-    total, packs = sums.sum(0), len(sums)
-    without = torch.stack([total - own for own in sums])
-
-    def loss(of: Tensor) -> Tensor:
-        return (of[..., 0, :] / of[..., 1, :].clamp(min=1)) @ weights
-
-    return tuple((packs * loss(total) - (packs - 1) * loss(without)).tolist())
+    found = []
+    for of_packs, weight in zip(sums.unbind(-1), weights.tolist(), strict=True):
+        having = of_packs[of_packs[:, 1] > 0]
+        total, packs = having.sum(0), len(having)
+        loss = total[0] / total[1].clamp(min=1)
+        without = total - having
+        left_out = without[:, 0] / without[:, 1].clamp(min=1)
+        found.append(tuple((weight * (packs * loss - (packs - 1) * left_out)).tolist()))
+    return tuple(found)
 
 
 class Race:
@@ -132,6 +146,7 @@ class Race:
         self.host = HostGroup()
         encode = Encoder(build_tasks(recipe, tokenizer, training=False))
         self.held_out = HeldOut(plan, self.ranks, encode, self.host)
+        self.has_held_out = any(self.held_out.batches.values())
         self.weights = torch.tensor([self.held_out.weights[term] for term in self.held_out.terms]).double()
 
     def plan(self, rate: float) -> RunPlan:
@@ -162,20 +177,23 @@ class Race:
         take_step = OptimizerStep(plan, self.ranks, engine, self.host, self.device)
         losses: list[float] = []
         norms: list[float] = []
+        first: dict[str, float] = {}  # loss of each term when it first had targets
         with closing(self._loader(plan)) as loader:
-            for batches, _ in zip(loader, range(self.steps), strict=False):
+            for batches in islice(loader, self.steps):
                 shared = take_step.share(batches)
                 # At ZeRO-0 in fp32 the engine has no norm of its own.
                 result = take_step(shared.batches, shared.counts, part_norms=plan.zero_stage == 0)
                 losses.append(float(result.terms["loss"]))
                 norms.append(result.grad_norm)
-                if not math.isfinite(losses[-1]) or losses[-1] > _LOST * losses[0]:
+                now = {t: float(result.terms[f"loss_{t}"]) for t in self.held_out.terms if shared.counts[t]}
+                first = now | first
+                if not math.isfinite(losses[-1]) or is_lost(now, first, self.held_out.weights):
                     return Outcome(rate, True, len(losses), losses[-1], grad_norm=max(norms))
         largest = max(norms[self.steps // _PART :])
         end = tuple(losses[-(self.steps // _PART) :])
         training = sum(end) / len(end)
-        if not self.held_out.batches:
-            return Outcome(rate, False, self.steps, training, grad_norm=largest, parts=end)
+        if not self.has_held_out:
+            return Outcome(rate, False, self.steps, training, grad_norm=largest, parts=(end,))
         sums = torch.cat(list(self.held_out.sums(engine, self.device).values())).cpu()
         total = sums.sum(0)
         terms = total[0] / total[1].clamp(min=1)
@@ -232,6 +250,10 @@ def advice(choice: Choice, steps: int, whole: int) -> list[str]:
             f"  {best.rate:.3g} is better by {chosen.loss - best.loss:.4f}, but up to {choice.noise:.4f} is noise (two "
             "standard errors of the difference): the smaller rate is safer"
         )
+    elif math.isnan(choice.noise):
+        lines.append(
+            "  the noise is not known, as no term is in two held-out packs: raise run.evaluate_packs, or hold out more"
+        )
     if choice.edge:
         end, other = ("lowest", "lower") if choice.edge < 0 else ("highest", "higher")
         lines.append(f"  {best.rate:.3g} is the {end} rate of the race, so a {other} one may be better: try --rates")
@@ -245,7 +267,7 @@ def advice(choice: Choice, steps: int, whole: int) -> list[str]:
 
 def _no_rate(outcomes: Sequence[Outcome]) -> list[str]:
     lowest = min(outcome.rate for outcome in outcomes)
-    lower = " ".join(f"{lowest / factor:.2g}" for factor in (1000, 100, 10))
+    lower = ",".join(f"{lowest / factor:.2g}" for factor in (1000, 100, 10))
     return [
         f"every rate diverged, so none is suggested: try --rates {lower}, and gradient_clipping = 1.0 in the DeepSpeed "
         "JSON. If these diverge too, `launch/doctor.py objective` and `python -m data_tools.inspect` look for faults"
@@ -270,7 +292,7 @@ def find_rate(
     if steps < _LEAST_STEPS:
         raise ConfigError(f"--steps {steps}: a race needs at least {_LEAST_STEPS}, such as the default of {STEPS}")
     if len(set(rates)) == 1:
-        raise ConfigError(f"--rates {rates[0]:g}: a race needs at least two, such as --rates 3e-4 6e-4 1.2e-3")
+        raise ConfigError(f"--rates {rates[0]:g}: a race needs at least two, such as --rates 3e-4,6e-4,1.2e-3")
     wrong = [rate for rate in rates if not 0 < rate < math.inf]
     if wrong:
         raise ConfigError(f"--rates {wrong[0]}: a learning rate is a number above 0, such as 3e-4")
@@ -281,9 +303,11 @@ def find_rate(
     packs = race.plan(now).packs_per_step
     print(f"steps at each rate: {steps}, each with {packs} packs, the batch of --world-size {world_size}")
     print(f"warm-up of {steps // _PART} steps, then a cosine to a tenth; the same first values and batches for all")
-    if not race.held_out.batches:
-        print("the recipe has no data.evaluation: rates are compared by the training loss of the last steps")
-    names = ["held-out", *race.held_out.terms] if race.held_out.batches else []
+    if not race.has_held_out:
+        print(
+            "there are no held-out packs (data.evaluation): rates are compared by the training loss of the last steps"
+        )
+    names = ["held-out", *race.held_out.terms] if race.has_held_out else []
     print("".join(f"{name:>{_WIDTH}}" for name in ["rate", "training", *names, "grad norm"]), flush=True)
 
     def measured(rate: float) -> Outcome:

@@ -34,7 +34,7 @@ def rows_of(out):
 
 
 def test_a_race_of_two_rates(tiny):
-    rates = ("--rates", "1e-2", "1e9", "--steps", "10", "--world-size", "2")
+    rates = ("--rates", "1e-2,1e9", "--steps", "10", "--world-size", "2")
     tasks = ("tasks.retrieval.weight=1", "tasks.retrieval.embedding_width=16")
     command = python(DOCTOR, "lr", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(2), *tasks, *rates)
     result = finish(start(command))
@@ -51,20 +51,20 @@ def test_a_race_of_two_rates(tiny):
 
 
 def test_a_race_that_no_rate_survives(tiny):
-    rates = ("--rates", "1e9", "1e10", "--steps", "10")
+    rates = ("--rates", "1e9,1e10", "--steps", "10")
     command = python(
         DOCTOR, "lr", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(2), "data.evaluation=[]", *rates
     )
     result = finish(start(command))
     assert result.status == 1, result.out + result.err
-    assert "no data.evaluation" in result.out and "every rate diverged" in result.out
-    assert "optimizer.params.lr =" not in result.out and "--rates 1e+06 1e+07 1e+08" in result.out
+    assert "no held-out packs" in result.out and "every rate diverged" in result.out
+    assert "optimizer.params.lr =" not in result.out and "--rates 1e+06,1e+07,1e+08" in result.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--rates", "-1", "1e-3"), "--rates -1.0"),
+        (("--rates=-1,1e-3",), "--rates -1.0"),
         (("--rates", "1e-3"), "at least two"),
         (("--steps", "3"), "--steps 3"),
     ],

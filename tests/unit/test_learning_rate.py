@@ -9,7 +9,7 @@ import torch
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.doctor.learning_rate import Outcome, advice, choose, loss_by_pack, of_world, sweep
+from dsmoe_vl.doctor.learning_rate import Outcome, advice, choose, is_lost, loss_by_pack, of_world, sweep
 
 WOBBLE = (0.3, -0.3, 0.1, -0.1)  # of packs, the same for every rate
 
@@ -17,7 +17,7 @@ WOBBLE = (0.3, -0.3, 0.1, -0.1)  # of packs, the same for every rate
 def outcome(rate, loss, noise=0.0):
     """A finished race; `noise`: how much packs differ from those of other rates."""
     parts = tuple(loss + 10 * wobble + noise * (-1) ** index for index, wobble in enumerate(WOBBLE))
-    return Outcome(rate, False, 10, loss, loss, (loss,), 1.0, parts)
+    return Outcome(rate, False, 10, loss, loss, (loss,), 1.0, (parts,))
 
 
 def diverged(rate):
@@ -62,11 +62,28 @@ def test_a_sweep_goes_on_beyond_its_edge():
     assert [found.rate for found in sweep([4e-3], diverged, extend=True)] == [4e-3, 2e-3, 1e-3]
 
 
+def test_a_term_that_begins_later_is_no_divergence():
+    weights, first = {"retrieval": 0.5, "caption": 1.0}, {"retrieval": 2.6, "caption": 10.4}
+    assert not is_lost({"retrieval": 2.6, "caption": 10.4}, first, weights)
+    assert not is_lost({"retrieval": 7.0}, first, weights) and is_lost({"retrieval": 8.0}, first, weights)
+    assert is_lost({"retrieval": 2.6, "caption": 40.0}, first, weights)
+
+
 def test_packs_count_by_their_targets():
     sums = torch.tensor([[[3.0, 1.0], [3.0, 1.0]], [[2.0, 4.0], [1.0, 2.0]]], dtype=torch.float64)  # [packs, 2, terms]
     parts = loss_by_pack(sums, torch.tensor([1.0, 0.5], dtype=torch.float64))
-    whole, first, second = 5 / 4 + 0.5 * 5 / 3, 3 / 3 + 0.5 * 1, 2 / 1 + 0.5 * 4 / 2
-    assert parts == pytest.approx((2 * whole - second, 2 * whole - first))
+    assert parts[0] == pytest.approx((2 * 5 / 4 - 2 / 1, 2 * 5 / 4 - 3 / 3))
+    assert parts[1] == pytest.approx((0.5 * (2 * 5 / 3 - 4 / 2), 0.5 * (2 * 5 / 3 - 1 / 1)))
+
+
+def test_a_term_in_one_pack_has_no_noise_to_compare():
+    sums = torch.tensor([[[3.0, 0.0], [3.0, 0.0]], [[0.0, 4.0], [0.0, 2.0]]], dtype=torch.float64)
+    parts = loss_by_pack(sums, torch.ones(2, dtype=torch.float64))
+    assert parts == ((1.0,), (2.0,))
+    rates = [Outcome(rate, False, 10, loss, loss, parts=((loss,),)) for rate, loss in ((1e-3, 4.0), (2e-3, 2.0))]
+    choice = choose(rates)
+    assert choice.chosen.rate == 2e-3 and math.isnan(choice.noise)
+    assert "raise run.evaluate_packs" in advice(choice, 60, 420)[1]
 
 
 def test_the_batch_of_several_ranks(tiny):
