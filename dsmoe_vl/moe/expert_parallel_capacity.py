@@ -120,8 +120,9 @@ class CapacityMoE(MoE):
     ) -> tuple[Tensor, RouterStats]:
         """As `CapacityFeedForward.forward`."""
         # Capacity depends on this rank's tokens, and the all-to-all has equal splits: all ranks need the same number.
-        packs = self.micro_batch if self.training else 1
-        assert len(x) == packs * self.pack_length, f"{len(x)} tokens, not {packs} x {self.pack_length}"
+        # In evaluation they have one held-out pack each, or a micro-step's: the first pass of the gradient cache.
+        packs = {self.micro_batch} if self.training else {1, self.micro_batch}
+        assert len(x) / self.pack_length in packs, f"{len(x)} tokens, not {packs} packs of {self.pack_length}"
         out, stats, _ = super().forward(x, torch.stack((task_ids, modality_ids, real.long())))
         self.deepspeed_moe.l_aux = None  # it is our statistics, and would keep their graph alive
         return (out if self.shared is None else out + self.shared(x)), stats

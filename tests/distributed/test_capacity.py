@@ -37,6 +37,14 @@ def test_without_drops_it_trains_like_dropless(world_size, zero, ep, tmp_path):
     assert ours["reloaded_difference"] < 1e-4
 
 
+@pytest.mark.parametrize(("world_size", "ep", "accumulation"), [(1, 1, "2"), (2, 2, "1")])
+def test_the_gradient_cache_with_several_packs_a_micro_step(world_size, ep, accumulation):
+    """Its first pass is in evaluation mode, where held-out packs come one at a time, and these do not."""
+    flags = ("--accumulation", accumulation, "--gradient-cache", "--steps", "2")
+    ours = curve(world_size, 1, ep, *flags, *WIDE)
+    assert largest_difference(ours, curve(world_size, 1, ep, *flags)) < 1e-5
+
+
 @pytest.mark.parametrize(("zero", "ep"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_drops_are_the_same_on_two_ranks(top_k, zero, ep, tmp_path):
