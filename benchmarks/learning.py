@@ -73,9 +73,11 @@ def draw(curves: dict[str, list[list[Point]]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(2, len(SCORES), figsize=(13, 7), dpi=110)
+    measured = {score for seeds in curves.values() for score in seeds[0][0]}
+    titles = {score: title for score, title in SCORES.items() if score in measured}
+    figure, rows = pyplot.subplots(2, len(titles), figsize=(4.4 * len(titles), 7), dpi=110, squeeze=False)
     for row, (over, label) in zip(rows, (("pairs", "pairs seen"), ("seconds", "CPU seconds")), strict=True):
-        for axes, (score, title) in zip(row, SCORES.items(), strict=True):
+        for axes, (score, title) in zip(row, titles.items(), strict=True):
             for variant, seeds in curves.items():
                 by_point = list(zip(*seeds, strict=True))
                 if score not in by_point[0][0]:
@@ -87,7 +89,7 @@ def draw(curves: dict[str, list[list[Point]]], file: Path) -> None:
             axes.set_xlabel(label)
             axes.set_ylabel(f"{title}, %")
             axes.grid(alpha=0.3)
-    for axes in rows[0][1:]:
+    for axes in rows[0]:
         axes.legend()
     figure.tight_layout()
     figure.savefig(file)
