@@ -105,10 +105,10 @@ def noise_of_difference(one: Outcome, other: Outcome) -> float:
     return _SURE * sum(errors) if errors else math.nan
 
 
-def is_lost(now: Mapping[str, float], first: Mapping[str, float], weights: Mapping[str, float]) -> bool:
-    """Whether a step's loss is far above that at the start. `now`: the terms that have targets in this step; `first`:
-    the first value of each, because a step may lack terms that later ones have."""
-    return sum(weights[term] * now[term] for term in now) > _LOST * sum(weights[term] * first[term] for term in now)
+def is_lost(now: Mapping[str, float], first: Mapping[str, float]) -> bool:
+    """Whether a step's loss is far above that at the start. `now`: its parts; `first`: the first value of each, because
+    a step may lack targets of terms that later ones have."""
+    return sum(now.values()) > _LOST * sum(first[name] for name in now)
 
 
 def loss_by_pack(sums: Tensor, weights: Tensor) -> tuple[tuple[float, ...], ...]:
@@ -177,7 +177,7 @@ class Race:
         take_step = OptimizerStep(plan, self.ranks, engine, self.host, self.device)
         losses: list[float] = []
         norms: list[float] = []
-        first: dict[str, float] = {}  # loss of each term when it first had targets
+        first: dict[str, float] = {}  # each term of the loss when it first had targets
         with closing(self._loader(plan)) as loader:
             for batches in islice(loader, self.steps):
                 shared = take_step.share(batches)
@@ -185,9 +185,9 @@ class Race:
                 result = take_step(shared.batches, shared.counts, part_norms=plan.zero_stage == 0)
                 losses.append(float(result.terms["loss"]))
                 norms.append(result.grad_norm)
-                now = {t: float(result.terms[f"loss_{t}"]) for t in self.held_out.terms if shared.counts[t]}
+                now = self._weighted_terms(result.terms, shared.counts)
                 first = now | first
-                if not math.isfinite(losses[-1]) or is_lost(now, first, self.held_out.weights):
+                if not math.isfinite(losses[-1]) or is_lost(now, first):
                     return Outcome(rate, True, len(losses), losses[-1], grad_norm=max(norms))
         largest = max(norms[self.steps // _PART :])
         end = tuple(losses[-(self.steps // _PART) :])
@@ -200,6 +200,15 @@ class Race:
         loss = float(terms @ self.weights)
         of_terms, parts = tuple(terms.tolist()), loss_by_pack(sums, self.weights)
         return Outcome(rate, not math.isfinite(loss), self.steps, training, loss, of_terms, largest, parts)
+
+    def _weighted_terms(self, terms: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, float]:
+        """The parts of a step's loss: the terms of the tasks that have targets, and the balancing terms together."""
+        found = {
+            name: self.held_out.weights[name] * float(terms[f"loss_{name}"])
+            for name in self.held_out.terms
+            if counts[name]
+        }
+        return {**found, "balancing": float(terms["loss"]) - sum(found.values())}
 
     def _loader(self, plan: RunPlan) -> Loader:
         """The run's first batches, read again for every rate: all of them may not fit into memory."""

@@ -63,10 +63,10 @@ def test_a_sweep_goes_on_beyond_its_edge():
 
 
 def test_a_term_that_begins_later_is_no_divergence():
-    weights, first = {"retrieval": 0.5, "caption": 1.0}, {"retrieval": 2.6, "caption": 10.4}
-    assert not is_lost({"retrieval": 2.6, "caption": 10.4}, first, weights)
-    assert not is_lost({"retrieval": 7.0}, first, weights) and is_lost({"retrieval": 8.0}, first, weights)
-    assert is_lost({"retrieval": 2.6, "caption": 40.0}, first, weights)
+    first = {"retrieval": 1.3, "caption": 10.4, "balancing": 0.05}
+    assert not is_lost({"retrieval": 1.3, "caption": 10.4, "balancing": 0.05}, first)
+    assert not is_lost({"retrieval": 3.5, "balancing": 0.05}, first) and is_lost({"retrieval": 4.1}, first)
+    assert is_lost({"retrieval": 1.3, "caption": 40.0}, first) and is_lost({"caption": 9.0, "balancing": 1e9}, first)
 
 
 def test_packs_count_by_their_targets():
