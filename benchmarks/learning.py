@@ -38,6 +38,8 @@ Point = dict[str, Any]
 
 def settings(pictures: Path | None, shards: Path) -> tuple[str, ...]:
     """Overrides of learning.toml for the data. Makes shards and a tokenizer of a folder of pictures once."""
+    if pictures and not all((pictures / f"{part}.csv").is_file() for part in ("train", "test")):
+        raise SystemExit(f"--pictures {pictures}: needs train.csv and test.csv")
     train, test, tokenizer = _SCENES if pictures is None else (shards / "train", shards / "test", shards / "t.model")
     for part, folder in (("train", train), ("test", test)) if pictures else ():
         if not (Path(folder) / "index.json").exists():
@@ -102,9 +104,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--pairs", type=int, default=66_000, help="pairs that each variant sees")
     parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate of the trainer's variants")
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, DUAL_ENCODER], metavar="NAME")
+    known = [*VARIANTS, DUAL_ENCODER]
+    parser.add_argument("--variants", nargs="+", default=known, choices=known)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, a core each")
-    parser.add_argument("--shards", type=Path, default=Path("data/learning"), help="where DIR's shards are put")
+    parser.add_argument(
+        "--shards", type=Path, default=Path("data/learning"), help="where DIR's shards are kept, by its name"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the curves, such as to docs/images/learning.png"
     )
@@ -112,7 +117,7 @@ def main() -> int:
     args = parser.parse_args()
     pictures = args.pictures and args.pictures.resolve()
     os.chdir(ROOT)  # where the recipes' paths begin
-    overrides = settings(pictures, args.shards)
+    overrides = settings(pictures, args.shards / pictures.name if pictures else args.shards)
     runs = [(variant, seed) for seed in args.seeds for variant in args.variants]  # variants interleaved
     with ThreadPoolExecutor(args.jobs) as pool:
         points = list(pool.map(lambda run: learn(*run, args, overrides), runs))

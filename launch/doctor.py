@@ -56,7 +56,10 @@ def main() -> int:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give numbers with commas between them, such as 3e-4,6e-4") from None
 
 
 def race_rates(args: argparse.Namespace) -> int:
