@@ -135,8 +135,8 @@ def scores(trained: TrainedModel, samples: list[Sample]) -> dict[str, float]:
 
 
 def recalls(metrics: dict[str, float]) -> dict[str, float]:
-    """R@1 in both directions, 0 to 1."""
-    return {name: metrics[name] for name in ("text_to_media_r1", "media_to_text_r1")}
+    """R@1 and R@10 in both directions, 0 to 1."""
+    return {f"{way}_r{k}": metrics[f"{way}_r{k}"] for k in (1, 10) for way in ("text_to_media", "media_to_text")}
 
 
 def pairs_of(samples: list[Sample]) -> Pairs:

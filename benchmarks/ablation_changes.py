@@ -1,0 +1,266 @@
+"""What ablations.py changes where no setting of a recipe or of the DeepSpeed JSON does: parts of the program.
+
+They are replaced before the model is built. What helps becomes a setting; what does not stays here.
+
+Shapes: T tokens, D width, N patches, L tokens of the longest segment.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import learning_run
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.data.segment import Modality
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.model import attention, vision
+from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.optim.gradients import PARTS, part_of
+from dsmoe_vl.optim.parameter_groups import parameter_groups
+from dsmoe_vl.tasks import retrieval_head
+from dsmoe_vl.training import engine, step
+
+Replacement = Callable[[float], None]  # called with the peak learning rate
+
+
+def groups(rates: dict[str, float] | None = None, undecayed: tuple[str, ...] = ()) -> Replacement:
+    """Other learning rates by part, as factors, or parts without weight decay. Parts: PARTS and "log_scale"."""
+
+    def replace(rate: float) -> None:
+        def by_part(model: nn.Module) -> list[dict[str, Any]]:
+            part = {
+                id(value): "log_scale" if name.endswith("log_scale") else part_of(name)
+                for name, value in model.named_parameters()
+            }
+            found = []
+            for group in parameter_groups(model):
+                for name in (*PARTS, "log_scale"):
+                    params = [value for value in group["params"] if part[id(value)] == name]
+                    other = {"weight_decay": 0.0} if name in undecayed else {}
+                    if params:
+                        found.append(group | other | {"params": params, "lr": rate * (rates or {}).get(name, 1.0)})
+            return found
+
+        engine.parameter_groups = by_part
+
+    return replace
+
+
+def start_of_scale(scale: float) -> Replacement:
+    """1 / temperature at the start."""
+
+    def replace(rate: float) -> None:
+        retrieval_head._START["info_nce"] = (scale, 0.0)
+
+    return replace
+
+
+def sampled_pieces(alpha: float) -> Replacement:
+    """Texts in training are cut into pieces at random (Kudo 2018); in scoring as usual."""
+
+    def replace(rate: float) -> None:
+        usual, score = Tokenizer.encode, learning_run.scores
+        training = [True]
+
+        def encode(self: Tokenizer, text: str) -> list[int]:
+            if not training[0]:
+                return usual(self, text)
+            return self._model.encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
+
+        def scored(*args: Any) -> dict[str, float]:
+            training[0] = False
+            try:
+                return score(*args)
+            finally:
+                training[0] = True
+
+        Tokenizer.encode, learning_run.scores = encode, scored  # type: ignore[method-assign]
+
+    return replace
+
+
+def averaged(keep: float) -> Replacement:
+    """Scored are running averages of the weights: `keep` of the average stays at each step."""
+
+    def replace(rate: float) -> None:
+        means: dict[str, Tensor] = {}
+
+        class Averaging(step.OptimizerStep):
+            def __call__(self, *args: Any, **settings: Any) -> step.StepResult:
+                result = super().__call__(*args, **settings)
+                for name, value in self.engine.module.backbone.state_dict().items():
+                    means.setdefault(name, value.float().clone()).lerp_(value.float(), 1 - keep)
+                return result
+
+        def trained(backbone: VisionLanguageModel, *rest: Any) -> TrainedModel:
+            model = copy.deepcopy(backbone)
+            model.load_state_dict(means)
+            return TrainedModel(model, *rest)
+
+        step.OptimizerStep = Averaging  # type: ignore[misc]
+        learning_run.TrainedModel = trained  # type: ignore[assignment, misc]
+
+    return replace
+
+
+def earlier_layer(layers: int) -> Replacement:
+    """Embeddings are read so many layers before the last."""
+
+    def replace(rate: float) -> None:
+        decode, head = VisionLanguageModel._decode, retrieval_head.RetrievalHead.forward
+        kept: list[Tensor] = []
+
+        def keeping(self: VisionLanguageModel, *args: Any) -> Any:
+            layer = self.layers[len(self.layers) - 1 - layers]
+            handle = layer.register_forward_hook(lambda _m, _i, out: kept.append(self.norm(out[0])))
+            try:
+                return decode(self, *args)
+            finally:
+                handle.remove()
+
+        def forward(self: retrieval_head.RetrievalHead, hidden: Tensor, *rest: Tensor) -> Any:
+            state = kept.pop()
+            kept.clear()
+            return head(self, state, *rest)
+
+        VisionLanguageModel._decode = keeping  # type: ignore[method-assign]
+        retrieval_head.RetrievalHead.forward = forward  # type: ignore[method-assign]
+
+    return replace
+
+
+def pictures_see_all(rate: float) -> None:
+    """In the decoder a picture's tokens attend to those after them, too; text stays causal."""
+    usual, forward = attention.segment_attention, VisionLanguageModel.forward
+    of_picture: list[Tensor] = []
+
+    def keeping(self: VisionLanguageModel, batch: Any, *args: Any) -> Any:
+        of_picture[:] = [batch.modality_ids != Modality.TEXT]
+        return forward(self, batch, *args)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: attention.SegmentLayout, causal: bool) -> Tensor:
+        if not causal:
+            return usual(q, k, v, layout, causal)
+        heads, out = q.shape[1], []
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        for bucket in layout.buckets:
+            shape = (bucket.segments, bucket.longest, heads, -1)
+            dense = [x[bucket.rows].view(shape).transpose(1, 2) for x in (q, k, v)]
+            seen = of_picture[0][bucket.rows].view(bucket.segments, 1, bucket.longest)
+            mask = torch.ones(bucket.longest, bucket.longest, dtype=torch.bool).tril() | (seen.mT & seen)
+            mask = mask.unsqueeze(1) if bucket.key_mask is None else mask.unsqueeze(1) & bucket.key_mask
+            # A row of padding that sees nothing would be NaN, and its gradient with it.
+            mask = mask | torch.eye(bucket.longest, dtype=torch.bool)
+            flat = F.scaled_dot_product_attention(*dense, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+            out.append(flat[bucket.valid])
+        result = torch.cat(out)
+        return result if layout.inverse is None else result[layout.inverse]
+
+    attention.segment_attention = attend
+    VisionLanguageModel.forward = keeping  # type: ignore[method-assign]
+
+
+def packs_of_half_a_step(rate: float) -> None:
+    """For two micro-steps a step: packs half as long, so that a step sees as many pairs as before."""
+    usual = learning_run.sized
+
+    def halved(recipe: Recipe, pairs: int) -> Recipe:
+        whole = usual(recipe, pairs)
+        cell = recipe.model.vision.merge**2
+        half = {"pack_length": whole.data.pack_length // 2, "pack_patches": whole.data.pack_patches // 2 // cell * cell}
+        return dataclasses.replace(whole, data=dataclasses.replace(whole.data, **half))
+
+    learning_run.sized = halved
+
+
+def pairs_of_a_step(pairs: int) -> Replacement:
+    """More or fewer pairs a step, and so fewer or more steps."""
+
+    def replace(rate: float) -> None:
+        learning_run._BATCH = pairs
+
+    return replace
+
+
+class _Convolutions(nn.Module):
+    """3 x 3 convolutions of stride 2 down to a patch, in place of one matrix (Xiao et al. 2021).
+
+    For square pictures of 4 x 4 patches of 16 pixels in cells of 2 x 2.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise((3, 24, 48, 96, width)))
+        self.norms = nn.ModuleList(nn.GroupNorm(1, channels) for channels in (24, 48, 96))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[N, 3 * 16 ** 2] -> [N, width]."""
+        x = pixels.view(-1, 2, 2, 2, 2, 3, 16, 16).permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, 64, 64)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=False):
+            x = F.gelu(norm(convolution(x)))
+        x = self.convolutions[-1](x)
+        return x.view(len(x), -1, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), -1)
+
+
+def convolutional_stem(rate: float) -> None:
+    """Patches through convolutions."""
+    build = vision.VisionEncoder.__init__
+
+    def with_convolutions(self: vision.VisionEncoder, config: Any) -> None:
+        build(self, config)
+        self.patch_embedding = _Convolutions(config.width)  # type: ignore[assignment]
+
+    vision.VisionEncoder.__init__ = with_convolutions  # type: ignore[method-assign]
+
+
+def task_gradients(rate: float) -> None:
+    """Adds to each point the norm of each term's gradient, and the cosine of captions' and retrieval's, over all shared
+    parameters and over the vision tower, on the packs of that step."""
+    score = learning_run.scores
+    last: list[Any] = []
+
+    class Keeping(step.OptimizerStep):
+        def __call__(self, batches: Any, counts: Any, part_norms: bool = False) -> step.StepResult:
+            last[:] = [self.engine.module, batches[0], counts]
+            return super().__call__(batches, counts, part_norms)
+
+    def scored(*args: Any) -> dict[str, float]:
+        model, batch, counts = last
+        with torch.enable_grad():
+            sums = model(batch)[0].loss_sums
+            named = dict(model.named_parameters())
+            found = {}
+            for term, value in sums.items():
+                gradients = torch.autograd.grad(
+                    value / counts[term], list(named.values()), retain_graph=True, allow_unused=True
+                )
+                found[term] = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+        metrics = {f"norm_{term}": _norm(list(values.values())) for term, values in found.items()}
+        for part in ("all", *PARTS):
+            shared = [
+                name for name in named if all(name in of_term for of_term in found.values())
+                and part in ("all", part_of(name))
+            ]  # fmt: skip
+            if not shared:
+                continue
+            a, b = ([of_term[name] for name in shared] for of_term in found.values())
+            product = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+            metrics[f"cosine_{part}"] = product / max(_norm(a) * _norm(b), 1e-30)
+        return score(*args) | metrics
+
+    step.OptimizerStep = Keeping  # type: ignore[misc]
+    learning_run.scores = scored
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    return math.sqrt(sum(float(g.square().sum()) for g in gradients))
