@@ -4,7 +4,8 @@
 
 Every variant of learning_run.py sees as many pairs, in a process of its own on one core: curves of R@1 in both
 directions and of exact captions over pairs and over CPU seconds. Writes benchmarks/results/learning.json. With `--jobs`
-above 1 the CPU seconds are not those of an idle machine. The plot needs matplotlib (the extra "compare").
+above 1 the CPU seconds are not those of an idle machine. Variants that are not named keep their curves of the result
+file, if it is of the same pictures, seeds and rate. The plot needs matplotlib (the extra "compare").
 
 DIR has pictures with train.csv and test.csv (columns file, text, content), as `python -m data_tools.convert folder`
 reads them. Without it: the quickstart's pictures.
@@ -122,9 +123,13 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         points = list(pool.map(lambda run: learn(*run, args, overrides), runs))
     found = dict(zip(runs, points, strict=True))
-    curves = {variant: [found[variant, seed] for seed in args.seeds] for variant in args.variants}
+    new = {variant: [found[variant, seed] for seed in args.seeds] for variant in args.variants}
     of = pictures.name if pictures else "the quickstart's pictures"
-    figures = {"pictures": of, "seeds": args.seeds, "rate": args.rate, "curves": curves}
+    what = {"pictures": of, "seeds": args.seeds, "rate": args.rate}
+    before = Result.read(args.json).figures if args.json.exists() else {}
+    old = before["curves"] if what.items() <= before.items() else {}
+    curves = {variant: (old | new)[variant] for variant in known if variant in old | new}
+    figures = {**what, "curves": curves}
     Result.now("learning", figures).write(args.json)
     if args.plot:
         draw(curves, args.plot)
