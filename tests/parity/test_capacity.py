@@ -175,7 +175,7 @@ def test_random_selection_drops_as_many():
 def test_other_numbers_of_tokens_are_refused():
     source, inputs = build()
     layer = CapacityMoE(source, plan_of(source.moe), ep_rank=0)
-    with pytest.raises(AssertionError, match=f"39 tokens, not {{1}} packs of {TOKENS}"):
+    with pytest.raises(AssertionError, match=rf"39 tokens, not \{{1\}} packs of {TOKENS}"):
         layer(*(value[:-1] for value in inputs))
 
 
