@@ -7,7 +7,6 @@ Shapes: T tokens, D width, N patches, L tokens of the longest segment.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.optim.gradients import PARTS, part_of
 from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.tasks import retrieval_head
+from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.training import engine, step
 
 Replacement = Callable[[float], None]  # called with the peak learning rate
@@ -102,10 +102,10 @@ def averaged(keep: float) -> Replacement:
                     means.setdefault(name, value.float().clone()).lerp_(value.float(), 1 - keep)
                 return result
 
-        def trained(backbone: VisionLanguageModel, *rest: Any) -> TrainedModel:
-            model = copy.deepcopy(backbone)
+        def trained(_: VisionLanguageModel, tokenizer: Tokenizer, recipe: Recipe, *rest: Any) -> TrainedModel:
+            model = build_backbone(recipe)
             model.load_state_dict(means)
-            return TrainedModel(model, *rest)
+            return TrainedModel(model.eval(), tokenizer, recipe, *rest)
 
         step.OptimizerStep = Averaging  # type: ignore[misc]
         learning_run.TrainedModel = trained  # type: ignore[assignment, misc]
