@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="run directory; overrides run.directory and run.name")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    parser.add_argument("--fresh", action="store_true", help="begin anew; a run in the directory is kept beside it")
     parser.add_argument("--strict", action="store_true", help="fail if the plan would differ from the request")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
@@ -71,7 +72,7 @@ def plan_and_train(args: argparse.Namespace, stop: StopRequest) -> int:
         if args.recipe.resolve() == _DEFAULT_RECIPE:
             from data_tools.synthetic.default_data import make_default_data as make_data
         with stop:
-            train(plan, ranks, stop, make_data)
+            train(plan, ranks, stop, make_data, args.fresh)
     except BaseException as error:
         from dsmoe_vl.parallel.process_group import end_rank
 

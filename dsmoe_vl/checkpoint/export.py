@@ -1,7 +1,8 @@
 """Export the newest weights of a run to a folder, without experts that output only zeros.
 
 OUTPUT/
-  model.safetensors   as in a checkpoint; a layer that lost experts also has `experts.kept`, the numbers of the others
+  model-*.safetensors and their index, as in a checkpoint; a layer that lost experts also has `experts.kept`, the
+                      numbers of the others
   tokenizer.model  plan.json
   manifest.json       written last: a folder without it cannot be opened
 """
@@ -15,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest, write_manifest
-from dsmoe_vl.checkpoint.weights_file import WeightsFile
+from dsmoe_vl.checkpoint.manifest import entries, write_manifest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest
+from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import writing
 from dsmoe_vl.moe.experts import null_experts
@@ -59,10 +61,11 @@ def export_run(run_dir: Path, output: Path) -> Export:
     )
     try:
         with writing(output):
-            WeightsFile(output).save(weights)
+            files = WeightsFile(output).save(weights)
             shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
             shutil.copyfile(plan_file, output / PLAN_NAME)
-            write_manifest(output, replace(manifest, files={}))
+            files |= entries(output, (INDEX_NAME, TOKENIZER_NAME, PLAN_NAME))
+            write_manifest(output, replace(manifest, files=files))
     except BaseException:
         for written in output.iterdir():  # else the next try would find a folder that is not empty
             written.unlink()

@@ -2,24 +2,24 @@
 
 runs/NAME/checkpoints/
   latest                      the name of the newest complete checkpoint
-  step_00000100/              DeepSpeed's files, model.safetensors, tokenizer.model, data.json, trainer.json, rng_*.pt
+  step_00000100/              the files that docs/design/checkpoints.md lists
     manifest.json             written last: a folder without it is incomplete and not used
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from dsmoe_vl.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.files import require_regular, write_atomically, write_json
+from dsmoe_vl.files import sync_folder, write_atomically
 
 CHECKPOINTS_NAME = "checkpoints"  # folder of a run
 PLAN_NAME = "plan.json"  # of a run or an exported model
@@ -27,27 +27,7 @@ PLAN_NAME = "plan.json"  # of a run or an exported model
 TOKENIZER_NAME = "tokenizer.model"
 DATA_NAME = "data.json"
 TRAINER_NAME = "trainer.json"
-MANIFEST_NAME = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Topology:
-    """The settings that DeepSpeed's files depend on."""
-
-    world_size: int
-    ep_size: int
-    zero_stage: int
-    precision: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The manifest of a complete checkpoint. `files`: size in bytes by relative path."""
-
-    step: int
-    topology: Topology
-    tokenizer_sha256: str
-    files: dict[str, int]
+LATEST_NAME = "latest"  # beside them
 
 
 def checkpoint_name(step: int) -> str:
@@ -55,40 +35,25 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Mark `folder` as complete, with the sizes of its files in place of `manifest.files`."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    files.pop(MANIFEST_NAME, None)
-    write_json(folder / MANIFEST_NAME, {**asdict(manifest), "files": files})
-
-
 def complete(folder: Path, manifest: Manifest) -> None:
-    """Mark a checkpoint as complete, and as the latest."""
+    """Mark a checkpoint as complete, and as the latest. Its files must be on disk already."""
+    sync_folder(folder)
     write_manifest(folder, manifest)
-    write_atomically(folder.parent / "latest", folder.name + "\n")
+    sync_folder(folder.parent)
+    write_atomically(folder.parent / LATEST_NAME, folder.name + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a complete checkpoint; None if it is missing, or if a file is missing or has another size."""
-    try:
-        raw = json.loads(require_regular(folder / MANIFEST_NAME).read_text())
-        manifest = Manifest(raw["step"], Topology(**raw["topology"]), raw["tokenizer_sha256"], raw["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    for name, size in manifest.files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return None
-    return manifest
-
-
-def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
-    """The newest complete checkpoint, if any. Does not read `latest`."""
+def complete_ones(checkpoints: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The complete checkpoints, from the newest. Does not read `latest`."""
     for folder in sorted(checkpoints.glob("step_*"), reverse=True):
         manifest = read_manifest(folder)
         if manifest is not None:
-            return folder, manifest
-    return None
+            yield folder, manifest
+
+
+def newest_complete(checkpoints: Path) -> tuple[Path, Manifest] | None:
+    """The newest complete checkpoint, if any."""
+    return next(complete_ones(checkpoints), None)
 
 
 def lock_run(run_dir: Path) -> TextIO:
@@ -127,35 +92,45 @@ def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
     return found
 
 
-def require_fit(folder: Path, manifest: Manifest, topology: Topology, tokenizer_sha256: str) -> None:
-    """Raise CheckpointError if a checkpoint cannot be resumed with this topology and tokenizer."""
+def require_tokenizer(folder: Path, manifest: Manifest, tokenizer_sha256: str) -> None:
+    """Raise CheckpointError if a checkpoint was trained with another tokenizer."""
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise CheckpointError(
             f"{folder} was trained with another tokenizer (pieces {manifest.tokenizer_sha256[:12]}, now "
             f"{tokenizer_sha256[:12]}): set tokenizer.path to {folder / TOKENIZER_NAME}, or start a new run.name"
         )
-    for name, saved in asdict(manifest.topology).items():
-        now = getattr(topology, name)
-        if saved != now:
-            raise CheckpointError(
-                f"{folder} was written with {name}={saved}, this run has {name}={now}: "
-                f"resume with {name}={saved}, or start a new run.name"
-            )
 
 
-def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what interrupted savings have left: their space may be what the next one needs."""
-    for folder in checkpoints.glob("step_*"):
-        if not (folder / MANIFEST_NAME).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def remove_unfinished(checkpoints: Path) -> list[str]:
+    """Remove what interrupted savings have left: their space may be what the next one needs. Returns their names.
+
+    A folder that `latest` names was complete once, so it stays.
+    """
+    latest = latest_name(checkpoints)
+    unfinished = [
+        folder for folder in sorted(checkpoints.glob("step_*"))
+        if not (folder / MANIFEST_NAME).exists() and folder.name != latest
+    ]  # fmt: skip
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder.name for folder in unfinished]
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all checkpoints that are older than the `keep` newest complete ones."""
-    folders = sorted(checkpoints.glob("step_*"), reverse=True)
+def latest_name(checkpoints: Path) -> str | None:
+    """The name of the newest checkpoint that was ever complete; None if there was none."""
+    try:
+        return (checkpoints / LATEST_NAME).read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove checkpoints that are older than the `keep` newest complete ones, but for those of every `keep_every`-th
+    step (0: none)."""
     kept = 0
-    for folder in folders:
-        if kept >= keep:
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        manifest = read_manifest(folder)
+        if kept < keep:
+            kept += manifest is not None
+        elif not (keep_every and manifest is not None and manifest.step % keep_every == 0):
             shutil.rmtree(folder, ignore_errors=True)
-        elif read_manifest(folder) is not None:
-            kept += 1

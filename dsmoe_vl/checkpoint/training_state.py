@@ -1,33 +1,50 @@
-"""Saving and restoring a run: the engine, the position of the data, the random state and the trainer's state."""
+"""Saving and restoring a run: weights, the optimizer's state, the position of the data, random and trainer's states.
+
+A save first copies this rank's share to host memory; training goes on while a thread writes it. Where the copies do not
+fit into memory, training waits instead. When all ranks have written, they meet once, and rank 0 marks the checkpoint as
+complete.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import socket
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from dsmoe_vl.checkpoint import optimizer_files
+from dsmoe_vl.checkpoint.manifest import Manifest, Topology, entries
+from dsmoe_vl.checkpoint.optimizer_files import OptimizerFiles, Piece, optimizer_name, own_pieces
+from dsmoe_vl.checkpoint.optimizer_state import after_loading, make_moments, ranges, updates
 from dsmoe_vl.checkpoint.store import (
     CHECKPOINTS_NAME,
     DATA_NAME,
     TOKENIZER_NAME,
     TRAINER_NAME,
-    Manifest,
-    Topology,
     checkpoint_name,
     complete,
     prune,
 )
-from dsmoe_vl.checkpoint.weights import save_weights
+from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
+from dsmoe_vl.checkpoint.weights import load_buffers, own_weights
+from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile, shard_name
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_json, writing
+from dsmoe_vl.parallel.device import free_host_bytes
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
 
 
 def topology_of(plan: RunPlan) -> Topology:
@@ -35,64 +52,217 @@ def topology_of(plan: RunPlan) -> Topology:
     return Topology(plan.world_size, plan.ep_size, plan.zero_stage, plan.precision)
 
 
-def save(
-    plan: RunPlan,
-    ranks: Ranks,
-    host: HostGroup,
-    engine: Any,
-    tokenizer: Tokenizer,
-    step: int,
-    load_fraction: Tensor | None,
-    data_state: dict[str, Any],
-) -> Path:
-    """Write the checkpoint of `step` and return its folder. Collective.
+class _Written(NamedTuple):
+    """What a rank has written, for the index and the manifest."""
 
-    Raises OSError, which names the folder or a file, if the disk is full or refuses. What is left is removed by the
-    next start, not here: a rank that still writes would report that its files have gone, instead of the cause.
-    """
-    folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
-    with writing(folder):
-        if ranks.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
-            folder.mkdir(parents=True)
-        host.barrier()
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        save_weights(engine.module, plan.zero_stage, folder)
-        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    host: str
+    files: dict[str, FileEntry]
+    weights: list[str]
+    pieces: list[Piece]
+    data_state: dict[str, Any]
+    broken: str | None  # a tensor with a value that is not finite
+    failure: BaseException | None
+
+
+@dataclass
+class _Save:
+    """A save in flight. `trainer`: what trainer.json will have."""
+
+    folder: Path
+    trainer: dict[str, Any]
+    data_state: dict[str, Any]
+    pieces: list[Piece]
+    writing: Future[dict[str, Any]]
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time."""
+
+    def __init__(self, plan: RunPlan, ranks: Ranks, host: HostGroup, tokenizer: Tokenizer) -> None:
+        self._plan, self._ranks, self._host, self._tokenizer = plan, ranks, host, tokenizer
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._save: _Save | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint has begun and is not complete yet: the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files are not written yet."""
+        return self._save is not None and not self._save.writing.done()
+
+    def begin(self, engine: Any, step: int, load_fraction: Tensor | None, data_state: dict[str, Any]) -> None:
+        """Copy this rank's share and begin to write it. Collective; no other save may be in flight.
+
+        Raises OSError if the folder cannot be made.
+        """
+        assert self._save is None
+        folder = Path(self._plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
+        with writing(folder):
+            if self._ranks.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
+                folder.mkdir(parents=True)
+            self._host.barrier()
+        pieces, state = own_pieces(engine, masters=self._plan.precision != "fp32")
+        state["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state()
-        torch.save(rng, folder / _rng_name(ranks))
-        states = host.gather(data_state)  # also a barrier: every rank has written its files
-        if ranks.rank == 0:
-            load = None if load_fraction is None else load_fraction.tolist()
-            write_json(folder / TRAINER_NAME, {"step": step, "load_fraction": load})
-            write_json(folder / DATA_NAME, states)
-            shutil.copyfile(plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
-            complete(folder, Manifest(step, topology_of(plan), tokenizer.sha256, {}))
-            prune(folder.parent, plan.recipe.run.keep_checkpoints)
-        host.barrier()
-    return folder
+            state["rng/cuda"] = torch.cuda.get_rng_state()
+        schedule = engine.lr_scheduler
+        trainer = {
+            "step": step,
+            "load_fraction": None if load_fraction is None else load_fraction.tolist(),
+            "updates": updates(engine),
+            "schedule": None if schedule is None else schedule.state_dict(),
+            "engine": {name: getattr(engine, name) for name in _COUNTERS},
+        }
+        rank, ranks = self._ranks.rank, self._ranks.world_size
+        shares = {shard_name(rank, ranks): own_weights(engine.module), optimizer_name(rank, ranks): Share.of(state)}
+        if self._has_room(sum(share.size for share in shares.values())):
+            shares = {name: share.kept() for name, share in shares.items()}
+            written = self._thread.submit(_write, folder, shares)
+        else:
+            written = Future()
+            try:
+                written.set_result(_write(folder, shares))
+            except Exception as error:
+                written.set_exception(error)
+        self._save = _Save(folder, trainer, data_state, pieces, written)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether every host can keep copies of `size` bytes a rank, with as much again to spare. Collective."""
+        return self._host.max(int(2 * size * self._ranks.local_size > free_host_bytes())) == 0
+
+    def finish(self) -> Path:
+        """Wait for all ranks, and mark the checkpoint as complete. Returns its folder. Collective.
+
+        Raises CheckpointError for weights that are not finite and for ranks that do not see each other's files; the
+        error of a rank that could not write. Older checkpoints then stay, and training can go on.
+        """
+        save, self._save = self._save, None
+        assert save is not None
+        written = self._host.collect(self._written(save))
+        failure: BaseException | None = None
+        if written is not None:
+            failure = next((of_rank.failure for of_rank in written if of_rank.failure is not None), None)
+            try:
+                failure = failure or self._complete(save, written)
+            except OSError as error:
+                failure = _named(error, save.folder)
+        failure = self._host.from_first(failure)
+        if failure is not None:
+            if self._ranks.rank == 0:
+                shutil.rmtree(save.folder, ignore_errors=True)
+            raise failure
+        return save.folder
+
+    def _written(self, save: _Save) -> _Written:
+        host = socket.gethostname()
+        try:
+            found = save.writing.result()
+        except Exception as error:
+            return _Written(host, {}, [], [], {}, None, _named(error, save.folder))
+        return _Written(host, found["files"], found["weights"], save.pieces, save.data_state, found["broken"], None)
+
+    def _complete(self, save: _Save, written: list[_Written]) -> BaseException | None:
+        """On rank 0: the files of no single rank, the manifest, and the end of older checkpoints."""
+        folder, ranks = save.folder, self._ranks.world_size
+        for rank, of_rank in enumerate(written):
+            if of_rank.broken is not None:
+                return CheckpointError(
+                    f"step {save.trainer['step']}: {of_rank.broken} has values that are not finite, so the checkpoint "
+                    "is not kept: see the lines above for where training went wrong, lower the learning rate"
+                )
+            for name, entry in of_rank.files.items():
+                file = folder / name
+                if not file.is_file() or file.stat().st_size != entry.size:
+                    return CheckpointError(
+                        f"{file}, written by rank {rank} on {of_rank.host}, is not there on "
+                        f"{socket.gethostname()}: set run.directory to a folder that all hosts share"
+                    )
+        with writing(folder):
+            files = {name: entry for of_rank in written for name, entry in of_rank.files.items()}
+            places = {name: shard_name(rank, ranks) for rank, of_rank in enumerate(written) for name in of_rank.weights}
+            WeightsFile(folder).write_index(places, {name: files[name] for name in set(places.values())})
+            pieces = {optimizer_name(rank, ranks): of_rank.pieces for rank, of_rank in enumerate(written)}
+            optimizer_files.write_index(folder, pieces)
+            write_json(folder / TRAINER_NAME, save.trainer)
+            write_json(folder / DATA_NAME, [of_rank.data_state for of_rank in written])
+            shutil.copyfile(self._plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
+            own = (INDEX_NAME, optimizer_files.INDEX_NAME, TRAINER_NAME, DATA_NAME, TOKENIZER_NAME)
+            files |= entries(folder, own)
+            complete(folder, Manifest(save.trainer["step"], topology_of(self._plan), self._tokenizer.sha256, files))
+        run = self._plan.recipe.run
+        prune(folder.parent, run.keep_checkpoints, run.keep_every)
+        return None
+
+    def close(self) -> None:
+        """End the thread. A save in flight is left incomplete."""
+        self._thread.shutdown()
+
+
+def _write(folder: Path, shares: Mapping[str, Share]) -> dict[str, Any]:
+    """Write this rank's files. Raises OSError, of the first file that fails."""
+    files: dict[str, FileEntry] = {}
+    broken, failure = None, None
+    for file, share in shares.items():
+        try:
+            with writing(folder / file):
+                files[file], found = write_tensors(folder / file, share)
+            broken = broken or found
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return {"files": files, "weights": list(next(iter(shares.values())).specs), "broken": broken}
+
+
+def _named(error: Exception, folder: Path) -> BaseException:
+    """An error that can be sent to other ranks."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(error.filename or folder))
+    return CheckpointError(f"{folder} could not be written: {type(error).__name__}: {error}")
 
 
 def restore(
-    folder: Path, ranks: Ranks, engine: Any, device: torch.device
+    folder: Path, manifest: Manifest, plan: RunPlan, ranks: Ranks, engine: Any, device: torch.device
 ) -> tuple[int, Tensor | None, list[dict[str, Any]]]:
-    """Load the engine and the random state. Returns the step, the load fractions and the data states of all ranks.
+    """Load a checkpoint of any topology into the engine, and the random state. Returns the step, the load fractions and
+    the data states of the ranks that wrote it. Collective. Raises CheckpointError for files of another content."""
+    try:
+        return _restore(folder, manifest, plan, ranks, engine, device)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{folder} cannot be read ({reason}): remove it to resume an older one") from error
 
-    Collective. Raises CheckpointError if DeepSpeed cannot load its files.
-    """
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if loaded is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {folder}: remove the folder to resume an older one")
-    rng = torch.load(folder / _rng_name(ranks), weights_only=True)
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+
+def _restore(
+    folder: Path, manifest: Manifest, plan: RunPlan, ranks: Ranks, engine: Any, device: torch.device
+) -> tuple[int, Tensor | None, list[dict[str, Any]]]:
     trainer = json.loads((folder / TRAINER_NAME).read_text())
+    make_moments(engine, trainer["updates"])
+    files = OptimizerFiles(folder)
+    for found in ranges(engine):
+        files.fill(found)
+    after_loading(engine)
+    load_buffers(engine.module, folder)
+    for name in _COUNTERS:
+        setattr(engine, name, trainer["engine"][name])
+    if engine.lr_scheduler is not None and trainer["schedule"] is not None:
+        engine.lr_scheduler.load_state_dict(trainer["schedule"])
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # gives the groups their rates
+    if manifest.topology.world_size == ranks.world_size:
+        _restore_random_state(folder, ranks)
+    else:  # only routing noise depends on it
+        torch.manual_seed(((plan.recipe.run.seed << 20) + trainer["step"] << 20) + ranks.rank)
     load = trainer["load_fraction"]
     fractions = None if load is None else torch.tensor(load, device=device)
     return trainer["step"], fractions, json.loads((folder / DATA_NAME).read_text())
 
 
-def _rng_name(ranks: Ranks) -> str:
-    return f"rng_{ranks.rank:05d}.pt"
+def _restore_random_state(folder: Path, ranks: Ranks) -> None:
+    file = TensorFiles(folder).file(optimizer_name(ranks.rank, ranks.world_size))
+    torch.set_rng_state(file.get_tensor("rng/cpu"))
+    if torch.cuda.is_available() and "rng/cuda" in file.keys():  # noqa: SIM118, it is no dict
+        torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))

@@ -10,40 +10,78 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsmoe_vl.checkpoint.tensor_files import Share, Spec
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE
-from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, one_process_name
+from dsmoe_vl.moe.expert_parallel_capacity import one_process_name
+from dsmoe_vl.moe.placement import Placed, expert_name, placed
 from dsmoe_vl.tasks.registry import build_backbone
 
-EXPERT_WEIGHTS = ("w1", "w2", "w3")
+
+def own_weights(model: nn.Module) -> Share:
+    """This rank's share of all weights and buffers, as `WeightsFile` stores them.
+
+    Each is in the share of one rank that has it. At ZeRO-3 making a tensor is a collective: the ranks that keep its
+    parts gather it, one at a time.
+    """
+    wanted = list(_assigned(model))
+    buffers: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:  # the routers' balancing biases, the same on every rank
+        buffers = {_stored_name(name): buffer for name, buffer in model.named_buffers()}
+    specs = {
+        name: Spec(where.parameter.dtype, where.shape[-2:] if where.experts is not None else where.shape)
+        for where, rows in wanted
+        for name in rows
+    }
+    specs |= Share.of(buffers).specs
+
+    def tensors() -> Iterator[Tensor]:
+        for where, rows in wanted:
+            whole = _whole(where, bool(rows))
+            for row in rows.values():
+                assert whole is not None
+                yield whole if row is None or whole.dim() == 2 else whole[row]
+        yield from buffers.values()
+
+    return Share(specs, tensors())
 
 
-def save_weights(model: nn.Module, zero_stage: int, folder: Path) -> None:
-    """Gather all parameters, one at a time, and write them to `folder`: the same for every topology. Collective."""
+def _assigned(model: nn.Module) -> Iterator[tuple[Placed, dict[str, int | None]]]:
+    """All parameters, and what of each is in this rank's share: the row of an expert, None for the whole, by name."""
+    loads = [0] * dist.get_world_size()
+    for where in placed(model):
+        if where.experts is None:
+            owner = loads.index(min(loads))
+            loads[owner] += where.numel
+            yield where, {where.name: None} if owner == dist.get_rank() else {}
+        else:
+            mine = range(where.copy_number, len(where.experts), where.copy_count)
+            yield where, {expert_name(where.name, where.experts[row]): row for row in mine}
 
-    def whole(parameter: nn.Parameter) -> Tensor:
-        if zero_stage < 3:
-            return parameter.detach()
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
 
-    weights: dict[str, Tensor] = {}
-    for name, value in one_process_tensors(model, whole):
-        if dist.get_rank() == 0:
-            weights[name.removeprefix("backbone.")] = value.to("cpu", copy=True).contiguous()
-    for name, buffer in model.named_buffers():  # the routers' balancing biases, the same on every rank
-        weights[one_process_name(name).removeprefix("backbone.")] = buffer.to("cpu", copy=True)
-    if dist.get_rank() == 0:
-        WeightsFile(folder).save(weights)
+def _whole(where: Placed, wanted: bool) -> Tensor | None:
+    """The whole parameter; None if it is partitioned and not wanted."""
+    parameter = where.parameter
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone() if wanted else None
+
+
+def _stored_name(name: str) -> str:
+    return one_process_name(name).removeprefix("backbone.")
+
+
+def load_buffers(model: nn.Module, folder: Path) -> None:
+    """Fill the buffers of the module that the engine wraps."""
+    weights = WeightsFile(folder)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(weights.flat(_stored_name(name), 0, buffer.numel()).view_as(buffer))
 
 
 def require_same_model(folder: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError if the tensors of a checkpoint are not those of the recipe's model.
-
-    DeepSpeed would load some of them, so this check comes first.
-    """
+    """Raise CheckpointError if the tensors of a checkpoint are not those of the recipe's model."""
     with torch.device("meta"):
         model = build_backbone(recipe)
     expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
@@ -60,33 +98,21 @@ def require_same_model(folder: Path, recipe: Recipe) -> None:
 def one_process_tensors(model: nn.Module, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The results of `read` (value or gradient) for all parameters, under their names in the one-process model.
 
-    Experts of the ranks in an expert-parallel group are concatenated. All ranks get all tensors. Collective.
+    The experts of all ranks are put together. All ranks get all tensors: for checks of small models. Collective.
     """
-    for name, part, group in _parts(model):
-        value = torch.stack([read(one) for one in part]) if isinstance(part, list) else read(part)
-        if group is not None:
-            parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, value.contiguous(), group=group)
-            value = torch.cat(parts)
-        yield name, value
-
-
-def _parts(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.Parameter | list[nn.Parameter], dist.ProcessGroup | None]]:
-    """This rank's part of every tensor of the one-process model: its name, the parameter (or one per expert), and the
-    group of ranks that have the other experts, if any."""
-    groups: dict[str, dist.ProcessGroup] = {}
-    separate: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, ExpertParallelMoE) and module.ep_size > 1:
-            groups.update({f"{name}.experts.{weight}": module.ep_group for weight in EXPERT_WEIGHTS})
-        elif isinstance(module, CapacityMoE):
-            group = module.deepspeed_moe.ep_group if module.ep_size > 1 else None
-            for weight in EXPERT_WEIGHTS:
-                local = [getattr(expert, weight) for expert in module.local_experts]
-                separate.update(map(id, local))
-                yield f"{name}.experts.{weight}", local, group
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in separate:
-            yield one_process_name(name), parameter, groups.get(name)
+    separate: dict[str, list[Tensor]] = {}
+    for where in placed(model):
+        value = read(where.parameter)
+        if where.experts is None:
+            yield f"backbone.{where.name}", value
+            continue
+        if value.dim() == 2:
+            value = value.unsqueeze(0)
+        separate.setdefault(where.name, []).append(value)
+    for name, parts in separate.items():
+        own = torch.cat(parts)
+        of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, own.contiguous())
+        first = next(where for where in placed(model) if where.name == name)
+        groups = dist.get_world_size() // first.copy_count  # ranks with other experts
+        yield f"backbone.{name}", torch.cat(of_ranks[:groups])

@@ -1,21 +1,37 @@
 """The trained tensors on disk, of a checkpoint or an exported model: the one place that knows their files.
 
-Tensors have their names in the one-process model; the tied output projection is stored once, as the embedding. No
-DeepSpeed, any topology.
+model-00001-of-00002.safetensors ...   each rank's share
+model.safetensors.index.json           the file of each tensor, as Hugging Face's tools read it
+
+Tensors have their names in the one-process model, but each expert is a tensor of its own: `experts.w1` [E, ...] is
+stored as `experts.0.w1` and so on. The tied output projection is stored once, as the embedding. No DeepSpeed, any
+topology.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
-_NAME = "model.safetensors"
-_CHUNK = 1 << 24  # bytes
+from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
+from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.files import write_json
+from dsmoe_vl.moe.placement import expert_name, is_of_experts
+
+INDEX_NAME = "model.safetensors.index.json"
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])")
+
+
+def shard_name(rank: int, ranks: int) -> str:
+    """The file of a rank's share."""
+    return f"model-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,29 +42,104 @@ class WeightsFile:
 
     @property
     def path(self) -> Path:
-        """The file, for messages."""
-        return self.folder / _NAME
+        """The index, for messages."""
+        return self.folder / INDEX_NAME
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """The file of each stored tensor. Raises CheckpointError for an index that is none."""
+        try:
+            found = json.loads(self.path.read_text())["weight_map"]
+            assert all(isinstance(file, str) and Path(file).name == file for file in found.values())
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise CheckpointError(
+                f"{self.path} is not an index of weights: {error}. Name another checkpoint."
+            ) from None
+        return dict(found)
+
+    @cached_property
+    def _files(self) -> TensorFiles:
+        return TensorFiles(self.folder)
+
+    @cached_property
+    def _experts(self) -> dict[str, list[int]]:
+        """The numbers of the stored experts of each stacked tensor, ascending."""
+        numbers: dict[str, list[int]] = {}
+        for name in self.places:
+            if match := _EXPERT.fullmatch(name):
+                numbers.setdefault(f"{match[1]}.{match[3]}", []).append(int(match[2]))
+        return {name: sorted(found) for name, found in numbers.items()}
 
     @property
     def size_bytes(self) -> int:
         """Bytes on disk."""
-        return self.path.stat().st_size
+        return sum((self.folder / file).stat().st_size for file in set(self.places.values()))
 
     def shapes(self) -> dict[str, list[int]]:
-        """The shape of every tensor, without reading the tensors."""
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+        """The shape of every tensor of the one-process model, without reading the tensors."""
+        found = {name: self._shape(name) for name in self.places if not _EXPERT.fullmatch(name)}
+        for name, numbers in self._experts.items():
+            found[name] = [len(numbers), *self._shape(expert_name(name, numbers[0]))]
+        return found
+
+    def _shape(self, stored: str) -> list[int]:
+        shape: list[int] = self._files.file(self.places[stored]).get_slice(stored).get_shape()
+        return shape
 
     def load(self, device: str = "cpu") -> dict[str, Tensor]:
-        """All tensors on `device`."""
-        return load_file(self.path, device=device)
+        """All tensors of the one-process model, on `device`."""
 
-    def save(self, weights: dict[str, Tensor]) -> None:
-        """Write the tensors, which lie on the CPU and are contiguous."""
-        save_file(weights, self.path)
+        def read(stored: str) -> Tensor:
+            tensor: Tensor = self._files.file(self.places[stored]).get_tensor(stored)
+            return tensor.to(device)
+
+        found = {name: read(name) for name in self.places if not _EXPERT.fullmatch(name)}
+        for name, numbers in self._experts.items():
+            found[name] = torch.stack([read(expert_name(name, number)) for number in numbers])
+        return found
+
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of a tensor of the one-process model, flattened."""
+        if name not in self._experts:
+            return self._files.flat(self.places[name], name, start, stop)
+        size = 1
+        for length in self._shape(expert_name(name, 0)):
+            size *= length
+        parts = []
+        for number in range(start // size, -(-stop // size)):
+            stored, first = expert_name(name, number), number * size
+            begin, end = max(start - first, 0), min(stop - first, size)
+            parts.append(self._files.flat(self.places[stored], stored, begin, end))
+        return torch.cat(parts)
 
     def chunks(self) -> Iterator[bytes]:
-        """The content piece by piece, to hash it."""
-        with self.path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+        """Names and bytes of all tensors, to hash them: the same whichever files they are in."""
+        for stored in sorted(self.places):
+            yield stored.encode()
+            tensor: Tensor = self._files.file(self.places[stored]).get_tensor(stored)
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    def save(self, weights: Mapping[str, Tensor]) -> dict[str, FileEntry]:
+        """Write the tensors of a whole one-process model, which lie on the CPU, in one file and an index."""
+        stored = dict(split_experts(weights))
+        name = shard_name(0, 1)
+        entry = write_tensors(self.folder / name, Share.of(stored)).entry
+        self.write_index(dict.fromkeys(stored, name), {name: entry})
+        return {name: entry}
+
+    def write_index(self, places: Mapping[str, str], files: Mapping[str, FileEntry]) -> None:
+        """Write the index, from the file of each stored tensor."""
+        total = sum(entry.size for entry in files.values())
+        write_json(self.path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def split_experts(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they are stored. Where a layer has `experts.kept`, its rows are the experts of those numbers."""
+    for name, value in weights.items():
+        if not is_of_experts(name) or len(value) == 0:  # of no expert: the empty tensor says the shape
+            yield name, value
+            continue
+        kept = weights.get(name.rpartition(".")[0] + ".kept")
+        numbers = range(len(value)) if kept is None else kept.tolist()
+        for number, row in zip(numbers, value, strict=True):
+            yield expert_name(name, number), row

@@ -199,6 +199,7 @@ class RunConfig:
     evaluate_packs: int = bounded(64, least=1)  # packs of held-out data per evaluation, over all ranks
     checkpoint_every: int = bounded(500, least=1)  # optimizer steps
     keep_checkpoints: int = bounded(2, least=1)  # newest complete checkpoints to keep on disk
+    keep_every: int = bounded(0, least=0)  # also keep those whose optimizer step is a multiple of it; 0: none
     # minimum optimizer steps between images of held-out samples, drawn at checkpoints; 0: none
     samples_every: int = bounded(500, least=0)
     # optimizer steps between router records (router.npz, heat maps); 0: none

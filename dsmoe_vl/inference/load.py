@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dsmoe_vl.checkpoint.manifest import require_content
 from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
@@ -69,16 +70,17 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
     with torch.device("meta"):
         model = build_backbone(computed)
+    file = WeightsFile(checkpoint)
     try:
-        weights = WeightsFile(checkpoint).load(str(place))
+        require_content(checkpoint, manifest, (file.path.name, *sorted(set(file.places.values()))))
+        weights = file.load(str(place))
         weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
         _shrink(model, weights)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:_REASON_LETTERS].rstrip(". ")
         raise CheckpointError(
-            f"{WeightsFile(checkpoint).path} does not fit the model of {plan_file}: {reason}. Name a run of this "
-            "version of dsmoe_vl."
+            f"{file.path} does not fit the model of {plan_file}: {reason}. Name a run of this version of dsmoe_vl."
         ) from error
     return TrainedModel(model.eval(), tokenizer, recipe, checkpoint, place)
 

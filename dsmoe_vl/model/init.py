@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.moe.placement import Placed, expert_name, placed
 from dsmoe_vl.moe.router import Router
 
 _EMBEDDING_STD = 0.02
 _ROUTER_STD = 0.02  # near-even routing at the start
+_INTO_RESIDUAL = ("attention.out.weight", "down.weight", "experts.w2", "mlp.w2")
 
 
-@torch.no_grad()
 def initialise(model: VisionLanguageModel, seed: int) -> None:
-    """Fill every parameter. Matrices: normal with variance 1 / fan-in; those that write into the residual stream are
-    divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3). Biases zero, norm weights one.
+    """Fill every parameter, see `first_values`."""
+    fill = first_values(model, seed)
+    for where in placed(model):
+        fill(where)
 
-    A parameter's values depend only on the seed and its name. Those in a module's OWN_START are left as they are.
+
+def first_values(model: VisionLanguageModel, seed: int) -> Callable[[Placed], None]:
+    """A function that fills one parameter. Matrices: normal with variance 1 / fan-in; those that write into the
+    residual stream are divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3). Biases zero, norm weights one.
+
+    A parameter's values depend only on the seed and its name; an expert's also on its number, so that a rank can fill
+    its own alone. A module's OWN_START has the values of parameters that start otherwise.
     """
     depth = {"vision": len(model.vision.layers), "layers": len(model.layers)}
     gates = [m for m in model.modules() if isinstance(m, Router)]
     # In mode "task", equal biases would send every task to the same experts.
     routers = {id(m.task_bias if m.mode == "task" else m.weight) for m in gates} | {id(m.weight) for m in gates}
-    own_start = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "OWN_START", ())}
-    for name, parameter in model.named_parameters():
+    own_start = {
+        id(getattr(m, name)): value for m in model.modules() for name, value in getattr(m, "OWN_START", {}).items()
+    }
+
+    def std_of(where: Placed) -> float:
+        if id(where.parameter) in routers:
+            return _ROUTER_STD
+        if where.parameter is model.embedding.weight:
+            return _EMBEDDING_STD
+        std = where.shape[-1] ** -0.5
+        if "layers" in where.name and where.name.endswith(_INTO_RESIDUAL):
+            std /= (2 * depth[where.name.split(".")[0]]) ** 0.5
+        return std
+
+    @torch.no_grad()
+    def fill(where: Placed) -> None:
+        name, parameter = where.name, where.parameter
         if id(parameter) in own_start:
-            continue
-        if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
+            nn.init.constant_(parameter, own_start[id(parameter)])
+        elif parameter.dim() == 1 and name.endswith("weight"):  # of a norm
             nn.init.ones_(parameter)
         elif name.endswith("bias") and id(parameter) not in routers:
             nn.init.zeros_(parameter)
+        elif where.experts is None:
+            _fill_normal(parameter, std_of(where), f"{seed}:{name}")
         else:
-            std = parameter.shape[-1] ** -0.5
-            if id(parameter) in routers:
-                std = _ROUTER_STD
-            elif parameter is model.embedding.weight:
-                std = _EMBEDDING_STD
-            elif name.endswith(("attention.out.weight", "down.weight", "experts.w2", "mlp.w2")) and "layers" in name:
-                std /= (2 * depth[name.split(".")[0]]) ** 0.5
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            parameter.normal_(0.0, std, generator=generator)
+            of_experts = parameter if parameter.dim() == 3 else parameter.unsqueeze(0)
+            for number, matrix in zip(where.experts, of_experts, strict=True):
+                _fill_normal(matrix, std_of(where), f"{seed}:{expert_name(name, number)}")
+
+    return fill
+
+
+def _fill_normal(values: Tensor, std: float, name: str) -> None:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
+    values.normal_(0.0, std, generator=generator)

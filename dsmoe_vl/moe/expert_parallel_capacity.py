@@ -107,6 +107,7 @@ class CapacityMoE(MoE):
             for index, expert in enumerate(self.local_experts, ep_rank * self.num_local_experts):
                 for name, parameter in expert.named_parameters():  # already marked by DeepSpeed
                     parameter.copy_(getattr(source.experts, name)[index])
+        self.first_expert = ep_rank * self.num_local_experts
         self.mlp, self.coefficient, self.shared = source.mlp, source.coefficient, source.shared
         self.pack_length, self.micro_batch = plan.recipe.data.pack_length, plan.micro_batch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,21 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     }
     torch.cuda.reset_peak_memory_stats(device)
     return values
+
+
+def free_host_bytes() -> int:
+    """Memory that new data can take on this host: of the machine, and of the control group that limits this process."""
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])]
+    with suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+        free.append(int((group / "memory.max").read_text()) - used + cached)
+    return min(free)
 
 
 def use_device(name: str, ranks: Ranks, environment: Mapping[str, str] = os.environ) -> torch.device:

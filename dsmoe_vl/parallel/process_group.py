@@ -14,7 +14,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import deepspeed
 import torch
@@ -193,6 +193,21 @@ class HostGroup:
         values: list[T] = [value] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def collect(self, value: T) -> list[T] | None:
+        """Every rank's value, in rank order, on rank 0; None on other ranks."""
+        if dist.get_world_size() == 1:
+            return [value]
+        values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(value, values, group=self._group)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -34,16 +34,15 @@ class RetrievalEmbeddings(NamedTuple):
 class RetrievalHead(nn.Module):
     """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3)."""
 
-    OWN_START = ("log_scale", "bias")  # parameters that `initialise` does not change
-
     def __init__(self, width: int, settings: RetrievalConfig) -> None:
         super().__init__()
         embedding_width, (initial_scale, initial_bias) = settings.embedding_width, _START[settings.loss]
         self.media = nn.Linear(width, embedding_width, bias=False)
         self.text = nn.Linear(width, embedding_width, bias=False)
         self.pooling = settings.pooling
-        self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
-        self.bias = nn.Parameter(torch.tensor([initial_bias]))  # used by the sigmoid loss
+        self.log_scale = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(1))  # used by the sigmoid loss
+        self.OWN_START = {"log_scale": math.log(initial_scale), "bias": initial_bias}  # for `model/init.py`
 
     def forward(self, hidden: Tensor, media: Tensor, text: Tensor, cu_segments: Tensor) -> RetrievalEmbeddings:
         """hidden [T, D]; media, text: the last tokens of the segments to embed, int64 [n]; cu_segments int32 [S + 1]:

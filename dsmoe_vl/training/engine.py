@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor, nn
 
-from dsmoe_vl.model.init import initialise
-from dsmoe_vl.moe.expert_parallel import spread_experts
+from dsmoe_vl.model.init import first_values
+from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
+from dsmoe_vl.moe.placement import placed
 from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.optim.optimizer import optimizer_builder
 from dsmoe_vl.optim.parameter_groups import parameter_groups
@@ -28,24 +31,72 @@ def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> Any:
 
 
 def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTaskModel:
-    """The module that the engine wraps, with this rank's experts only."""
-    backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
-    initialise(backbone, plan.recipe.run.seed)
-    model = MultiTaskModel(backbone, tasks)
-    spread_experts(model, plan, ranks.rank % plan.ep_size)
+    """The module that the engine wraps, with this rank's experts only, and at ZeRO-3 this rank's partitions.
+
+    It is described without memory, and made real one parameter at a time, in the plan's precision. Collective at
+    ZeRO-3.
+    """
+    with torch.device("meta"):
+        backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
+        model = MultiTaskModel(backbone, tasks)
+        spread_experts(model, plan, ranks.rank % plan.ep_size)
+    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    fill = first_values(backbone, plan.recipe.run.seed)
+    partition = _partitioner(plan, model) if plan.zero_stage == 3 else None
+    for where in list(placed(model)):
+        _make_real(where.parameter)
+        fill(where)
+        where.parameter.data = where.parameter.data.to(dtype)
+        if partition is not None:
+            partition(where.parameter)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
     return model
+
+
+def _make_real(parameter: nn.Parameter) -> None:
+    """Give a parameter of the meta device memory, in place: its marks and whoever shares it stay."""
+    real = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, real)
+
+
+def _partitioner(plan: RunPlan, model: MultiTaskModel) -> Callable[[Any], None]:
+    """A function that leaves a rank its part of a parameter, as DeepSpeed's engine would when it has all of them."""
+    for module in model.modules():
+        if isinstance(module, (ExpertParallelMoE, CapacityMoE)):
+            module.set_deepspeed_parallelism()  # makes the groups over which experts are partitioned
+    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    first: list[Any] = []
+
+    def partition(parameter: Any) -> None:
+        if getattr(parameter, "allreduce", True) is False:
+            group = groups._get_expert_data_parallel_group(parameter.group_name)
+            parameter.ds_zero_partition_process_group = group
+        if first:
+            first[0].convert_to_zero_parameters(param_list=[parameter])
+            return
+        holder = nn.Module()
+        holder.register_parameter("parameter", parameter)
+        deepspeed.zero.Init(module=holder, config_dict_or_path=_engine_config(plan), dtype=dtype)
+        first.append(parameter)
+
+    return partition
+
+
+def _engine_config(plan: RunPlan) -> dict[str, Any]:
+    ours = ("optimizer", "activation_checkpointing")
+    return {key: value for key, value in plan.deepspeed.items() if key not in ours}
 
 
 def wrap(plan: RunPlan, model: nn.Module) -> Any:
     """`deepspeed.initialize` with our optimizer. No expert_parallel section: the expert layers are already built."""
-    config = {
-        key: value for key, value in plan.deepspeed.items() if key not in ("optimizer", "activation_checkpointing")
-    }
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
         optimizer=optimizer_builder(plan),
-        config=config,
+        config=_engine_config(plan),
     )
     # Not earlier: at ZeRO-0 in bf16, initialize takes a step without gradients to create the optimizer state.
     add_proximal_step(engine.basic_optimizer, plan.recipe.objective.l1)

@@ -70,8 +70,15 @@ def missing_files(plan: RunPlan) -> Iterator[str]:
         yield f"tokenizer.path: {tokenizer}"
 
 
-def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[RunPlan], None] | None = None) -> None:
-    """Start the process group and train, on every rank. `make_data` is called once on each host before data is read."""
+def train(
+    plan: RunPlan,
+    ranks: Ranks,
+    stop: StopRequest,
+    make_data: Callable[[RunPlan], None] | None = None,
+    fresh: bool = False,
+) -> None:
+    """Start the process group and train, on every rank. `make_data` is called once on each host before data is read.
+    `fresh`: begin anew; a run that is there is kept under another name."""
     _quiet_deepspeed(ranks.rank)
     from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
@@ -81,11 +88,17 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
             make_data(plan)
         HostGroup().barrier()
     if ranks.rank == 0:
+        if fresh:
+            _set_aside(plan.run_dir)
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_run(plan.run_dir)
-        remove_unfinished(plan.run_dir / CHECKPOINTS_NAME)
+        unfinished = remove_unfinished(plan.run_dir / CHECKPOINTS_NAME)
         changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
-        notes = [*plan.notes, *[f"changed since the run's last start: {change}" for change in changes]]
+        notes = [
+            *plan.notes,
+            *(f"{name} was not finished; removed" for name in unfinished),
+            *[f"changed since the run's last start: {change}" for change in changes],
+        ]
         if stop.has_deepspeed_launcher and ranks.world_size > ranks.local_size:
             notes.append(_CTRL_C)
         for note in notes:
@@ -100,6 +113,18 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
     trainer.close()
     if ranks.rank == 0:
         lock.close()
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Rename a run's folder. Raises CheckpointError while it is being trained."""
+    if not run_dir.exists():
+        return
+    lock_run(run_dir).close()
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.before_{number}")).exists():
+        number += 1
+    run_dir.rename(kept)
+    print(f"note: the run that was in {run_dir} is kept in {kept}", flush=True)
 
 
 def _quiet_deepspeed(rank: int) -> None:

@@ -35,11 +35,13 @@ _GROUPS = {"all": 1, "task": len(TASKS), "modality": len(Modality)}
 
 class Shared(NamedTuple):
     """What the ranks agree on before a step: this rank's batches with `pairs_of_ranks`, the counts of all ranks
-    (including "patches"), and whether any rank wants to stop. Read by name, so that it can get another field."""
+    (including "patches"), whether any rank wants to stop, and whether any still writes its part of a checkpoint. Read
+    by name, so that it can get another field."""
 
     batches: list[Batch]
     counts: dict[str, int]
     stopping: bool
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ class OptimizerStep:
         self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are accumulated
         self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
 
-    def share(self, batches: list[Batch], stop: bool = False) -> Shared:
-        """What the step needs to know of the other ranks. `stop`: this one wants to stop. One small all-reduce on the
-        host. Collective."""
+    def share(self, batches: list[Batch], stop: bool = False, writing: bool = False) -> Shared:
+        """What the step needs to know of the other ranks. `stop`: this one wants to stop; `writing`: it still writes
+        its part of a checkpoint. One small all-reduce on the host. Collective."""
         names = (*COUNTS, "patches")
         totals = [sum(batch.counts[name] for batch in batches) for name in COUNTS]
         totals.append(sum(len(batch.patches) for batch in batches))
@@ -83,14 +85,14 @@ class OptimizerStep:
         pairs = [0] * (world * len(batches)) if self.contrasts else []  # micro-step by micro-step, then rank by rank
         if self.contrasts:
             pairs[rank::world] = [len(batch.pair_ids) for batch in batches]
-        stops, *summed = self.host.sum([int(stop), *totals, *pairs])
+        stops, writers, *summed = self.host.sum([int(stop), int(writing), *totals, *pairs])
         if self.contrasts:
             of_ranks = summed[len(names) :]
             batches = [
                 replace(batch, pairs_of_ranks=tuple(of_ranks[i * world : (i + 1) * world]))
                 for i, batch in enumerate(batches)
             ]
-        return Shared(batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0)
+        return Shared(batches, dict(zip(names, summed[: len(names)], strict=True)), stops > 0, writers > 0)
 
     def __call__(self, batches: list[Batch], counts: dict[str, int], part_norms: bool = False) -> StepResult:
         """Update the model with batches and counts from `share`. `part_norms`: also compute the gradient norm by part,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dsmoe_vl.checkpoint import training_state
-from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete, require_fit
+from dsmoe_vl.checkpoint.choice import newest_sound
+from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, require_tokenizer
+from dsmoe_vl.checkpoint.training_state import Saver, restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -61,6 +62,7 @@ class Trainer:
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
+        self.saver = Saver(plan, ranks, self.host, self.tokenizer)
         self.step = 0
         self._resume()
         # One process of a host hashes its shards: hosts may have copies of their own.
@@ -94,8 +96,10 @@ class Trainer:
             started = time.perf_counter()
             own = next(batches)
             waited = time.perf_counter() - started
-            shared = self.take_step.share(own, self.stop.received)
+            shared = self.take_step.share(own, self.stop.received, self.saver.is_writing)
             stopping = shared.stopping
+            if self.saver.in_flight and not shared.writing:
+                self._finish_save()
             self.step += 1
             last = self.step == run.steps
             logs = last or stopping or self.step % run.log_every == 0
@@ -114,6 +118,8 @@ class Trainer:
                 saved = self.step
         if saved != self.step:
             self.save()
+        if self.saver.in_flight:
+            self._finish_save(last=True)
         self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.close()))
         if self.step < run.steps:
             self.log.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
@@ -144,18 +150,31 @@ class Trainer:
             self.log.log_evaluation(self.step, self.held_out.losses(self.engine, self.device))
 
     def save(self) -> None:
-        """Write a checkpoint of the current step. Collective."""
+        """Begin a checkpoint of the current step, after the one before is complete. Collective."""
+        if self.saver.in_flight:
+            self._finish_save()
         if self.recorder is not None:  # a resumed run also needs it up to this step
             self._log_router(self.recorder)
-        folder = training_state.save(
-            self.plan, self.ranks, self.host, self.engine, self.tokenizer,
-            self.step, self.take_step.load_fraction, self.loader.state_dict(),
-        )  # fmt: skip
+        self.saver.begin(self.engine, self.step, self.take_step.load_fraction, self.loader.state_dict())
+
+    def _finish_save(self, last: bool = False) -> None:
+        """Complete the checkpoint that was begun. Collective. `last`: no other will come, so an error ends the run."""
+        try:
+            folder = self.saver.finish()
+        except OSError as error:
+            if last:
+                raise
+            self.log.say(
+                f"warning: {error.filename} cannot be written: {error.strerror}; there is no checkpoint of that step, "
+                "and training goes on"
+            )
+            return
         self.log.say(f"saved {folder}")
         self.log.log_samples(self.step)
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""
+        self.saver.close()
         self.verifier.close()
         self.loader.close()
         self.log.close()
@@ -164,17 +183,22 @@ class Trainer:
         dist.destroy_process_group()
 
     def _resume(self) -> None:
-        found = newest_complete(self.plan.run_dir / CHECKPOINTS_NAME)
+        found, notes = newest_sound(self.plan.run_dir / CHECKPOINTS_NAME, self.ranks, self.host)
+        for note in notes if self.ranks.rank == 0 else ():
+            print(f"warning: {note}", flush=True)
         if found is None:
             return
         folder, manifest = found
         require_same_model(folder, self.plan.recipe)
-        if manifest.step >= self.plan.recipe.run.steps:  # nothing is left to train, on any topology
+        if manifest.step >= self.plan.recipe.run.steps:  # nothing is left to train
             self.step = manifest.step
             return
-        require_fit(folder, manifest, training_state.topology_of(self.plan), self.tokenizer.sha256)
-        self.step, self.take_step.load_fraction, data = training_state.restore(
-            folder, self.ranks, self.engine, self.device
+        require_tokenizer(folder, manifest, self.tokenizer.sha256)
+        now = topology_of(self.plan)
+        if manifest.topology != now and self.ranks.rank == 0:
+            print(f"note: {folder} was written with {manifest.topology}; it is read into {now}", flush=True)
+        self.step, self.take_step.load_fraction, data = restore(
+            folder, manifest, self.plan, self.ranks, self.engine, self.device
         )
         self.loader.load_state_dict(data)
 

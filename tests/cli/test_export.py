@@ -6,6 +6,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_tools.synthetic.scenes import scene
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from tests.support.runs import REPOSITORY, STEPS, TRAIN, finish, metrics, python, start
 
 EXPORT, GENERATE = (REPOSITORY / "launch" / name for name in ("export.py", "generate.py"))
@@ -15,11 +16,11 @@ def test_an_exported_run_is_used_like_the_run(trained, tmp_path):
     result = finish(start(python(EXPORT, "--run", trained, "--output", tmp_path / "small")))
     assert (result.status, result.err) == (0, "")
     checkpoint = trained / "checkpoints" / f"step_{STEPS:08d}"
-    size = (checkpoint / "model.safetensors").stat().st_size
+    size = WeightsFile(checkpoint).size_bytes
     assert result.out.splitlines() == [
         str(checkpoint),
         "  layer 1: 0 of 4 experts are null and dropped",
-        f"  weights: {size:,} bytes before, {(tmp_path / 'small' / 'model.safetensors').stat().st_size:,} bytes after",
+        f"  weights: {size:,} bytes before, {WeightsFile(tmp_path / 'small').size_bytes:,} bytes after",
         f"wrote {tmp_path / 'small'}",
     ]
     (tmp_path / "a.jpg").write_bytes(scene(np.random.default_rng(0), True, 48, 2)[0])

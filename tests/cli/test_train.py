@@ -90,7 +90,12 @@ def test_run_directory(trained, tiny):
     assert sorted(folder.name for folder in checkpoints.glob("step_*")) == [f"step_{n:08d}" for n in (8, 16, 24)]
     manifest = read_manifest(checkpoints / newest)
     assert manifest is not None and manifest.step == STEPS
-    assert {"model.safetensors", "tokenizer.model", "data.json", "trainer.json"} <= manifest.files.keys()
+    assert {
+        "model-00002-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+        "data.json",
+        "trainer.json",
+    } <= manifest.files.keys()
     assert (checkpoints / newest / "tokenizer.model").read_bytes() == (tiny.data / "tokenizer.model").read_bytes()
     assert not list(trained.glob("quarantine*"))
 

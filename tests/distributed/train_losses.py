@@ -13,12 +13,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dsmoe_vl.checkpoint.weights import save_weights
+from dsmoe_vl.checkpoint.manifest import read_manifest
+from dsmoe_vl.checkpoint.training_state import Saver, restore
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import (
     DataConfig,
@@ -40,6 +42,7 @@ from dsmoe_vl.tasks.registry import build_backbone, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.step import OptimizerStep
 from tests.support.batches import SHAPE, VOCABULARY, mixed_pack
+from tests.support.checkpoints import save_weights
 
 PACKS_PER_STEP = 4
 # AdamW divides a gradient by its own size, so rounding alone moves a weight by up to the learning rate. Clipping makes
@@ -78,6 +81,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--routing", default="token")
     parser.add_argument("--moe", type=json.loads, default={}, help="more settings of [moe], as JSON")
     parser.add_argument("--reload", type=Path, help="write the weights there and read them without the engine")
+    parser.add_argument("--resume", type=Path, help="a checkpoint that --save wrote")
+    parser.add_argument("--save", type=Path, metavar="RUN", help="write a checkpoint of the last step there")
     parser.add_argument("--contrast", default="info_nce")
     parser.add_argument("--gradient-cache", action="store_true")
     parser.add_argument("--one-sided", action="store_true", help="text alone on rank 0, videos alone on the others")
@@ -123,12 +128,20 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     retrieval = replace(RECIPE.tasks.retrieval, loss=args.contrast, gradient_cache=args.gradient_cache)
     tasks = TasksConfig() if args.caption_only else replace(RECIPE.tasks, retrieval=retrieval)
     recipe = replace(RECIPE, moe=moe, tasks=tasks)
+    if args.save:
+        run = replace(recipe.run, directory=str(args.save.parent), name=args.save.name)
+        recipe = replace(recipe, run=run, tokenizer=replace(recipe.tokenizer, path=__file__))
     plan = resolve(recipe, deepspeed, ranks.world_size, device=device.type, bf16_unit=True)
     assert plan.ep_size == args.ep
     engine = build_engine(plan, ranks, build_tasks(recipe, None))  # losses need no tokenizer
     take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
     terms, norms, dropped = [], [], []
-    for step in range(args.steps):
+    first = 0
+    if args.resume:
+        manifest = read_manifest(args.resume)
+        assert manifest is not None
+        first, take_step.load_fraction, _ = restore(args.resume, manifest, plan, ranks, engine, device)
+    for step in range(first, first + args.steps):
         without = ("retrieval", "summary") if args.caption_only else ()
         if args.one_sided:
             without = ("image",) if ranks.rank else ("caption", "retrieval", "summary")
@@ -141,6 +154,11 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         norms.append(result.grad_norm)
         dropped.append(float(result.routing.dropped.sum()))
     found = {"terms": terms, "norms": norms, "dropped": dropped}
+    if args.save:
+        saver = Saver(plan, ranks, HostGroup(), SimpleNamespace(sha256="pieces"))  # type: ignore[arg-type]
+        saver.begin(engine, first + args.steps, take_step.load_fraction, {})
+        found["saved"] = str(saver.finish())
+        saver.close()
     if args.reload:
         found["reloaded_difference"] = reloaded_difference(engine, recipe, args.zero, args.reload)
     dist.barrier()
@@ -152,7 +170,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
 def reloaded_difference(engine: Any, recipe: Recipe, zero_stage: int, folder: Path) -> float:
     """The largest difference between the engine's hidden states and those of a one-process model with its weights."""
     folder.mkdir(exist_ok=True)
-    save_weights(engine.module, zero_stage, folder)
+    save_weights(engine.module, folder)
     dist.barrier()
     model = build_backbone(recipe)
     weights = WeightsFile(folder).load()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
@@ -24,6 +23,7 @@ from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
 from tests.distributed.stepping import take_steps
 from tests.distributed.train_losses import RECIPE
+from tests.support.checkpoints import save_weights
 
 L1 = L1Config(weight=0.6, experts=1.0, matrices=0.5, vectors=0.25)
 
@@ -59,7 +59,7 @@ def main() -> None:
             found[stage].append(sparsity(engine.module, plan, ranks.rank, device))
         folder = args.folder / str(stage)
         folder.mkdir(exist_ok=True)
-        save_weights(engine.module, stage, folder)
+        save_weights(engine.module, folder)
         engine.destroy()
     if ranks.rank == 0:
         print(json.dumps(found))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from dsmoe_vl.checkpoint.store import Manifest, Topology, checkpoint_name, complete
+from dsmoe_vl.checkpoint.store import checkpoint_name
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -15,6 +14,7 @@ from dsmoe_vl.model.init import initialise
 from dsmoe_vl.planner.plan import plan_to_json
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_backbone
+from tests.support.checkpoints import complete_with
 from tests.support.runs import TinyProject
 
 THREE_TASKS = ("tasks.retrieval.weight=1", "tasks.retrieval.embedding_width=16", "tasks.summary.weight=1")
@@ -36,10 +36,8 @@ def random_run(tiny: TinyProject, folder: Path, *overrides: str, seed: int = 3) 
             model.importance.score.weight.mul_(3)
     checkpoint = folder / "checkpoints" / checkpoint_name(7)
     checkpoint.mkdir(parents=True)
-    weights = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
-    save_file(weights, checkpoint / "model.safetensors")
     (checkpoint / "tokenizer.model").write_bytes((tiny.data / "tokenizer.model").read_bytes())
     (folder / "plan.json").write_text(plan_to_json(plan))
     sha256 = Tokenizer(checkpoint / "tokenizer.model").sha256
-    complete(checkpoint, Manifest(7, Topology(1, 1, 2, "fp32"), sha256, {}))
+    complete_with(checkpoint, model.state_dict(), sha256)
     return folder

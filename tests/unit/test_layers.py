@@ -37,6 +37,7 @@ LEVELS = {folder: level for level, row in enumerate(ORDER) for folder in row}
 MAY_IMPORT_DEEPSPEED = (
     "moe/expert_parallel.py",
     "moe/expert_parallel_capacity.py",
+    "moe/placement.py",
     "training/engine.py",
     "optim/*",
     "parallel/process_group.py",

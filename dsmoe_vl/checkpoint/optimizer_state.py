@@ -1,0 +1,131 @@
+"""The optimizer's state of one rank as ranges of the one-process model's tensors, so that any topology can read it.
+
+ZeRO keeps fp32 weights and Adam's moments of a rank in flat buffers, and cuts parameters wherever a buffer ends. A
+range says which elements of which tensor lie where, so a checkpoint needs neither DeepSpeed's files nor its layout.
+What is read of the engine: `tests/unit/test_deepspeed_contract.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_vl.moe.placement import Placed, placed
+
+MASTER = "master"  # the fp32 weight
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Range(NamedTuple):
+    """Elements `start` to `stop` of the tensor `name`, flattened, that this rank updates.
+
+    `values`: views into the engine's memory, fp32 [stop - start], by MASTER and MOMENTS; without moments before the
+    first update. `placed`: the parameter that they are part of.
+    """
+
+    name: str
+    start: int
+    stop: int
+    values: dict[str, Tensor]
+    placed: Placed
+
+
+def ranges(engine: Any) -> Iterator[Range]:
+    """All that this rank updates. At ZeRO-0, where ranks update the same, each has a part of it."""
+    for where in placed(engine.module):
+        found = _local(engine, where)
+        if found is None:
+            continue
+        flat, offset, start, count = found
+        state = engine.basic_optimizer.state.get(flat, {})
+        whole = {MASTER: flat.detach(), **{name: state[name] for name in MOMENTS if name in state}}
+        values = {name: value.view(-1)[offset : offset + count] for name, value in whole.items()}
+        first = where.first + start
+        yield Range(where.name, first, first + count, values, where)
+
+
+def own_share(found: Range, engine: Any) -> Range:
+    """The part that this rank writes: all of it, or its share where other ranks have the same."""
+    where, count = found.placed, found.stop - found.start
+    if partitions(engine) or where.copy_count == 1:
+        return found
+    begin, end = (count * number // where.copy_count for number in (where.copy_number, where.copy_number + 1))
+    values = {name: value[begin:end] for name, value in found.values.items()}
+    return Range(found.name, found.start + begin, found.start + end, values, where)
+
+
+def partitions(engine: Any) -> bool:
+    """Whether ZeRO divides the optimizer's state over the ranks."""
+    return engine.optimizer is not engine.basic_optimizer
+
+
+def updates(engine: Any) -> int:
+    """Adam's count of updates."""
+    return max((int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0)
+
+
+def make_moments(engine: Any, count: int) -> None:
+    """Create the state that the optimizer would create in its first update, as after `count` updates."""
+    optimizer = engine.basic_optimizer
+    for flat in dict.fromkeys(_flats(engine)):
+        state = optimizer.state[flat]
+        for name in MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        if isinstance(state.get("step", torch.tensor(0)), Tensor) and not _counts_in_python(optimizer):
+            state["step"] = torch.tensor(float(count), dtype=torch.float32, device=flat.device)
+        else:
+            state["step"] = count
+
+
+def after_loading(engine: Any) -> None:
+    """Give the model the fp32 weights that were loaded into `ranges`. Collective."""
+    optimizer = engine.optimizer
+    if not partitions(engine):
+        return  # the optimizer updates the model's parameters themselves
+    if engine.zero_optimization_stage() < 3:
+        optimizer.update_lp_params()
+        return
+    for found in ranges(engine):
+        partition = found.placed.parameter.ds_tensor
+        partition.data[: found.stop - found.start].copy_(found.values[MASTER])
+    if optimizer.persistent_parameters:  # small ones that every rank keeps whole
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _local(engine: Any, where: Placed) -> tuple[nn.Parameter, int, int, int] | None:
+    """The optimizer's tensor with a parameter's elements, their place in it, the place of the first one in the
+    parameter, and how many they are; None if this rank updates none of them."""
+    parameter = where.parameter
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        optimizer = engine.optimizer
+        group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = parameter.ds_zero_partition_rank * padded
+        count = min(padded, parameter.ds_numel - start)
+        return (optimizer.fp32_partitioned_groups_flat[group], offset, start, count) if count > 0 else None
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2, and the bf16 optimizer
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
+        inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flat, inner.start, outer.start, inner.numel
+    return parameter, 0, 0, parameter.numel()
+
+
+def _flats(engine: Any) -> Iterator[nn.Parameter]:
+    """The tensors that the optimizer updates."""
+    if engine.zero_optimization_stage() == 3:
+        yield from engine.optimizer.fp32_partitioned_groups_flat
+        return
+    for group in engine.basic_optimizer.param_groups:
+        yield from group["params"]
+
+
+def _counts_in_python(optimizer: Any) -> bool:
+    """DeepSpeed's Adam for CPUs counts with an int."""
+    return type(optimizer).__module__.startswith("deepspeed.")

@@ -1,0 +1,70 @@
+"""A checkpoint continues on any other number of ranks, expert parallelism, ZeRO stage and precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import WarmRanks
+
+SCRIPT = Path(__file__).with_name("train_losses.py")
+# Ranks, expert parallelism, ZeRO stage: a run goes from each to the next.
+CHAIN = [
+    (2, 2, 2), (2, 1, 0), (2, 2, 3), (2, 1, 1), (2, 2, 0), (2, 1, 3), (2, 2, 1),
+    (1, 1, 0), (1, 1, 3), (1, 1, 1), (1, 1, 2), (2, 2, 3), (2, 1, 2),
+]  # fmt: skip
+CAPACITY = ["--moe", '{"backend": "capacity", "capacity_factor": 8.0}']
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Warm ranks by their number."""
+    warm = {count: WarmRanks(SCRIPT, count) for count in (1, 2)}
+    yield warm
+    for of_count in warm.values():
+        of_count.close()
+
+
+def train(ranks, topology, *more):
+    count, ep_size, stage = topology
+    return ranks[count].ask(["--zero", str(stage), "--ep", str(ep_size), "--accumulation", "2", *map(str, more)])
+
+
+def chained(ranks, chain, run, *more, steps=2):
+    """Terms and norms of a run that changes its topology every `steps` steps."""
+    terms, norms, resume = [], [], ()
+    for topology in chain:
+        found = train(ranks, topology, "--steps", steps, "--save", run, *resume, *more)
+        terms += found["terms"]
+        norms += found["norms"]
+        resume = ("--resume", found["saved"])
+    return terms, norms
+
+
+def same(ours, theirs):
+    terms, norms = ours
+    assert len(terms) == len(theirs["terms"])
+    for changed, whole in zip(terms, theirs["terms"], strict=True):
+        assert changed == pytest.approx(whole, rel=RELATIVE, abs=RELATIVE)
+    known = [(a, b) for a, b in zip(norms, theirs["norms"], strict=True) if a == a]  # ZeRO-0 says none
+    assert [a for a, _ in known] == pytest.approx([b for _, b in known], rel=RELATIVE)
+
+
+def test_a_run_that_changes_its_topology_again_and_again_takes_the_same_steps(ranks, tmp_path):
+    ours = chained(ranks, CHAIN, tmp_path / "run", "--caption-only")
+    same(ours, train(ranks, CHAIN[0], "--steps", 2 * len(CHAIN), "--caption-only"))
+
+
+def test_with_every_term(ranks, tmp_path):
+    """Fewer steps: a rounding error that lets a token choose another expert is one no more."""
+    chain = CHAIN[5:11]
+    ours = chained(ranks, chain, tmp_path / "run", "--all-terms", steps=1)
+    same(ours, train(ranks, chain[0], "--steps", len(chain), "--all-terms"))
+
+
+def test_with_expert_capacity(ranks, tmp_path):
+    chain = [(2, 2, 2), (1, 1, 0), (2, 1, 1), (2, 2, 0)]
+    ours = chained(ranks, chain, tmp_path / "run", *CAPACITY)
+    same(ours, train(ranks, chain[0], "--steps", 2 * len(chain), *CAPACITY))
