@@ -19,12 +19,12 @@ from dsmoe_vl.checkpoint.store import (
     Topology,
     checkpoint_name,
     complete,
-    prune,
 )
 from dsmoe_vl.checkpoint.weights import save_weights
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_json, writing
+from dsmoe_vl.optim.values import first_non_finite
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -45,12 +45,20 @@ def save(
     load_fraction: Tensor | None,
     data_state: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint of `step` and return its folder. Collective.
+    """Write the checkpoint of `step` and return its folder. Older ones stay. Collective.
 
+    Raises CheckpointError, before anything is written, if a weight of any rank is not finite.
     Raises OSError, which names the folder or a file, if the disk is full or refuses. What is left is removed by the
     next start, not here: a rank that still writes would report that its files have gone, instead of the cause.
     """
     folder = Path(plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
+    broken = next(filter(None, host.gather(first_non_finite(engine.module))), "")
+    if broken:
+        raise CheckpointError(
+            f"step {step} is not saved: {broken} has values that are not finite. Older checkpoints stay as they are, "
+            "and the run continues from the newest one: try a lower optimizer.params.lr, a longer warmup_num_steps and "
+            "gradient_clipping = 1.0 in the DeepSpeed JSON"
+        )
     with writing(folder):
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
@@ -69,7 +77,6 @@ def save(
             write_json(folder / DATA_NAME, states)
             shutil.copyfile(plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
             complete(folder, Manifest(step, topology_of(plan), tokenizer.sha256, {}))
-            prune(folder.parent, plan.recipe.run.keep_checkpoints)
         host.barrier()
     return folder
 

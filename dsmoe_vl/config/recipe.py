@@ -199,6 +199,8 @@ class RunConfig:
     evaluate_packs: int = bounded(64, least=1)  # packs of held-out data per evaluation, over all ranks
     checkpoint_every: int = bounded(500, least=1)  # optimizer steps
     keep_checkpoints: int = bounded(2, least=1)  # newest complete checkpoints to keep on disk
+    # steps in a row with a loss or gradient that is not finite; they are skipped, so many end the run
+    max_skipped_steps: int = bounded(10, least=1)
     # minimum optimizer steps between images of held-out samples, drawn at checkpoints; 0: none
     samples_every: int = bounded(500, least=0)
     # optimizer steps between router records (router.npz, heat maps); 0: none

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint import training_state
-from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete, require_fit
+from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete, prune, require_fit
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -27,6 +27,7 @@ from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.held_out import HeldOut
 from dsmoe_vl.training.signals import StopRequest
+from dsmoe_vl.training.skipped import SkippedSteps
 from dsmoe_vl.training.step import OptimizerStep, StepResult
 from dsmoe_vl.training.window import Window
 
@@ -62,6 +63,7 @@ class Trainer:
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.step = 0
+        self.skipped = SkippedSteps(plan)
         self._resume()
         # One process of a host hashes its shards: hosts may have copies of their own.
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
@@ -76,7 +78,11 @@ class Trainer:
             self.recorder = RouterRecorder(plan, self.step)
 
     def fit(self) -> None:
-        """Train until `run.steps` or a stop request; both end with a checkpoint."""
+        """Train until `run.steps` or a stop request; both end with a checkpoint.
+
+        Raises DivergedError after `run.max_skipped_steps` steps in a row that were skipped, CheckpointError instead of
+        saving weights that are not finite.
+        """
         run = self.plan.recipe.run
         if self.step >= run.steps:
             self.log.say(
@@ -85,7 +91,7 @@ class Trainer:
         elif self.step:
             self.log.say(f"resumed at step {self.step}")
         saved = self.step
-        stopping = False
+        is_due = stopping = False  # a checkpoint is due; a stop was requested
         batches = iter(self.loader)
         if self.step == 0:
             self.evaluate()  # held-out losses before training
@@ -104,14 +110,27 @@ class Trainer:
             self.window.time(time.perf_counter() - started, waited)
             self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.after(self.step)))
             self.log.advance()
-            if logs:
+            self.skipped.count(result.skipped)
+            if self.skipped.in_row:
+                self.log.say(self.skipped.line(self.step))
+            elif self.step == saved + 1:
+                self._prune()  # not earlier: a step from the newest checkpoint has worked
+            ends = self.skipped.are_too_many(last or stopping)
+            if logs or ends:
                 self._log_interval()
+            if ends:
+                self.log.close()
+                raise self.skipped.error(self.step, saved)
             self._record(result)
             if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
                 self.evaluate()
-            if last or self.step % run.checkpoint_every == 0:
+            is_due = is_due or last or self.step % run.checkpoint_every == 0
+            # These weights may be what makes steps fail: a checkpoint waits for a step that works.
+            if is_due and (last or not self.skipped.in_row):
                 self.save()
-                saved = self.step
+                saved, is_due = self.step, False
+                if last and not self.skipped.in_row:
+                    self._prune()
         if saved != self.step:
             self.save()
         self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.close()))
@@ -127,7 +146,8 @@ class Trainer:
         """Add a step's routing to the recorder, and log its record when one is due. Rank 0 only."""
         if self.recorder is None or result.routing is None:
             return
-        self.recorder.add(result.routing, result.counts)
+        if result.skipped is None:
+            self.recorder.add(result.routing, result.counts)
         if self.step % self.plan.recipe.run.router_every == 0:
             self._log_router(self.recorder)
 
@@ -153,6 +173,11 @@ class Trainer:
         )  # fmt: skip
         self.log.say(f"saved {folder}")
         self.log.log_samples(self.step)
+
+    def _prune(self) -> None:
+        """Remove all but the newest checkpoints."""
+        if self.ranks.rank == 0:
+            prune(self.plan.run_dir / CHECKPOINTS_NAME, self.plan.recipe.run.keep_checkpoints)
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""
