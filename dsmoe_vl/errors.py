@@ -35,6 +35,10 @@ class CheckpointError(DsmoeVlError):
     """A checkpoint that is missing, incomplete, or does not match the model, tokenizer or topology."""
 
 
+class DivergedError(DsmoeVlError):
+    """Training whose loss or gradient is not finite for too many steps in a row."""
+
+
 class FileError(DsmoeVlError):
     """A file or folder that the operating system refuses to read or write: a full disk, permissions, limits."""
 

@@ -31,7 +31,6 @@ from dsmoe_vl.checkpoint.store import (
     TRAINER_NAME,
     checkpoint_name,
     complete,
-    prune,
 )
 from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
 from dsmoe_vl.checkpoint.weights import load_buffers, own_weights
@@ -166,13 +165,14 @@ class Saver:
         return _Written(host, found["files"], found["weights"], save.pieces, save.data_state, found["broken"], None)
 
     def _complete(self, save: _Save, written: list[_Written]) -> BaseException | None:
-        """On rank 0: the files of no single rank, the manifest, and the end of older checkpoints."""
+        """On rank 0: the files of no single rank, and the manifest."""
         folder, ranks = save.folder, self._ranks.world_size
         for rank, of_rank in enumerate(written):
             if of_rank.broken is not None:
                 return CheckpointError(
-                    f"step {save.trainer['step']}: {of_rank.broken} has values that are not finite, so the checkpoint "
-                    "is not kept: see the lines above for where training went wrong, lower the learning rate"
+                    f"step {save.trainer['step']} is not saved: {of_rank.broken} has values that are not finite. Older "
+                    "checkpoints stay as they are, and the run continues from the newest one: try a lower "
+                    "optimizer.params.lr, a longer warmup_num_steps and gradient_clipping = 1.0 in the DeepSpeed JSON"
                 )
             for name, entry in of_rank.files.items():
                 file = folder / name
@@ -193,8 +193,6 @@ class Saver:
             own = (INDEX_NAME, optimizer_files.INDEX_NAME, TRAINER_NAME, DATA_NAME, TOKENIZER_NAME)
             files |= entries(folder, own)
             complete(folder, Manifest(save.trainer["step"], topology_of(self._plan), self._tokenizer.sha256, files))
-        run = self._plan.recipe.run
-        prune(folder.parent, run.keep_checkpoints, run.keep_every)
         return None
 
     def close(self) -> None:

@@ -217,6 +217,7 @@ UNSUPPORTED: dict[str, str] = {
 FIXED: dict[str, tuple[Any, str]] = {
     "gradient_allreduce_op": ("mean", "the objective is scaled for averaged gradients"),
     "managed_gradient_accumulation": (True, "the objective is scaled for the engine's own accumulation"),
+    "bf16.check_grad_overflow": (True, "a step whose gradient is not finite is skipped"),
     "optimizer.params.adam_w_mode": (True, "weight decay is decoupled from the gradient, as in AdamW"),
     "zero_optimization.contiguous_gradients": (True, "expert gradients need it"),
     "zero_optimization.reduce_scatter": (True, "expert gradients need it"),

@@ -200,6 +200,8 @@ class RunConfig:
     checkpoint_every: int = bounded(500, least=1)  # optimizer steps
     keep_checkpoints: int = bounded(2, least=1)  # newest complete checkpoints to keep on disk
     keep_every: int = bounded(0, least=0)  # also keep those whose optimizer step is a multiple of it; 0: none
+    # steps in a row with a loss or gradient that is not finite; they are skipped, so many end the run
+    max_skipped_steps: int = bounded(10, least=1)
     # minimum optimizer steps between images of held-out samples, drawn at checkpoints; 0: none
     samples_every: int = bounded(500, least=0)
     # optimizer steps between router records (router.npz, heat maps); 0: none

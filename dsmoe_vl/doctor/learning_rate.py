@@ -181,13 +181,12 @@ class Race:
         with closing(self._loader(plan)) as loader:
             for batches in islice(loader, self.steps):
                 shared = take_step.share(batches)
-                # At ZeRO-0 in fp32 the engine has no norm of its own.
-                result = take_step(shared.batches, shared.counts, part_norms=plan.zero_stage == 0)
+                result = take_step(shared.batches, shared.counts)
                 losses.append(float(result.terms["loss"]))
                 norms.append(result.grad_norm)
                 now = self._weighted_terms(result.terms, shared.counts)
                 first = now | first
-                if not math.isfinite(losses[-1]) or is_lost(now, first):
+                if result.skipped is not None or is_lost(now, first):
                     return Outcome(rate, True, len(losses), losses[-1], grad_norm=max(norms))
         largest = max(norms[self.steps // _PART :])
         end = tuple(losses[-(self.steps // _PART) :])

@@ -20,7 +20,7 @@ from dsmoe_vl.planner.plan import RunPlan
 
 # Names in metrics.jsonl have no prefix; TensorBoard groups by prefix.
 _GROUPS = {
-    "loss": "train", "lr": "train", "grad_norm": "train",
+    "loss": "train", "lr": "train", "grad_norm": "train", "skipped_steps": "train",
     "balance_loss": "moe", "z_loss": "moe", "max_violation": "moe", "max_violation_micro": "moe",
     "dead_fraction": "moe", "entropy": "moe", "drop_fraction": "moe", "mutual_information": "moe",
     "local_entropy_loss": "moe", "global_entropy_loss": "moe", "mutual_information_loss": "moe",
@@ -110,6 +110,7 @@ def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
             "loss, all in all": lines("loss", "eval_loss"),
             "learning rate": lines("lr"),
             "gradient norm": lines("grad_norm"),
+            "skipped steps": lines("skipped_steps"),
             "gradient norm by part": lines(*(f"grad_norm_{part}" for part in PARTS)),
         },
         "is it fast": {

@@ -43,15 +43,17 @@ class Facts:
 
 
 def non_finite(lines: Sequence[Line], facts: Facts) -> str | None:
-    """A loss or a gradient norm that is not finite."""
+    """A loss or a gradient norm that is not finite, or steps that were skipped because of one."""
     last = lines[-1]
     names = [name for name in last if name.startswith(("loss", "grad_norm", "z_loss", "balance_loss"))]
     wrong = [name for name in names if not math.isfinite(last[name])]
-    if not wrong:
+    skipped = last.get("skipped_steps", 0)
+    if not (wrong or skipped):
         return None
+    what = f"{', '.join(wrong)} not finite" if wrong else f"steps skipped since the last line: {skipped:.0f}"
     return (
-        f"{', '.join(wrong)} not finite: the weights are lost. Likely a learning rate that is too high, or one bad "
-        "sample. Continue from the last checkpoint with a lower optimizer.params.lr, a longer warmup_num_steps and "
+        f"{what}. Such steps do not change the weights. Likely a learning rate that is too high, or one bad sample. If "
+        "it lasts, continue from the last checkpoint with a lower optimizer.params.lr, a longer warmup_num_steps and "
         "gradient_clipping = 1.0 in the DeepSpeed JSON"
     )
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
-from torch import Tensor, nn
+from torch import nn
 
 from dsmoe_vl.config.recipe import L1Config
 from dsmoe_vl.optim.parameter_groups import GROUPS, group_of
+from dsmoe_vl.optim.values import owned_values
 from dsmoe_vl.planner.plan import RunPlan
 
 
@@ -30,6 +30,8 @@ def add_proximal_step(optimizer: torch.optim.Optimizer, l1: L1Config) -> None:
 
     @torch.no_grad()
     def shrink(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(stepped, "overflow", False):  # the update was skipped
+            return
         for group in stepped.param_groups:
             # Not a key of the group: resuming would restore the coefficient of the checkpoint.
             coefficient = getattr(l1, "experts" if group.get("moe") else group["name"])
@@ -51,7 +53,7 @@ def sparsity(model: nn.Module, plan: RunPlan, rank: int, device: torch.device) -
     rows = {kind: torch.zeros(3, dtype=torch.float64, device=device) for kind in GROUPS}  # norm, nonzeros, values
     for name, parameter in model.named_parameters():
         kind = group_of(name, parameter)
-        values = _owned_values(parameter, plan.ep_size if kind == "experts" else 1, rank)
+        values = owned_values(parameter, plan.ep_size if kind == "experts" else 1, rank)
         if values is not None:
             size = torch.tensor(values.numel(), device=values.device)
             rows[kind] += torch.stack((values.abs().sum().double(), values.count_nonzero(), size)).to(device)
@@ -66,16 +68,3 @@ def sparsity(model: nn.Module, plan: RunPlan, rank: int, device: torch.device) -
     if sizes[experts]:
         fractions["zero_fraction_experts"] = float(1 - nonzeros[experts] / sizes[experts])
     return {"omega": float(norms @ coefficients), **fractions}
-
-
-def _owned_values(parameter: Any, ranks_per_copy: int, rank: int) -> Tensor | None:
-    """The values of a parameter that are counted on this rank, without ZeRO's padding; None if there are none.
-
-    `ranks_per_copy`: if DeepSpeed does not shard the parameter, only ranks below this number count it.
-    """
-    if hasattr(parameter, "ds_id"):  # ZeRO-3; padding is uninitialised memory
-        values = safe_get_local_fp32_param(parameter)
-        return values[: max(parameter.ds_numel - parameter.ds_zero_partition_rank * values.numel(), 0)]
-    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
-        return None if parameter._hp_mapping is None else parameter._hp_mapping.get_hp_fragment()
-    return parameter.detach() if rank < ranks_per_copy else None

@@ -16,6 +16,7 @@ from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
 from dsmoe_vl.moe.placement import placed
 from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.optim.optimizer import optimizer_builder
+from dsmoe_vl.optim.overflow import add_overflow
 from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -98,6 +99,8 @@ def wrap(plan: RunPlan, model: nn.Module) -> Any:
         optimizer=optimizer_builder(plan),
         config=_engine_config(plan),
     )
+    if engine.optimizer is engine.basic_optimizer:  # ZeRO-0 in fp32
+        add_overflow(engine.basic_optimizer)
     # Not earlier: at ZeRO-0 in bf16, initialize takes a step without gradients to create the optimizer state.
     add_proximal_step(engine.basic_optimizer, plan.recipe.objective.l1)
     return engine

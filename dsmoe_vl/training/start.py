@@ -133,7 +133,8 @@ def _quiet_deepspeed(rank: int) -> None:
         return
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR if rank else logging.WARNING)
-    # Its schedulers read their learning rate before the first step, and warn.
-    log.addFilter(lambda record: "before it has started" not in record.getMessage())
+    # Its schedulers read their learning rate before the first step, and warn. Skipped steps are in our own lines.
+    known = ("before it has started", "OVERFLOW! Skipping step")
+    log.addFilter(lambda record: not any(text in record.getMessage() for text in known))
     # DeepSpeed calls a collective by its deprecated name; the user cannot change that.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)

@@ -5,7 +5,6 @@ Shapes: N MoE layers, J tasks, M modalities, E experts, G groups of tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -22,12 +21,14 @@ from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
 from dsmoe_vl.optim.gradients import PARTS, local_squares
+from dsmoe_vl.optim.overflow import measure_gradient
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.clock import PhaseClock
 from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
+from dsmoe_vl.training.skipped import Skipped
 
 # Number of token groups for load balancing, by moe.balance_over.
 _GROUPS = {"all": 1, "task": len(TASKS), "modality": len(Modality)}
@@ -47,7 +48,8 @@ class Shared(NamedTuple):
 @dataclass(frozen=True)
 class StepResult:
     """Results of a step over all ranks: loss terms (scalars), routing (None without MoE layers), counts, the learning
-    rate and gradient norm of the update, and, if requested, the norm by part of the model.
+    rate and gradient norm of the update, and, if requested, the norm by part of the model. `skipped`: why nothing was
+    updated, None otherwise.
     """
 
     terms: dict[str, Tensor]
@@ -56,6 +58,7 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     part_norms: dict[str, Tensor] = field(default_factory=dict)
+    skipped: Skipped | None = None
 
 
 class OptimizerStep:
@@ -73,6 +76,7 @@ class OptimizerStep:
         self.load_fraction = self.even_load
         self.clock = PhaseClock(device)
         self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are accumulated
+        self._has_skipped = False  # the last step
         self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
 
     def share(self, batches: list[Batch], stop: bool = False, writing: bool = False) -> Shared:
@@ -96,36 +100,58 @@ class OptimizerStep:
 
     def __call__(self, batches: list[Batch], counts: dict[str, int], part_norms: bool = False) -> StepResult:
         """Update the model with batches and counts from `share`. `part_norms`: also compute the gradient norm by part,
-        which reads every gradient once more. Collective."""
+        which reads every gradient once more.
+
+        If the loss or the gradient norm of any rank is not finite, all ranks skip the update: weights, optimizer state,
+        load fractions and the balancing bias stay as they are, only the learning rate's schedule advances. Collective.
+        """
         learning_rate = self.engine.get_lr()[0]
+        part_norms = part_norms or self._has_skipped  # to name the parts from the second skipped step in a row
         terms: dict[str, Tensor] = {}
+        scalars: list[Tensor] = []
         layer_stats: list[RouterStats] = []
+        whose = self.engine.module, self.plan.ep_size, self.ranks.rank, self.device
         for output, stats in self._forwards([batch.to(self.device) for batch in batches]):
             loss = self.objective(output, stats, counts, self.load_fraction)
             with self.clock.phase("backward"):
-                self.engine.backward(loss.scalar)
+                self.engine.backward(_spreading(loss.scalar))
+            scalars.append(loss.scalar.detach())
             if self.engine.is_gradient_accumulation_boundary():
                 if self.before_update is not None:
                     self.before_update()
                 if part_norms:
-                    squares = local_squares(self.engine.module, self.plan.ep_size, self.ranks.rank, self.device)
+                    squares = local_squares(*whose)
+                if self.engine.optimizer is self.engine.basic_optimizer:  # the others check the gradient themselves
+                    measure_gradient(self.engine.optimizer, *whose)
             with self.clock.phase("optimizer"):
                 self.engine.step()
             for name, value in loss.terms.items():
                 terms[name] = terms[name] + value if name in terms else value
             if stats is not None:
                 layer_stats.append(RouterStats(*(value.detach() for value in stats)))
+        self._has_skipped = not self.engine.was_step_applied()
+        if self._has_skipped and self.engine.lr_scheduler is not None:
+            # The engine does not, but a skipped step is a step of the run: its batches are used up, and the rate of a
+            # step must not depend on how many were skipped before, else the schedule would not end with the run.
+            self.engine.lr_scheduler.step()
         if part_norms:
             terms |= zip(PARTS, squares.unbind(), strict=True)
         terms, routing = self.reduce(terms, layer_stats)
         norms = {part: terms.pop(part).sqrt() for part in PARTS} if part_norms else {}
-        if routing is not None:
+        if routing is not None and not self._has_skipped:
             self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
             self._move_selection_bias(routing.load.sum((1, 2)))
-        norm = self.engine.get_global_grad_norm()
-        # At ZeRO-0 in fp32 the engine has no norm: compute it from the parts' norms, if available.
-        grad_norm = float(norm) if norm is not None else math.hypot(*map(float, norms.values())) if norms else math.nan
-        return StepResult(terms, routing, counts, learning_rate, grad_norm, norms)
+        skipped = self._explain(terms, norms, batches, scalars) if self._has_skipped else None
+        grad_norm = float(self.engine.get_global_grad_norm())
+        return StepResult(terms, routing, counts, learning_rate, grad_norm, norms, skipped)
+
+    def _explain(
+        self, terms: dict[str, Tensor], norms: dict[str, Tensor], batches: list[Batch], scalars: list[Tensor]
+    ) -> Skipped:
+        bad = [batch.keys for batch, loss in zip(batches, scalars, strict=True) if not loss.isfinite()]
+        of_ranks = self.host.gather([key for keys in bad for key in keys])
+        samples = dict.fromkeys(key for keys in of_ranks for key in keys)
+        return Skipped.of_step(terms, norms, tuple(samples))
 
     def _forwards(self, batches: list[Batch]) -> Iterator[tuple[Any, RouterStats | None]]:
         if not (self.contrasts and self.plan.recipe.tasks.retrieval.gradient_cache):
@@ -166,3 +192,9 @@ class OptimizerStep:
         values, *rest = (part.view_as(piece) for part, piece in zip(split, pieces, strict=True))
         reduced = dict(zip(terms, values.unbind(), strict=True))
         return reduced, RoutingSums(*rest) if stats else None
+
+
+def _spreading(loss: Tensor) -> Tensor:
+    """The loss itself; if it is not finite, its gradient is not either. So the check of the gradient's norm, on which
+    the ranks agree anyway, also finds an infinite loss, without a collective or a wait for the device."""
+    return loss * (1 + 0 * loss.detach())

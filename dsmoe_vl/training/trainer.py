@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.choice import newest_sound
-from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, require_tokenizer
-from dsmoe_vl.checkpoint.training_state import Saver, restore, topology_of
+from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, prune, require_tokenizer
+from dsmoe_vl.checkpoint.training_state import restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -28,6 +28,7 @@ from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.held_out import HeldOut
 from dsmoe_vl.training.signals import StopRequest
+from dsmoe_vl.training.skipped import SkippedSteps
 from dsmoe_vl.training.step import OptimizerStep, StepResult
 from dsmoe_vl.training.window import Window
 
@@ -62,8 +63,8 @@ class Trainer:
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
-        self.saver = Saver(plan, ranks, self.host, self.tokenizer)
         self.step = 0
+        self.skipped = SkippedSteps(plan)
         self._resume()
         # One process of a host hashes its shards: hosts may have copies of their own.
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
@@ -78,7 +79,11 @@ class Trainer:
             self.recorder = RouterRecorder(plan, self.step)
 
     def fit(self) -> None:
-        """Train until `run.steps` or a stop request; both end with a checkpoint."""
+        """Train until `run.steps` or a stop request; both end with a checkpoint.
+
+        Raises DivergedError after `run.max_skipped_steps` steps in a row that were skipped, CheckpointError instead of
+        saving weights that are not finite.
+        """
         run = self.plan.recipe.run
         if self.step >= run.steps:
             self.log.say(
@@ -86,8 +91,8 @@ class Trainer:
             )
         elif self.step:
             self.log.say(f"resumed at step {self.step}")
-        saved = self.step
-        stopping = False
+        self.saved = self.step
+        is_due = stopping = False  # a checkpoint is due; a stop was requested
         batches = iter(self.loader)
         if self.step == 0:
             self.evaluate()  # held-out losses before training
@@ -108,18 +113,31 @@ class Trainer:
             self.window.time(time.perf_counter() - started, waited)
             self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.after(self.step)))
             self.log.advance()
-            if logs:
+            self.skipped.count(result.skipped)
+            if self.skipped.in_row:
+                self.log.say(self.skipped.line(self.step))
+            elif self.has_older:  # the newest checkpoint is complete, and this step after it has worked
+                self._prune()
+            ends = self.skipped.are_too_many(last or stopping)
+            if logs or ends:
                 self._log_interval()
+            if ends:
+                self.log.close()
+                raise self.skipped.error(self.step, self.saved)
             self._record(result)
             if last or (run.evaluate_every and self.step % run.evaluate_every == 0):
                 self.evaluate()
-            if last or self.step % run.checkpoint_every == 0:
+            is_due = is_due or last or self.step % run.checkpoint_every == 0
+            # These weights may be what makes steps fail: a checkpoint waits for a step that works.
+            if is_due and (last or not self.skipped.in_row):
                 self.save()
-                saved = self.step
-        if saved != self.step:
+                is_due = False
+        if self.saved != self.step:
             self.save()
         if self.saver.in_flight:
             self._finish_save(last=True)
+            if not (stopping or self.skipped.in_row):
+                self._prune()
         self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.close()))
         if self.step < run.steps:
             self.log.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
@@ -133,7 +151,8 @@ class Trainer:
         """Add a step's routing to the recorder, and log its record when one is due. Rank 0 only."""
         if self.recorder is None or result.routing is None:
             return
-        self.recorder.add(result.routing, result.counts)
+        if result.skipped is None:
+            self.recorder.add(result.routing, result.counts)
         if self.step % self.plan.recipe.run.router_every == 0:
             self._log_router(self.recorder)
 
@@ -156,6 +175,7 @@ class Trainer:
         if self.recorder is not None:  # a resumed run also needs it up to this step
             self._log_router(self.recorder)
         self.saver.begin(self.engine, self.step, self.take_step.load_fraction, self.loader.state_dict())
+        self.saved = self.step
 
     def _finish_save(self, last: bool = False) -> None:
         """Complete the checkpoint that was begun. Collective. `last`: no other will come, so an error ends the run."""
@@ -170,7 +190,15 @@ class Trainer:
             )
             return
         self.log.say(f"saved {folder}")
+        self.has_older = True
         self.log.log_samples(self.step)
+
+    def _prune(self) -> None:
+        """Remove older checkpoints, once a step from the newest has worked."""
+        run = self.plan.recipe.run
+        if self.ranks.rank == 0:
+            prune(self.plan.run_dir / CHECKPOINTS_NAME, run.keep_checkpoints, run.keep_every)
+        self.has_older = False
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""

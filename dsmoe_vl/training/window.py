@@ -5,6 +5,7 @@ Shapes: N MoE layers, J tasks, M modalities, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -30,10 +31,12 @@ class Window:
 
     def _begin(self) -> None:
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        self.skipped, self.routed_tokens = 0, 0
         self.counts: dict[str, int] = {}
         self.terms: dict[str, Tensor] = {}
+        self.missing: set[str] = set()  # terms of skipped steps
         self.routing: RoutingSums | None = None
-        self.learning_rate, self.grad_norm = 0.0, 0.0
+        self.learning_rate, self.grad_norm = 0.0, math.nan
         self.part_norms: dict[str, Tensor] = {}
 
     def add(self, step: StepResult) -> None:
@@ -41,12 +44,18 @@ class Window:
         self.steps += 1
         for name, count in step.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
+        self.learning_rate = step.learning_rate
+        if step.skipped is not None:  # its values would make those of the whole interval not finite
+            self.skipped += 1
+            self.missing.update(step.terms)
+            return
         for name, value in step.terms.items():
             self.terms[name] = self.terms[name] + value if name in self.terms else value
         if step.routing is not None:
+            self.routed_tokens += step.counts["tokens"]
             sums = zip(self.routing or map(torch.zeros_like, step.routing), step.routing, strict=True)
             self.routing = RoutingSums(*(total + new for total, new in sums))
-        self.learning_rate, self.grad_norm = step.learning_rate, step.grad_norm
+        self.grad_norm = step.grad_norm
         self.part_norms = step.part_norms
 
     def time(self, seconds: float, waited: float) -> None:
@@ -55,8 +64,12 @@ class Window:
         self.waited += waited
 
     def close(self, phases: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
-        """Means over the interval, in the units of their names. phases: seconds of each in the interval."""
-        values = {name: float(total) / self.steps for name, total in self.terms.items()}
+        """Means over the interval, in the units of their names; those of loss and routing over the steps that were not
+        skipped, nan if all were. phases: seconds of each in the interval."""
+        updates = self.steps - self.skipped
+        values = dict.fromkeys(sorted(self.missing), math.nan)
+        values |= {name: float(total) / updates for name, total in self.terms.items()}
+        values["skipped_steps"] = self.skipped
         values["lr"] = self.learning_rate
         values["grad_norm"] = self.grad_norm
         values |= {f"grad_norm_{part}": float(norm) for part, norm in self.part_norms.items()}
@@ -79,9 +92,9 @@ class Window:
             exists = torch.arange(per_expert.shape[-1], device=load.device) < experts
             share = per_expert / per_expert.sum(-1, keepdim=True) * experts
             values["max_violation"] = float(share.max() - 1)  # busiest expert of all layers
-            values["max_violation_micro"] = float(violation.max()) / self.steps  # mean over micro-batches
+            values["max_violation_micro"] = float(violation.max()) / updates  # mean over micro-batches
             values["dead_fraction"] = float((share < LIVE_SHARE)[exists].float().mean())
-            values["entropy"] = float(entropy.sum(-1).mean()) / tokens
+            values["entropy"] = float(entropy.sum(-1).mean()) / self.routed_tokens
             values["drop_fraction"] = float(dropped.sum() / (load.sum() + dropped.sum()))
             values["mutual_information"] = float(mutual_information(load.sum(2)).mean())  # between tasks and experts
         self._begin()

@@ -19,7 +19,7 @@ NAMES = [
     ("moe/expert_parallel_capacity.py", "deepspeed.moe.sharded_moe", "multiplicative_jitter"),
     ("moe/expert_parallel_capacity.py", "deepspeed.comm.pg_utils", "is_parallel"),
     ("optim/optimizer.py", "deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
-    ("optim/l1.py", "deepspeed.utils", "safe_get_local_fp32_param"),
+    ("optim/values.py", "deepspeed.utils", "safe_get_local_fp32_param"),
     ("parallel/process_group.py", "deepspeed.ops.op_builder.cpu.comm", "ShareMemCommBuilder"),
     ("checkpoint/weights.py", "deepspeed.runtime.zero", "GatheredParameters"),
 ]
