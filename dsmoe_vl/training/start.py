@@ -75,7 +75,7 @@ def train(plan: RunPlan, ranks: Ranks, stop: StopRequest, make_data: Callable[[R
     _quiet_deepspeed(ranks.rank)
     from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
-    start_process_group(ranks, plan.device)
+    start_process_group(ranks, plan.device, plan.recipe.run.stall_seconds)
     if make_data is not None:
         if ranks.local_rank == 0:
             make_data(plan)

@@ -28,6 +28,7 @@ from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.held_out import HeldOut
 from dsmoe_vl.training.signals import StopRequest
 from dsmoe_vl.training.step import OptimizerStep, StepResult
+from dsmoe_vl.training.watchdog import Watchdog
 from dsmoe_vl.training.window import Window
 
 
@@ -38,6 +39,8 @@ class Trainer:
         self.plan, self.ranks = plan, ranks
         recipe = plan.recipe
         self.stop = stop
+        self.watchdog = Watchdog(ranks, plan.run_dir, recipe.run.stall_seconds)
+        self.watchdog.enter("start: data")
         self.device = use_device(plan.device, ranks)
         self.host = HostGroup()
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
@@ -58,10 +61,14 @@ class Trainer:
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
         as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False))
+        self.watchdog.enter("start: held-out samples")
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
+        self.watchdog.enter("start: engine")
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
+        self.take_step.clock.entered = self.watchdog.enter
         self.step = 0
+        self.watchdog.enter("start: checkpoint")
         self._resume()
         # One process of a host hashes its shards: hosts may have copies of their own.
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
@@ -92,7 +99,10 @@ class Trainer:
         while self.step < run.steps and not stopping:
             self.profiler.before(self.step + 1)
             started = time.perf_counter()
+            self.watchdog.step, self.watchdog.keys = self.step + 1, ()
+            self.watchdog.enter("wait for data", self.loader.waits_for)
             own = next(batches)
+            self.watchdog.keys = [batch.keys for batch in own]
             waited = time.perf_counter() - started
             shared = self.take_step.share(own, self.stop.received)
             stopping = shared.stopping
@@ -100,6 +110,7 @@ class Trainer:
             last = self.step == run.steps
             logs = last or stopping or self.step % run.log_every == 0
             result = self.take_step(shared.batches, shared.counts, part_norms=logs)
+            self.watchdog.has_started = True
             self.window.add(result)
             self.window.time(time.perf_counter() - started, waited)
             self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.after(self.step)))
@@ -120,6 +131,7 @@ class Trainer:
 
     def _log_interval(self) -> None:
         """Log the values of the interval that ends here. Collective."""
+        self.watchdog.enter("log")
         values = self.window.close(self.take_step.clock.read())
         self.log.log(self.step, {**values, **self._sparsity(), **self._samples_read(), **self._memory()})
 
@@ -141,26 +153,31 @@ class Trainer:
     def evaluate(self) -> None:
         """Log held-out losses. Collective."""
         if self.plan.recipe.data.evaluation:
+            self.watchdog.enter("held-out losses")
             self.log.log_evaluation(self.step, self.held_out.losses(self.engine, self.device))
 
     def save(self) -> None:
         """Write a checkpoint of the current step. Collective."""
         if self.recorder is not None:  # a resumed run also needs it up to this step
             self._log_router(self.recorder)
+        self.watchdog.enter("save")
         folder = training_state.save(
             self.plan, self.ranks, self.host, self.engine, self.tokenizer,
             self.step, self.take_step.load_fraction, self.loader.state_dict(),
         )  # fmt: skip
         self.log.say(f"saved {folder}")
+        self.watchdog.enter("samples")
         self.log.log_samples(self.step)
 
     def close(self) -> None:
         """End loader processes, writers and the process group."""
+        self.watchdog.enter("end")
         self.verifier.close()
         self.loader.close()
         self.log.close()
         self.engine.destroy()
         self.host.barrier()
+        self.watchdog.close()
         dist.destroy_process_group()
 
     def _resume(self) -> None:
