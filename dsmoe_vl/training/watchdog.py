@@ -123,8 +123,7 @@ class Watchdog:
         """Report who stopped, once, and end this rank and those of this host that cannot end themselves."""
         stacks = self._attempt(self._write_stacks) or ""
         noticed = self._attempt(lambda: self._notice(stacks), self._calls)  # after a beat, which would undo it
-        text = ""
-        stopped: list[Status] | None = None
+        text, stopped = "", None
         if noticed is None:  # rank 0 does not answer, so the ranks cannot agree: one of each host reports
             stopped = [] if self._first is None else [self._first]
             if self._ranks.rank == 1 or self._ranks.local_rank == 0:
