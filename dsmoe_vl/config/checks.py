@@ -168,6 +168,13 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
         "run.profile_steps",
         "must be the first and last step of the profiler trace, such as [20, 25], or [] for no trace",
     )
+    patience = recipe.data.fetch_patience_seconds
+    is_remote = any("://" in source.path or source.path.startswith(PIPE) for source in recipe.data.sources)
+    yield (
+        not is_remote or recipe.run.stall_seconds > patience,
+        "run.stall_seconds",
+        f"must be above data.fetch_patience_seconds = {patience}: else the run ends before storage may answer again",
+    )
     yield recipe.run.directory != "", "run.directory", 'must name a folder, such as "runs"'
     first = f"tasks.{TASKS[0].name}.weight"
     yield bool(learned_tasks(recipe)), first, "the weights of all tasks are 0: set one of them above 0"

@@ -206,6 +206,9 @@ class RunConfig:
     samples_every: int = bounded(500, least=0)
     # optimizer steps between router records (router.npz, heat maps); 0: none
     router_every: int = bounded(100, least=0)
+    # Seconds without progress on any rank after which the run ends and names the rank that stopped. Must be longer than
+    # the slowest step, evaluation, save or samples, and than data.fetch_patience_seconds.
+    stall_seconds: float = bounded(600.0, least=10)
     profile_steps: tuple[int, ...] = ()  # first and last optimizer step of the profiler trace; empty: no trace
 
 

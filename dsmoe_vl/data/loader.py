@@ -20,6 +20,7 @@ from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.error_log import ReadReport
+from dsmoe_vl.data.last_read import LastRead
 from dsmoe_vl.data.pack import PackShape, collate
 from dsmoe_vl.data.pack_stream import Delivery, Encode, PackStream
 from dsmoe_vl.data.position import check_order, merge_states, order_identity
@@ -71,6 +72,7 @@ class Loader:
         self._lane_states: dict[str, Any] = {}
         self._report = ReadReport(quarantine)
         self._stream: Iterator[Delivery] | None = None
+        self._last = LastRead(max(1, data.workers), list(self.indexes.values()))
         # With worker processes only:
         self._workers: WorkerProcesses[Delivery] | None = None
         self._slots: PatchSlots | None = None
@@ -111,6 +113,20 @@ class Loader:
         """`ReadReport.values`: this rank's counts since it started, and its epochs. See `merge_reports`."""
         return self._report.values()
 
+    def waits_for(self) -> str:
+        """What the next step is waiting for, in words; "" if for no worker. Any thread may call it."""
+        if not self._data.workers:
+            last = self._last.describe(0)
+            return f"it reads its data itself, last {last}" if last else ""
+        late = self._workers.late() if self._workers is not None else None
+        if late is None:
+            return ""
+        last = self._last.describe(late.worker)
+        return (
+            f"worker {late.worker} of rank {self._rank} (pid {late.pid}) has sent nothing for {late.seconds:.0f} s"
+            f"{': a signal has stopped it' if late.is_stopped else ''}{f'; it was reading {last}' if last else ''}"
+        )
+
     def close(self) -> None:
         """End the worker processes; a running iteration ends too."""
         if self._thread is not None:
@@ -142,6 +158,7 @@ class Loader:
             self._packs,
             dict(self._lane_states),
             self._slots,
+            self._last,
         )
         if not workers:
             return iter(stream)

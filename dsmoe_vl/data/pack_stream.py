@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
+from dsmoe_vl.data.last_read import LastRead
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Pack, Segment
@@ -45,12 +46,15 @@ class SampleReader:
         encode: Encode,
         shape: PackShape,
         log: ErrorLog,
+        last: LastRead | None = None,
+        worker: int = 0,
     ) -> None:
-        """`indexes`: by name of the source."""
+        """`indexes`: by name of the source. `last`: where this `worker` notes what it reads."""
         self._sources = [(source, indexes[source.name]) for source in sources]
         self._encode = encode
         self._shape = shape
         self._log = log
+        self._last, self._worker = last, worker
 
     @property
     def sources(self) -> int:
@@ -59,8 +63,12 @@ class SampleReader:
     def read(self, ref: SampleRef) -> Encoded | None:
         """The sample, or None for a bad one, which is logged. Raises DataError when too many are bad."""
         source, index = self._sources[ref.source]
+        if self._last is not None:
+            self._last.begin(self._worker, ref)
         try:
             sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
+            if self._last is not None:
+                self._last.found(self._worker, sample.key)
             item = encoded(ref, sample.key, self._encode(sample), self._shape)
         except DataError as error:
             self._log.bad(BadSample(source.name, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
@@ -128,13 +136,14 @@ class PackStream(IterableDataset[Delivery]):
         start: int,
         lane_states: dict[str, Any],
         slots: PatchSlots | None,
+        last: LastRead,
     ) -> None:
-        """With `slots`, patches travel in shared memory instead of in the packs."""
+        """With `slots`, patches travel in shared memory instead of in the packs. `last`: a row for each worker."""
         self._data, self._sources, self._indexes = data, sources, indexes
         self._encode, self._shape, self._seed = encode, shape, seed
         self._rank, self._ranks = rank, ranks
         self._start, self._lane_states = start, lane_states
-        self._slots = slots
+        self._slots, self._last = slots, last
         self._prefetcher = Prefetcher(list(indexes.values()))
 
     def __iter__(self) -> Iterator[Delivery]:
@@ -144,7 +153,7 @@ class PackStream(IterableDataset[Delivery]):
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         log = ErrorLog(self._data.max_bad_fraction)
-        reader = SampleReader(self._sources, self._indexes, self._encode, self._shape, log)
+        reader = SampleReader(self._sources, self._indexes, self._encode, self._shape, log, self._last, own)
         orders = [
             SourceOrder(name, index, self._data.lanes, self._data.shuffle_block, self._seed)
             for name, index in self._indexes.items()

@@ -13,13 +13,23 @@ from collections.abc import Iterator
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import psutil
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 T = TypeVar("T")
 _CHECK_SECONDS = 0.2  # between a worker's looks at its rank
+
+
+class Late(NamedTuple):
+    """A worker whose item is waited for, since `seconds`; `is_stopped`: by a signal, such as SIGSTOP."""
+
+    worker: int
+    pid: int
+    seconds: float
+    is_stopped: bool
 
 
 class WorkerProcesses(Generic[T]):
@@ -43,6 +53,8 @@ class WorkerProcesses(Generic[T]):
             generator=torch.Generator(),  # a draw from the global one would change what a resumed run draws
             worker_init_fn=partial(_end_with_rank, self._closed),
         )
+        self._taken = 0
+        self._waits_since: float | None = None
         try:
             self._items = iter(loader)
         except BaseException:
@@ -53,7 +65,25 @@ class WorkerProcesses(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        return next(self._items)
+        self._waits_since = time.monotonic()
+        try:
+            item = next(self._items)
+        finally:
+            self._waits_since = None
+        self._taken += 1
+        return item
+
+    def late(self) -> Late | None:
+        """The worker that `next` is waiting for; None if it is not waiting. Any thread may call it."""
+        since, worker = self._waits_since, self._taken % len(self._processes)
+        pid = self._processes[worker].pid
+        if since is None or pid is None:
+            return None
+        try:
+            is_stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            is_stopped = False
+        return Late(worker, pid, time.monotonic() - since, is_stopped)
 
     @property
     def has_failed(self) -> bool:

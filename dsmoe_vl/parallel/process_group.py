@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
+from dsmoe_vl.config.recipe import RunConfig
 from dsmoe_vl.errors import ConfigError, as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 
@@ -35,15 +36,20 @@ if os.fork():
 from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 """
+FAILURES = "failures"  # a counter in the ranks' store: who makes it 1 reports
 _QUIET_SECONDS = 4.0  # loading what is compiled takes less
 _COMPILING = "compiling DeepSpeed's CPU communication (once per environment, about a minute)"
 
-# Long enough for a first batch from a slow file system. If a rank dies, the launcher ends the others sooner.
-_TIMEOUT = timedelta(minutes=20)
+# A collective's limit is long enough for a first batch from a slow file system, whatever run.stall_seconds. If a rank
+# dies, the launcher ends the others sooner; during training, the watchdog ends a stall sooner.
+_LEAST_SECONDS = 1200
 
 
-def start_process_group(ranks: Ranks, device: str) -> None:
+def start_process_group(ranks: Ranks, device: str, stall_seconds: float = RunConfig.stall_seconds) -> None:
     """Initialise torch.distributed through DeepSpeed. Under MPI, DeepSpeed finds the first host with mpi4py.
+
+    The collectives of every group, also of those that DeepSpeed makes later, fail after 20 minutes, or after twice
+    `stall_seconds` if that is longer.
 
     Raises ConfigError if several ranks were started without MASTER_ADDR, if the port is in use, or if the number of
     ranks that join differs from the launcher's.
@@ -60,9 +66,12 @@ def start_process_group(ranks: Ranks, device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cpu":
         _build_cpu_communication()
+    timeout = timedelta(seconds=max(_LEAST_SECONDS, 2 * stall_seconds))
+    # DeepSpeed makes its groups without a timeout, and torch then takes one of these two.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # else every rank prints that the ops were built
-            deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=_TIMEOUT, verbose=False)
+            deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=timeout, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -90,6 +99,13 @@ def _free_names_of_shared_memory(rank: int) -> None:
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
+def own_store() -> dist.Store:
+    """The store that connects the ranks, through a connection of its own: it answers while another call is blocked."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world.get_group_store().clone()  # type: ignore[attr-defined]
+
+
 def is_first_to_fail(ranks: Ranks) -> bool:
     """Whether this rank is the first to fail. Others fail for the same reason or because of it: one message is enough.
 
@@ -99,7 +115,7 @@ def is_first_to_fail(ranks: Ranks) -> bool:
     if world is None:  # nothing connects the ranks yet
         return ranks.rank == 0
     try:
-        return world.get_group_store().add("failures", 1) == 1
+        return world.get_group_store().add(FAILURES, 1) == 1
     except RuntimeError:  # rank 0 is gone already
         return False
 

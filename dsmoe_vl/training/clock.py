@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ class PhaseClock:
     """Adds up the time of named phases; on CUDA between two stream events, which only `read` waits for."""
 
     def __init__(self, device: torch.device) -> None:
+        self.entered: Callable[[str], None] = lambda phase: None  # called when the main thread begins a phase
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -20,6 +21,7 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside the `with` to `name`."""
+        self.entered(name)
         if self._cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -82,7 +82,7 @@ def train(
     _quiet_deepspeed(ranks.rank)
     from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
-    start_process_group(ranks, plan.device)
+    start_process_group(ranks, plan.device, plan.recipe.run.stall_seconds)
     if make_data is not None:
         if ranks.local_rank == 0:
             make_data(plan)

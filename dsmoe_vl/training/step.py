@@ -82,6 +82,7 @@ class OptimizerStep:
     def share(self, batches: list[Batch], stop: bool = False, writing: bool = False) -> Shared:
         """What the step needs to know of the other ranks. `stop`: this one wants to stop; `writing`: it still writes
         its part of a checkpoint. One small all-reduce on the host. Collective."""
+        self.clock.entered("exchange of counts")
         names = (*COUNTS, "patches")
         totals = [sum(batch.counts[name] for batch in batches) for name in COUNTS]
         totals.append(sum(len(batch.patches) for batch in batches))
@@ -177,6 +178,7 @@ class OptimizerStep:
         self, terms: dict[str, Tensor], stats: list[RouterStats]
     ) -> tuple[dict[str, Tensor], RoutingSums | None]:
         """Loss terms and routing of the whole step, over all ranks: one all-reduce. Collective."""
+        self.clock.entered("sums over ranks")
         pieces = [torch.stack(list(terms.values()))]
         if stats:
             parts = self.ranks.world_size * len(stats)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.choice import newest_sound
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, prune, require_tokenizer
-from dsmoe_vl.checkpoint.training_state import restore, topology_of
+from dsmoe_vl.checkpoint.training_state import Saver, restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -30,6 +30,7 @@ from dsmoe_vl.training.held_out import HeldOut
 from dsmoe_vl.training.signals import StopRequest
 from dsmoe_vl.training.skipped import SkippedSteps
 from dsmoe_vl.training.step import OptimizerStep, StepResult
+from dsmoe_vl.training.watchdog import Watchdog
 from dsmoe_vl.training.window import Window
 
 
@@ -40,6 +41,8 @@ class Trainer:
         self.plan, self.ranks = plan, ranks
         recipe = plan.recipe
         self.stop = stop
+        self.watchdog = Watchdog(ranks, plan.run_dir, recipe.run.stall_seconds)
+        self.watchdog.enter("start: data")
         self.device = use_device(plan.device, ranks)
         self.host = HostGroup()
         self.tokenizer = Tokenizer(recipe.tokenizer.path)
@@ -60,11 +63,18 @@ class Trainer:
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
         as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False))
+        self.watchdog.enter("start: held-out samples")
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
+        self.watchdog.enter("start: engine")
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
+        self.take_step.clock.entered = self.watchdog.enter
         self.step = 0
+        self.begun = self.saved = 0  # the steps of the newest checkpoint and of the newest that is complete
+        self.has_older = False  # checkpoints that the newest replaces
+        self.saver = Saver(plan, ranks, self.host, self.tokenizer)
         self.skipped = SkippedSteps(plan)
+        self.watchdog.enter("start: checkpoint")
         self._resume()
         # One process of a host hashes its shards: hosts may have copies of their own.
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
@@ -91,7 +101,7 @@ class Trainer:
             )
         elif self.step:
             self.log.say(f"resumed at step {self.step}")
-        self.saved = self.step
+        self.begun = self.saved = self.step
         is_due = stopping = False  # a checkpoint is due; a stop was requested
         batches = iter(self.loader)
         if self.step == 0:
@@ -99,7 +109,10 @@ class Trainer:
         while self.step < run.steps and not stopping:
             self.profiler.before(self.step + 1)
             started = time.perf_counter()
+            self.watchdog.step, self.watchdog.keys = self.step + 1, ()
+            self.watchdog.enter("wait for data", self.loader.waits_for)
             own = next(batches)
+            self.watchdog.keys = [batch.keys for batch in own]
             waited = time.perf_counter() - started
             shared = self.take_step.share(own, self.stop.received, self.saver.is_writing)
             stopping = shared.stopping
@@ -109,6 +122,7 @@ class Trainer:
             last = self.step == run.steps
             logs = last or stopping or self.step % run.log_every == 0
             result = self.take_step(shared.batches, shared.counts, part_norms=logs)
+            self.watchdog.has_started = True
             self.window.add(result)
             self.window.time(time.perf_counter() - started, waited)
             self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.after(self.step)))
@@ -122,6 +136,8 @@ class Trainer:
             if logs or ends:
                 self._log_interval()
             if ends:
+                if self.saver.in_flight:
+                    self._finish_save()
                 self.log.close()
                 raise self.skipped.error(self.step, self.saved)
             self._record(result)
@@ -132,7 +148,7 @@ class Trainer:
             if is_due and (last or not self.skipped.in_row):
                 self.save()
                 is_due = False
-        if self.saved != self.step:
+        if self.begun != self.step:
             self.save()
         if self.saver.in_flight:
             self._finish_save(last=True)
@@ -144,6 +160,7 @@ class Trainer:
 
     def _log_interval(self) -> None:
         """Log the values of the interval that ends here. Collective."""
+        self.watchdog.enter("log")
         values = self.window.close(self.take_step.clock.read())
         self.log.log(self.step, {**values, **self._sparsity(), **self._samples_read(), **self._memory()})
 
@@ -166,6 +183,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Log held-out losses. Collective."""
         if self.plan.recipe.data.evaluation:
+            self.watchdog.enter("held-out losses")
             self.log.log_evaluation(self.step, self.held_out.losses(self.engine, self.device))
 
     def save(self) -> None:
@@ -174,11 +192,13 @@ class Trainer:
             self._finish_save()
         if self.recorder is not None:  # a resumed run also needs it up to this step
             self._log_router(self.recorder)
+        self.watchdog.enter("save")
         self.saver.begin(self.engine, self.step, self.take_step.load_fraction, self.loader.state_dict())
-        self.saved = self.step
+        self.begun = self.step
 
     def _finish_save(self, last: bool = False) -> None:
         """Complete the checkpoint that was begun. Collective. `last`: no other will come, so an error ends the run."""
+        self.watchdog.enter("save")
         try:
             folder = self.saver.finish()
         except OSError as error:
@@ -190,7 +210,8 @@ class Trainer:
             )
             return
         self.log.say(f"saved {folder}")
-        self.has_older = True
+        self.saved, self.has_older = self.begun, True
+        self.watchdog.enter("samples")
         self.log.log_samples(self.step)
 
     def _prune(self) -> None:
@@ -203,11 +224,13 @@ class Trainer:
     def close(self) -> None:
         """End loader processes, writers and the process group."""
         self.saver.close()
+        self.watchdog.enter("end")
         self.verifier.close()
         self.loader.close()
         self.log.close()
         self.engine.destroy()
         self.host.barrier()
+        self.watchdog.close()
         dist.destroy_process_group()
 
     def _resume(self) -> None:

@@ -59,10 +59,10 @@ def test_a_rate_of_1e9_ends_all_ranks_and_keeps_the_checkpoint(with_rate, tmp_pa
     ("rate", "steps", "words"),
     [
         (1e9, 5, "step 5 was skipped as the 2nd in a row (run.max_skipped_steps = 10)"),  # the last one
-        (1e39, 3, "step 3 is not saved: backbone."),  # infinite weights, before any loss could show it
+        (1e39, 3, "step 3 is not saved: "),  # infinite weights, before any loss could show it
     ],
 )
 def test_a_short_run_saves_no_broken_weights(with_rate, tmp_path, rate, steps, words):
     ended = finish(start(python(TRAIN, *with_rate(rate, f"run.steps={steps}"))))
     assert ended.status == 2 and words in ended.err, ended.out + ended.err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert checkpoints(tmp_path) == []

@@ -3,8 +3,13 @@
 import dataclasses
 import importlib
 import inspect
+import json
+import subprocess
+import sys
 
 import pytest
+
+from tests.distributed.ranks import cpu_environment
 
 NAMES = [
     ("moe/expert_parallel.py", "deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer"),
@@ -88,3 +93,31 @@ def test_signatures_of_the_classic_layer():
     assert marked == [
         f"deepspeed_moe.experts.deepspeed_experts.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")
     ]
+
+
+_TIMEOUTS = """
+import json, deepspeed, torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
+from dsmoe_vl.parallel.ranks import Ranks
+start_process_group(Ranks(0, 1, 0), "cpu", stall_seconds=3000)
+groups._create_expert_and_data_parallel(1)
+made = {"world": dist.group.WORLD, "comm": deepspeed.comm.new_group([0]), "ours": dist.new_group(backend="gloo")}
+made |= {f"experts {name}": group for name, group in groups._get_expert_parallel_group_dict().items()}
+made |= {f"data {name}": group for name, group in groups._get_expert_data_parallel_group_dict().items()}
+limits = {n: g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for n, g in made.items()}
+print("limits", json.dumps(limits))
+print("nccl", dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL).total_seconds())
+"""
+
+
+def test_every_group_has_our_limit():
+    """DeepSpeed makes its groups without a timeout; torch's own is half an hour."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TIMEOUTS], env=cpu_environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("limits", "nccl")))
+    limits = json.loads(lines["limits"])
+    assert len(limits) == 5 and set(limits.values()) == {6000.0} and float(lines["nccl"]) == 6000.0

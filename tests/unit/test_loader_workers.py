@@ -7,8 +7,12 @@ import gc
 import itertools
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -142,3 +146,42 @@ def test_a_process_that_fails_with_an_open_loader_ends(
         [sys.executable, script], env={**os.environ, "PYTHONPATH": str(root)}, timeout=60, check=False
     )
     assert ended.returncode == 1
+
+
+def test_a_worker_that_is_stopped_is_named_with_what_it_read(sources: tuple[SourceConfig, ...]) -> None:
+    (loader,) = loaders(sources, 1, workers=2)
+    batches = iter(loader)
+    next(batches)
+    stopped = max(process.pid or 0 for process in multiprocessing.active_children())  # worker 1
+    os.kill(stopped, signal.SIGSTOP)
+    enough = threading.Event()
+
+    def read() -> None:
+        while not enough.is_set():
+            next(batches)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        end = time.monotonic() + 60
+        while not (said := re.fullmatch(_STOPPED, loader.waits_for())) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        enough.set()
+        os.kill(stopped, signal.SIGCONT)
+        reader.join()
+        loader.close()
+    assert said is not None and said.groups() == ("1", str(stopped))
+
+
+_STOPPED = (
+    r"worker (\d) of rank 0 \(pid (\d+)\) has sent nothing for \d+ s: a signal has stopped it; "
+    r"it was reading sample \d+ of \S+\.tar(?:, [ab]-\d+-\d+)?"  # the key once it has been read
+)
+
+
+def test_without_workers_the_rank_says_what_it_read(sources: tuple[SourceConfig, ...]) -> None:
+    (loader,) = loaders(sources, 1, workers=0)
+    assert loader.waits_for() == ""
+    next(iter(loader))
+    assert re.fullmatch(r"it reads its data itself, last sample \d+ of \S+\.tar, [ab]-\d+-\d+", loader.waits_for())

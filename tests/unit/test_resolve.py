@@ -239,6 +239,11 @@ def test_tensorboard_is_off_by_default():
         (["data.cache_gib=-1"], ["data.cache_gib = -1", "negative"]),
         (["data.fetch_patience_seconds=0"], ["data.fetch_patience_seconds = 0", "above 0"]),
         (['data.cache=""'], ["data.cache = ''", "folder"]),
+        (["run.stall_seconds=9"], ["run.stall_seconds = 9", "at least 10"]),
+        (
+            ['data.sources=[{name="a",path="https://host/a"}]', "data.fetch_patience_seconds=600"],
+            ["run.stall_seconds = 600.0", "above data.fetch_patience_seconds = 600.0"],
+        ),
         (["run.steps=0"], ["run.steps = 0", "at least 1"]),
         (["run.name=a/b"], ["run.name = 'a/b'", "one folder"]),
         (['run.name=""'], ["run.name = ''"]),
