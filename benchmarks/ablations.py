@@ -36,6 +36,7 @@ class Ablation:
     program: change.Replacement | None = None
     variant: str = "retrieval"
     rate: float = 3e-4
+    seed: int = 1
 
 
 BASE = "baseline: retrieval alone, rate 3e-4"
@@ -44,8 +45,8 @@ _CLIP, _SCHEDULER = "gradient_clipping", "scheduler.params."
 _HALVES = {"gradient_accumulation_steps": 2}
 ABLATIONS = {
     BASE: Ablation("baseline"),
-    BASE + ", another seed": Ablation("baseline", ("run.seed=2",)),
-    BASE + ", a third seed": Ablation("baseline", ("run.seed=3",)),
+    BASE + ", another seed": Ablation("baseline", seed=2),
+    BASE + ", a third seed": Ablation("baseline", seed=3),
     "rate 2e-3": Ablation("rate", rate=2e-3),
     "rate 1e-3": Ablation("rate", rate=1e-3),
     "rate 6e-4": Ablation("rate", rate=6e-4),
@@ -119,8 +120,9 @@ def run_one(name: str, pairs: int, overrides: list[str]) -> None:
     """Train with one change in this process; prints its points."""
     ablation = ABLATIONS[name]
     apply(ablation)
-    arguments = [ablation.variant, "--pairs", str(pairs), "--rate", str(ablation.rate), *overrides, *ablation.recipe]
-    sys.argv[1:] = arguments
+    numbers = {"--pairs": pairs, "--rate": ablation.rate, "--seed": ablation.seed}
+    options = [str(word) for pair in numbers.items() for word in pair]
+    sys.argv[1:] = [ablation.variant, *options, *overrides, *ablation.recipe]
     learning_run.main()
 
 

@@ -135,6 +135,29 @@ def learning(results: Results) -> str:
     return block(table)
 
 
+def ablations(results: Results) -> str:
+    """What each change does to learning real pictures."""
+    columns = {
+        "text_to_media_r1": "text to picture, R@1", "media_to_text_r1": "picture to text, R@1",
+        "text_to_media_r10": "text to picture, R@10", "media_to_text_r10": "picture to text, R@10",
+        "captions": "exact captions",
+    }  # fmt: skip
+    table = Table("cause", "change", *columns.values())
+    result = newest(results, "ablations")
+    if result is None:
+        table.unverified("ablations", "all")
+        return block(table)
+    for name, found in result.figures["changes"].items():
+        cells = (f"{100 * found[column]:.1f} %" if column in found else "-" for column in columns)
+        table.row(result, found["cause"], name, *cells)
+    gradients = Table("gradients of captions and retrieval, learned together, after the last step", "value")
+    for key, value in result.figures["changes"].get("together", {}).items():
+        kind, _, of = key.partition("_")
+        if kind in ("norm", "cosine"):
+            gradients.row(result, f"{kind}, {of}", f"{value:.2f}")
+    return block(table, gradients)
+
+
 def sizes(results: Results) -> str:
     """Parameters of the shipped recipes."""
     table = Table("recipe", "parameters", "active")

@@ -21,6 +21,8 @@ COMMANDS = {
     "sizes": "python benchmarks/sizes.py",
     "three_tasks": "python benchmarks/recipes.py three_tasks",
     "train_step": "deepspeed --num_accelerators 2 benchmarks/train_step.py",
+    "ablations": "python benchmarks/ablations.py",
+    "checkpoint": "deepspeed --num_accelerators 2 benchmarks/checkpoint.py",
 }
 
 

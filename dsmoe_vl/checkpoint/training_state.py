@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,40 +224,51 @@ def _named(error: Exception, folder: Path) -> BaseException:
     return CheckpointError(f"{folder} could not be written: {type(error).__name__}: {error}")
 
 
+def data_states(folder: Path) -> list[dict[str, Any]]:
+    """The positions in the data of the ranks that wrote a checkpoint. Raises CheckpointError."""
+    with _reading(folder):
+        found = json.loads((folder / DATA_NAME).read_text())
+        if not (isinstance(found, list) and all(isinstance(state, dict) for state in found)):
+            raise ValueError(f"{DATA_NAME} is no list of positions")
+        return found
+
+
 def restore(
     folder: Path, manifest: Manifest, plan: RunPlan, ranks: Ranks, engine: Any, device: torch.device
-) -> tuple[int, Tensor | None, list[dict[str, Any]]]:
-    """Load a checkpoint of any topology into the engine, and the random state. Returns the step, the load fractions and
-    the data states of the ranks that wrote it. Collective. Raises CheckpointError for files of another content."""
+) -> Tensor | None:
+    """Load a checkpoint of any topology into the engine, and the random state. Returns the load fractions.
+
+    Raises CheckpointError for files of another content. Collective.
+    """
+    with _reading(folder):
+        trainer = json.loads((folder / TRAINER_NAME).read_text())
+        make_moments(engine, trainer["updates"])
+        files = OptimizerFiles(folder)
+        for found in ranges(engine):
+            files.fill(found)
+        after_loading(engine)
+        load_buffers(engine.module, folder)
+        for name in _COUNTERS:
+            setattr(engine, name, trainer["engine"][name])
+        if engine.lr_scheduler is not None and trainer["schedule"] is not None:
+            engine.lr_scheduler.load_state_dict(trainer["schedule"])
+            engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # gives the groups their rates
+        if manifest.topology.world_size == ranks.world_size:
+            _restore_random_state(folder, ranks)
+        else:  # only routing noise depends on it
+            torch.manual_seed(((plan.recipe.run.seed << 20) + trainer["step"] << 20) + ranks.rank)
+        load = trainer["load_fraction"]
+        return None if load is None else torch.tensor(load, device=device)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Errors of a file with another content, which its manifest vouches for, become a CheckpointError."""
     try:
-        return _restore(folder, manifest, plan, ranks, engine, device)
+        yield
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{folder} cannot be read ({reason}): remove it to resume an older one") from error
-
-
-def _restore(
-    folder: Path, manifest: Manifest, plan: RunPlan, ranks: Ranks, engine: Any, device: torch.device
-) -> tuple[int, Tensor | None, list[dict[str, Any]]]:
-    trainer = json.loads((folder / TRAINER_NAME).read_text())
-    make_moments(engine, trainer["updates"])
-    files = OptimizerFiles(folder)
-    for found in ranges(engine):
-        files.fill(found)
-    after_loading(engine)
-    load_buffers(engine.module, folder)
-    for name in _COUNTERS:
-        setattr(engine, name, trainer["engine"][name])
-    if engine.lr_scheduler is not None and trainer["schedule"] is not None:
-        engine.lr_scheduler.load_state_dict(trainer["schedule"])
-        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # gives the groups their rates
-    if manifest.topology.world_size == ranks.world_size:
-        _restore_random_state(folder, ranks)
-    else:  # only routing noise depends on it
-        torch.manual_seed(((plan.recipe.run.seed << 20) + trainer["step"] << 20) + ranks.rank)
-    load = trainer["load_fraction"]
-    fractions = None if load is None else torch.tensor(load, device=device)
-    return trainer["step"], fractions, json.loads((folder / DATA_NAME).read_text())
 
 
 def _restore_random_state(folder: Path, ranks: Ranks) -> None:

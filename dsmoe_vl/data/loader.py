@@ -80,10 +80,13 @@ class Loader:
         self._pending: Future[_Step] | None = None  # the step that the thread is working on
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        """Starts the workers at once: those that are forked later keep copies of what the rank has made since."""
         self.close()
         self._stream = self._open_stream()
         self._thread = BackgroundThread() if self._data.workers else None
-        step = self._begin_step()
+        return self._steps(self._begin_step())
+
+    def _steps(self, step: Callable[[], _Step]) -> Iterator[list[Batch]]:
         while self._stream is not None:
             deliveries, batches = step()
             self._account(deliveries)

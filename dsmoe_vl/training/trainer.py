@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.choice import newest_sound
+from dsmoe_vl.checkpoint.manifest import Manifest
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, prune, require_tokenizer
-from dsmoe_vl.checkpoint.training_state import Saver, restore, topology_of
+from dsmoe_vl.checkpoint.training_state import Saver, data_states, restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -62,6 +63,13 @@ class Trainer:
             accumulation=plan.accumulation,
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
+        self.saver = Saver(plan, ranks, self.host, self.tokenizer)
+        self.step = 0
+        self.begun = self.saved = 0  # the steps of the newest checkpoint and of the newest that is complete
+        self.has_older = False  # checkpoints that the newest replaces
+        self.watchdog.enter("start: checkpoint")
+        found = self._checkpoint()
+        self.batches = iter(self.loader) if self.step < recipe.run.steps else iter(())  # workers before the engine
         as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False))
         self.watchdog.enter("start: held-out samples")
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
@@ -69,13 +77,10 @@ class Trainer:
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.take_step.clock.entered = self.watchdog.enter
-        self.step = 0
-        self.begun = self.saved = 0  # the steps of the newest checkpoint and of the newest that is complete
-        self.has_older = False  # checkpoints that the newest replaces
-        self.saver = Saver(plan, ranks, self.host, self.tokenizer)
         self.skipped = SkippedSteps(plan)
-        self.watchdog.enter("start: checkpoint")
-        self._resume()
+        if found is not None:
+            self.watchdog.enter("start: state")
+            self.take_step.load_fraction = restore(*found, plan, ranks, self.engine, self.device)
         # One process of a host hashes its shards: hosts may have copies of their own.
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
         self.verifier = ShardVerifier(verified, recipe.data.verify_mib_per_second)
@@ -103,7 +108,6 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         self.begun = self.saved = self.step
         is_due = stopping = False  # a checkpoint is due; a stop was requested
-        batches = iter(self.loader)
         if self.step == 0:
             self.evaluate()  # held-out losses before training
         while self.step < run.steps and not stopping:
@@ -111,7 +115,7 @@ class Trainer:
             started = time.perf_counter()
             self.watchdog.step, self.watchdog.keys = self.step + 1, ()
             self.watchdog.enter("wait for data", self.loader.waits_for)
-            own = next(batches)
+            own = next(self.batches)
             self.watchdog.keys = [batch.keys for batch in own]
             waited = time.perf_counter() - started
             shared = self.take_step.share(own, self.stop.received, self.saver.is_writing)
@@ -233,25 +237,24 @@ class Trainer:
         self.watchdog.close()
         dist.destroy_process_group()
 
-    def _resume(self) -> None:
+    def _checkpoint(self) -> tuple[Path, Manifest] | None:
+        """The checkpoint to continue from, if any; sets the step and the position in the data. Collective."""
         found, notes = newest_sound(self.plan.run_dir / CHECKPOINTS_NAME, self.ranks, self.host)
         for note in notes if self.ranks.rank == 0 else ():
             print(f"warning: {note}", flush=True)
         if found is None:
-            return
+            return None
         folder, manifest = found
         require_same_model(folder, self.plan.recipe)
-        if manifest.step >= self.plan.recipe.run.steps:  # nothing is left to train
-            self.step = manifest.step
-            return
+        self.step = manifest.step
+        if self.step >= self.plan.recipe.run.steps:  # nothing is left to train
+            return None
         require_tokenizer(folder, manifest, self.tokenizer.sha256)
         now = topology_of(self.plan)
         if manifest.topology != now and self.ranks.rank == 0:
             print(f"note: {folder} was written with {manifest.topology}; it is read into {now}", flush=True)
-        self.step, self.take_step.load_fraction, data = restore(
-            folder, manifest, self.plan, self.ranks, self.engine, self.device
-        )
-        self.loader.load_state_dict(data)
+        self.loader.load_state_dict(data_states(folder))
+        return found
 
     def _sparsity(self) -> dict[str, float]:
         """Omega and the fractions of zeros, if the objective has the L1 term."""

@@ -136,10 +136,6 @@ class TestResume:
         kept = run / "checkpoints" / f"step_{STEPS:08d}" / "tokenizer.model"
         refused(arguments, "another tokenizer", f"set tokenizer.path to {kept}")
 
-    def test_another_zero_stage(self, tiny, run):
-        arguments = tiny.arguments(run, LONGER, stage=3)
-        refused(arguments, "zero_stage=2", "zero_stage=3", f"step_{STEPS:08d}", "new run.name")
-
     @pytest.mark.parametrize(
         ("setting", "difference"),
         [

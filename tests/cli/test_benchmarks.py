@@ -52,6 +52,18 @@ def test_moe_cost(tiny, tmp_path):
     assert all(found[name][0] > 0 for name in ("forward_backward_moe_over_dense", "step_l1_over_moe"))
 
 
+def test_checkpoint(tmp_path):
+    small = (
+        "model.width=64", "model.heads=4", "model.kv_heads=2", "model.ffn_width=64", "model.vision.width=32",
+        "model.vision.heads=2", "model.vision.ffn_width=32", "moe.experts=4", "moe.top_k=2", "moe.ffn_width=32",
+        "tokenizer.vocab_size=512",
+    )  # fmt: skip
+    found = measured(python(BENCHMARKS / "checkpoint.py", "--folder", tmp_path, *small), tmp_path).figures["ranks"]
+    assert len(found) == 1 and found[0]["bytes"] > 0 and found[0]["write_over_plain"] > 0
+    assert {"starting", "loading"} < set(found[0]["peak_over_kept"])
+    assert not list(tmp_path.glob("checkpoint_benchmark*"))
+
+
 def test_monitoring(tiny, tmp_path):
     found = steps("monitoring.py", tiny, tmp_path, "run.router_every=2")
     assert found["pairs"] == 2 and len(found["watched_over_bare"]) == 3

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsmoe_vl.checkpoint.optimizer_files import OptimizerFiles
+from dsmoe_vl.checkpoint.optimizer_state import MASTER, MOMENTS, Range
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from tests.distributed.ranks import WarmRanks
 
 SCRIPT = Path(__file__).with_name("train_losses.py")
@@ -68,3 +73,28 @@ def test_with_expert_capacity(ranks, tmp_path):
     chain = [(2, 2, 2), (1, 1, 0), (2, 1, 1), (2, 2, 0)]
     ours = chained(ranks, chain, tmp_path / "run", *CAPACITY)
     same(ours, train(ranks, chain[0], "--steps", 2 * len(chain), *CAPACITY))
+
+
+def state(checkpoint):
+    """Every fp32 weight and moment in a checkpoint, flattened, by kind and tensor."""
+    files, found = OptimizerFiles(checkpoint), {}
+    for name, shape in WeightsFile(checkpoint).shapes().items():
+        if "selection_bias" not in name:
+            views = {kind: torch.zeros(math.prod(shape)) for kind in (MASTER, *MOMENTS)}
+            files.fill(Range(name, 0, math.prod(shape), views, None))
+            found |= {(name, kind): value for kind, value in views.items()}
+    return found
+
+
+def test_nothing_is_rounded_on_the_way_through_other_precisions(ranks, tmp_path):
+    """Read and written again without a step: the same bits."""
+    first = train(ranks, (2, 2, 2), "--bf16", "--steps", 2, "--save", tmp_path / "first")["saved"]
+    whole, last = state(Path(first)), first
+    assert any(not value.equal(value.bfloat16().float()) for (_, kind), value in whole.items() if kind == MASTER)
+    chain = [((1, 1, 3), ()), ((2, 1, 0), ("--bf16",)), ((1, 1, 1), ()), ((2, 2, 3), ("--bf16",)), ((2, 2, 0), ())]
+    for number, (topology, precision) in enumerate(chain):
+        run = tmp_path / str(number)
+        last = train(ranks, topology, "--steps", 0, "--resume", last, "--save", run, *precision)["saved"]
+        now = state(Path(last))
+        assert now.keys() == whole.keys()
+        assert [key for key in whole if not now[key].equal(whole[key])] == [], topology

@@ -140,7 +140,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     if args.resume:
         manifest = read_manifest(args.resume)
         assert manifest is not None
-        first, take_step.load_fraction, _ = restore(args.resume, manifest, plan, ranks, engine, device)
+        first, take_step.load_fraction = manifest.step, restore(args.resume, manifest, plan, ranks, engine, device)
     for step in range(first, first + args.steps):
         without = ("retrieval", "summary") if args.caption_only else ()
         if args.one_sided:
