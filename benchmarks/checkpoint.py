@@ -88,7 +88,7 @@ class Pieces:
 
 
 def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """All figures of this rank."""
+    """The figures of all ranks."""
     from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 
     plan, memory = plan_of(args, ranks, folder), Memory()
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, A
     kept = memory.read("VmRSS")
     saver = Saver(plan, ranks, host, Pieces())  # type: ignore[arg-type]
     usual = statistics.median(step() for _ in range(_STEPS))
-    found: dict[str, Any] = {**setting(plan), "parameters": plan.parameters.total, "step_seconds": usual}
+    found: dict[str, Any] = {"step_seconds": usual}
     room = training_state.free_host_bytes
     blocked: dict[str, float] = {}
     for name, free in (("waiting", lambda: 0), ("in the background", room)):
@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, A
         name: (peak - before) / (left.get(name, kept) - before) for name, peak in memory.peaks.items()
     }
     found["peak_gib"] = {name: peak / _GIB for name, peak in memory.peaks.items()}
-    return {"rank": found, "ranks": host.gather(found)}
+    return {**setting(plan), "parameters": plan.parameters.total, "of_ranks": host.gather(found)}
 
 
 def _alone(host: Any, action: Callable[[], Any]) -> float:
@@ -201,9 +201,9 @@ def main() -> int:
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
     if ranks.rank == 0:
-        print(json.dumps(found["ranks"], indent=1))
+        print(json.dumps(found, indent=1))
         if args.json:
-            Result.now("checkpoint", {"ranks": found["ranks"]}).write(args.json)
+            Result.now("checkpoint", found).write(args.json)
     return 0
 
 

@@ -135,16 +135,15 @@ def checkpoint(results: Results) -> str:
     """What saving and loading take, of the rank that takes most."""
     table = Table("what", "figure")
     for result in _or_unverified(table, results, "checkpoint", "saving and loading"):
-        ranks = result.figures["ranks"]
-        first = ranks[0]
-        title = f"ZeRO-{first['zero_stage']}, {len(ranks)} ranks, {first['parameters'] / 1e6:.0f} M parameters"
+        figures, ranks = result.figures, result.figures["of_ranks"]
+        title = f"ZeRO-{figures['zero_stage']}, {len(ranks)} ranks, {figures['parameters'] / 1e6:.0f} M parameters"
 
         def most(name: str, ranks: list[dict[str, Any]] = ranks) -> float:
             return max(found[name] for found in ranks)
 
         blocked = f"{most('save_seconds_in the background'):.2f} s, {100 * most('blocked_share'):.1f} %"
         table.row(result, f"{title}: training stands still, background / waiting for the files", blocked)
-        if "step_over_usual_during_a_save" in first:
+        if "step_over_usual_during_a_save" in ranks[0]:
             figure = f"{most('step_over_usual_during_a_save'):.2f}"
             table.row(result, f"{title}: a step during a save / a usual step", figure)
         for name, label in (("write_over_plain", "plain write / save"), ("read_over_plain", "plain read / load")):

@@ -43,7 +43,7 @@ def own_pieces(engine: Any, masters: bool) -> tuple[list[Piece], dict[str, Tenso
     pieces: list[Piece] = []
     tensors: dict[str, Tensor] = {}
     for found in ranges(engine):
-        share = own_share(found, engine)
+        share = own_share(found)
         if share.start < share.stop:
             pieces.append(Piece(share.name, share.start, share.stop))
             wanted = {kind: value for kind, value in share.values.items() if masters or kind != MASTER}

@@ -35,8 +35,9 @@ class Range(NamedTuple):
 
 def ranges(engine: Any) -> Iterator[Range]:
     """All that this rank updates. At ZeRO-0, where ranks update the same, each has a part of it."""
+    copies = _fp32_copies(engine)
     for where in placed(engine.module):
-        found = _local(engine, where)
+        found = _local(engine, where, copies)
         if found is None:
             continue
         flat, offset, start, count = found
@@ -47,19 +48,15 @@ def ranges(engine: Any) -> Iterator[Range]:
         yield Range(where.name, first, first + count, values, where)
 
 
-def own_share(found: Range, engine: Any) -> Range:
+def own_share(found: Range) -> Range:
     """The part that this rank writes: all of it, or its share where other ranks have the same."""
     where, count = found.placed, found.stop - found.start
-    if partitions(engine) or where.copy_count == 1:
+    divided = hasattr(where.parameter, "ds_id") or hasattr(where.parameter, "_hp_mapping")
+    if divided or where.copy_count == 1:
         return found
     begin, end = (count * number // where.copy_count for number in (where.copy_number, where.copy_number + 1))
     values = {name: value[begin:end] for name, value in found.values.items()}
     return Range(found.name, found.start + begin, found.start + end, values, where)
-
-
-def partitions(engine: Any) -> bool:
-    """Whether ZeRO divides the optimizer's state over the ranks."""
-    return engine.optimizer is not engine.basic_optimizer
 
 
 def updates(engine: Any) -> int:
@@ -84,11 +81,13 @@ def make_moments(engine: Any, count: int) -> None:
 def after_loading(engine: Any) -> None:
     """Give the model the fp32 weights that were loaded into `ranges`. Collective."""
     optimizer = engine.optimizer
-    if not partitions(engine):
-        return  # the optimizer updates the model's parameters themselves
     if engine.zero_optimization_stage() < 3:
-        optimizer.update_lp_params()
-        return
+        if hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        copies = _fp32_copies(engine)
+        for where in placed(engine.module) if copies else ():
+            where.parameter.data.copy_(copies[id(where.parameter)].data)
+        return  # in fp32 at ZeRO-0 the optimizer updates the model's parameters themselves
     for found in ranges(engine):
         partition = found.placed.parameter.ds_tensor
         partition.data[: found.stop - found.start].copy_(found.values[MASTER])
@@ -97,7 +96,16 @@ def after_loading(engine: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _local(engine: Any, where: Placed) -> tuple[nn.Parameter, int, int, int] | None:
+def _fp32_copies(engine: Any) -> dict[int, nn.Parameter]:
+    """In bf16 at ZeRO-0: the fp32 copies that the optimizer updates, by the id of their parameter."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_groups") or engine.zero_optimization_stage() > 0:
+        return {}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {id(one): copy for group, copies in pairs for one, copy in zip(group, copies, strict=True)}
+
+
+def _local(engine: Any, where: Placed, copies: dict[int, nn.Parameter]) -> tuple[nn.Parameter, int, int, int] | None:
     """The optimizer's tensor with a parameter's elements, their place in it, the place of the first one in the
     parameter, and how many they are; None if this rank updates none of them."""
     parameter = where.parameter
@@ -114,7 +122,7 @@ def _local(engine: Any, where: Placed) -> tuple[nn.Parameter, int, int, int] | N
         flat = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
         inner, outer = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, inner.start, outer.start, inner.numel
-    return parameter, 0, 0, parameter.numel()
+    return copies.get(id(parameter), parameter), 0, 0, parameter.numel()
 
 
 def _flats(engine: Any) -> Iterator[nn.Parameter]:

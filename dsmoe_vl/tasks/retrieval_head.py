@@ -40,9 +40,9 @@ class RetrievalHead(nn.Module):
         self.media = nn.Linear(width, embedding_width, bias=False)
         self.text = nn.Linear(width, embedding_width, bias=False)
         self.pooling = settings.pooling
-        self.log_scale = nn.Parameter(torch.empty(1))
-        self.bias = nn.Parameter(torch.empty(1))  # used by the sigmoid loss
         self.OWN_START = {"log_scale": math.log(initial_scale), "bias": initial_bias}  # for `model/init.py`
+        self.log_scale = nn.Parameter(torch.tensor([self.OWN_START["log_scale"]]))
+        self.bias = nn.Parameter(torch.tensor([self.OWN_START["bias"]]))  # used by the sigmoid loss
 
     def forward(self, hidden: Tensor, media: Tensor, text: Tensor, cu_segments: Tensor) -> RetrievalEmbeddings:
         """hidden [T, D]; media, text: the last tokens of the segments to embed, int64 [n]; cu_segments int32 [S + 1]:

@@ -58,7 +58,7 @@ def test_checkpoint(tmp_path):
         "model.vision.heads=2", "model.vision.ffn_width=32", "moe.experts=4", "moe.top_k=2", "moe.ffn_width=32",
         "tokenizer.vocab_size=512",
     )  # fmt: skip
-    found = measured(python(BENCHMARKS / "checkpoint.py", "--folder", tmp_path, *small), tmp_path).figures["ranks"]
+    found = measured(python(BENCHMARKS / "checkpoint.py", "--folder", tmp_path, *small), tmp_path).figures["of_ranks"]
     assert len(found) == 1 and found[0]["bytes"] > 0 and found[0]["write_over_plain"] > 0
     assert {"starting", "loading"} < set(found[0]["peak_over_kept"])
     assert not list(tmp_path.glob("checkpoint_benchmark*"))
