@@ -77,7 +77,8 @@ def test_captions_of_files_and_one_that_is_no_image(three_tasks, tmp_path, media
     assert bad.endswith("bad.jpg: image cannot be decoded: not a JPEG, PNG or WebP; save it as a JPEG, PNG or WebP")
     assert missing.endswith("missing.jpg: No such file or directory; name an existing file")
     rows = json.loads((tmp_path / "captions.json").read_text())
-    assert [[row["file"], row["caption"]] for row in rows] == lines(result)
+    # A line of the output is one line, whatever an untrained model says.
+    assert [[row["file"], one_line(row["caption"])] for row in rows] == lines(result)
 
 
 def test_captions_of_folders_and_shards_by_beams_and_by_chance(three_tasks, tiny, media, here):
