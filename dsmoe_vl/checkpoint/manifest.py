@@ -25,7 +25,8 @@ class Topology:
     precision: str
 
     def __str__(self) -> str:
-        return f"{self.world_size} ranks, EP {self.ep_size}, ZeRO-{self.zero_stage}, {self.precision}"
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        return f"{ranks}, EP {self.ep_size}, ZeRO-{self.zero_stage}, {self.precision}"
 
 
 @dataclass(frozen=True)
