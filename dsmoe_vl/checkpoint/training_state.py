@@ -82,6 +82,7 @@ class Saver:
         self._plan, self._ranks, self._host, self._tokenizer = plan, ranks, host, tokenizer
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
+        self._has_told = False  # that training waits
 
     @property
     def in_flight(self) -> bool:
@@ -123,6 +124,9 @@ class Saver:
             shares = {name: share.kept() for name, share in shares.items()}
             written = self._thread.submit(_write, folder, shares)
         else:
+            if rank == 0 and not self._has_told:
+                print("note: copies of a checkpoint do not fit into a host's memory: training waits for it", flush=True)
+            self._has_told = True
             written = Future()
             try:
                 written.set_result(_write(folder, shares))
