@@ -24,34 +24,36 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.model import attention, vision
 from dsmoe_vl.model.vlm import VisionLanguageModel
-from dsmoe_vl.optim.gradients import PARTS, part_of
-from dsmoe_vl.optim.parameter_groups import parameter_groups
+from dsmoe_vl.optim.parameter_groups import PARTS, part_of
 from dsmoe_vl.tasks import retrieval_head
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.training import engine, step
 
-Replacement = Callable[[float], None]  # called with the peak learning rate
+Replacement = Callable[[], None]
 
 
-def groups(rates: dict[str, float] | None = None, undecayed: tuple[str, ...] = ()) -> Replacement:
-    """Other learning rates by part, as factors, or parts without weight decay. Parts: PARTS and "log_scale"."""
+def groups(factors: dict[str, float] | None = None, undecayed: tuple[str, ...] = ()) -> Replacement:
+    """Other learning rates, as factors, or no weight decay, by the end of a parameter's name."""
 
-    def replace(rate: float) -> None:
-        def by_part(model: nn.Module) -> list[dict[str, Any]]:
-            part = {
-                id(value): "log_scale" if name.endswith("log_scale") else part_of(name)
-                for name, value in model.named_parameters()
-            }
+    def replace() -> None:
+        usual = engine.parameter_groups
+
+        def changed(model: nn.Module, *rates: Any) -> list[dict[str, Any]]:
+            ends = {id(value): end for name, value in model.named_parameters() for end in ends_of if name.endswith(end)}
             found = []
-            for group in parameter_groups(model):
-                for name in (*PARTS, "log_scale"):
-                    params = [value for value in group["params"] if part[id(value)] == name]
-                    other = {"weight_decay": 0.0} if name in undecayed else {}
+            for group in usual(model, *rates):
+                for end in (None, *ends_of):
+                    params = [value for value in group["params"] if ends.get(id(value)) == end]
+                    factor = (factors or {}).get(end or "", 1.0)
+                    other = {"lr": group["lr"] * factor, "rate_factor": group["rate_factor"] * factor}
                     if params:
-                        found.append(group | other | {"params": params, "lr": rate * (rates or {}).get(name, 1.0)})
+                        found.append(
+                            group | other | ({"weight_decay": 0.0} if end in undecayed else {}) | {"params": params}
+                        )
             return found
 
-        engine.parameter_groups = by_part
+        ends_of = (*(factors or {}), *undecayed)
+        engine.parameter_groups = changed
 
     return replace
 
@@ -59,7 +61,7 @@ def groups(rates: dict[str, float] | None = None, undecayed: tuple[str, ...] = (
 def start_of_scale(scale: float) -> Replacement:
     """1 / temperature at the start."""
 
-    def replace(rate: float) -> None:
+    def replace() -> None:
         retrieval_head._START["info_nce"] = (scale, 0.0)
 
     return replace
@@ -68,7 +70,7 @@ def start_of_scale(scale: float) -> Replacement:
 def sampled_pieces(alpha: float) -> Replacement:
     """Texts in training are cut into pieces at random (Kudo 2018); in scoring as usual."""
 
-    def replace(rate: float) -> None:
+    def replace() -> None:
         usual, score = Tokenizer.encode, learning_run.scores
         training = [True]
 
@@ -92,7 +94,7 @@ def sampled_pieces(alpha: float) -> Replacement:
 def averaged(keep: float) -> Replacement:
     """Scored are running averages of the weights: `keep` of the average stays at each step."""
 
-    def replace(rate: float) -> None:
+    def replace() -> None:
         means: dict[str, Tensor] = {}
 
         class Averaging(step.OptimizerStep):
@@ -116,7 +118,7 @@ def averaged(keep: float) -> Replacement:
 def earlier_layer(layers: int) -> Replacement:
     """Embeddings are read so many layers before the last."""
 
-    def replace(rate: float) -> None:
+    def replace() -> None:
         decode, head = VisionLanguageModel._decode, retrieval_head.RetrievalHead.forward
         kept: list[Tensor] = []
 
@@ -139,7 +141,7 @@ def earlier_layer(layers: int) -> Replacement:
     return replace
 
 
-def pictures_see_all(rate: float) -> None:
+def pictures_see_all() -> None:
     """In the decoder a picture's tokens attend to those after them, too; text stays causal."""
     usual, forward = attention.segment_attention, VisionLanguageModel.forward
     of_picture: list[Tensor] = []
@@ -170,7 +172,7 @@ def pictures_see_all(rate: float) -> None:
     VisionLanguageModel.forward = keeping  # type: ignore[method-assign]
 
 
-def packs_of_half_a_step(rate: float) -> None:
+def packs_of_half_a_step() -> None:
     """For two micro-steps a step: packs half as long, so that a step sees as many pairs as before."""
     usual = learning_run.sized
 
@@ -186,7 +188,7 @@ def packs_of_half_a_step(rate: float) -> None:
 def pairs_of_a_step(pairs: int) -> Replacement:
     """More or fewer pairs a step, and so fewer or more steps."""
 
-    def replace(rate: float) -> None:
+    def replace() -> None:
         learning_run._BATCH = pairs
 
     return replace
@@ -212,7 +214,7 @@ class _Convolutions(nn.Module):
         return x.view(len(x), -1, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), -1)
 
 
-def convolutional_stem(rate: float) -> None:
+def convolutional_stem() -> None:
     """Patches through convolutions."""
     build = vision.VisionEncoder.__init__
 
@@ -223,7 +225,7 @@ def convolutional_stem(rate: float) -> None:
     vision.VisionEncoder.__init__ = with_convolutions  # type: ignore[method-assign]
 
 
-def task_gradients(rate: float) -> None:
+def task_gradients() -> None:
     """Adds to each point the norm of each term's gradient, and the cosine of captions' and retrieval's, over all shared
     parameters and over the vision tower, on the packs of that step."""
     score = learning_run.scores

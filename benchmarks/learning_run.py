@@ -3,7 +3,8 @@
     python benchmarks/learning_run.py retrieval --seed 1 [--pairs 66000] [--rate 3e-4] [section.key=value ...]
 
 A line: samples seen so far, CPU seconds of training so far (data included, scoring not), R@1 among all held-out
-pictures and all their texts, and the share of held-out pictures whose generated caption is one of their texts.
+pictures and all their texts, the share of held-out pictures whose generated caption is one of their texts, and their
+captions' loss, nats a token.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ def sized(recipe: Recipe, pairs: int) -> Recipe:
     return replace(recipe, data=data, run=replace(recipe.run, steps=round(pairs / _BATCH)))
 
 
-def train(plan: RunPlan) -> Iterator[tuple[TrainedModel, int, float]]:
-    """POINTS times: the model, samples seen, CPU seconds."""
+def train(plan: RunPlan) -> Iterator[tuple[TrainedModel, int, float, dict[str, float]]]:
+    """POINTS times: the model, samples seen, CPU seconds, held-out losses."""
     from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
     from dsmoe_vl.training.engine import build_engine
+    from dsmoe_vl.training.held_out import HeldOut
     from dsmoe_vl.training.step import OptimizerStep
 
     ranks, recipe, device = Ranks(0, 1, 0), plan.recipe, torch.device("cpu")
@@ -99,7 +101,9 @@ def train(plan: RunPlan) -> Iterator[tuple[TrainedModel, int, float]]:
     tokenizer = Tokenizer(recipe.tokenizer.path)
     tasks = build_tasks(recipe, tokenizer)
     engine = build_engine(plan, ranks, tasks)
-    take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
+    host = HostGroup()
+    take_step = OptimizerStep(plan, ranks, engine, host, device)
+    held_out_packs = HeldOut(plan, ranks, Encoder(build_tasks(recipe, tokenizer, training=False)), host)
     data, vision = recipe.data, recipe.model.vision
     loader = Loader(
         data, data.sources, Encoder(tasks), vision.patch_size, vision.merge, recipe.run.seed, rank=0, ranks=1,
@@ -112,8 +116,9 @@ def train(plan: RunPlan) -> Iterator[tuple[TrainedModel, int, float]]:
         if step * POINTS // recipe.run.steps > (step - 1) * POINTS // recipe.run.steps:
             seconds += time.process_time() - started
             samples = sum(value for name, value in loader.report().items() if name.endswith("/samples"))
+            losses = held_out_packs.losses(engine, device)
             engine.eval()
-            yield TrainedModel(engine.module.backbone, tokenizer, recipe, Path(), device), samples, seconds
+            yield TrainedModel(engine.module.backbone, tokenizer, recipe, Path(), device), samples, seconds, losses
             engine.train()
             started = time.process_time()
 
@@ -174,8 +179,9 @@ def curve(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     deepspeed = load_deepspeed(DEEPSPEED)
     deepspeed["optimizer"]["params"]["lr"] = args.rate
     plan = resolve(sized(recipe, args.pairs), deepspeed, 1, device="cpu", bf16_unit=False)
-    for trained, pairs, seconds in train(plan):
-        yield {"pairs": pairs, "seconds": seconds, **scores(trained, samples)}
+    for trained, pairs, seconds, losses in train(plan):
+        loss = {"caption_loss": losses["eval_loss_caption"]} if "eval_loss_caption" in losses else {}
+        yield {"pairs": pairs, "seconds": seconds, **scores(trained, samples), **loss}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import Any
 
@@ -122,7 +123,7 @@ def learning(results: Results) -> str:
     """Real pictures from nothing, beside a plain dual encoder."""
     scores = {"text_to_media_r1": "text to picture, R@1", "media_to_text_r1": "picture to text, R@1",
               "captions": "exact captions"}  # fmt: skip
-    table = Table("variant", "pairs", "CPU seconds", *scores.values())
+    table = Table("variant", "pairs", "CPU seconds", *scores.values(), "caption loss, nats a token")
     result = newest(results, "learning")
     if result is None:
         table.unverified("learning", "all")
@@ -131,7 +132,29 @@ def learning(results: Results) -> str:
         last = [points[-1] for points in seeds]
         cells = [_percent_of_seeds([point[score] for point in last if score in point]) for score in scores]
         seconds = fmean(point["seconds"] for point in last)
+        losses = [point["caption_loss"] for point in last if "caption_loss" in point]
+        cells.append(f"{fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else "-")
         table.row(result, variant, f"{fmean(point['pairs'] for point in last):,.0f}", f"{seconds:.0f}", *cells)
+    return block(table)
+
+
+def rates(results: Results) -> str:
+    """Learning rates of the body and of embedding and heads, on scenes and on pictures."""
+    scores = {
+        "text_to_media_r10": "pictures: text to picture, R@10", "media_to_text_r10": "picture to text, R@10",
+    }  # fmt: skip
+    terms = {"eval_loss": "scenes: held-out loss", "eval_loss_retrieval": "of it retrieval"}
+    loss = "caption loss, nats a token"
+    table = Table("rate of the body", "of embedding and heads", *terms.values(), *scores.values(), loss)
+    result = newest(results, "rates")
+    if result is None:
+        table.unverified("rates", "all")
+        return block(table)
+    for row in result.figures["rates"]:
+        table.row(
+            result, *(f"{rate:g}" for rate in row["rates"]), *(f"{row['scenes'].get(term, math.nan):.3f}" for term in terms),
+            *(f"{100 * row['pictures'][score]:.1f} %" for score in scores), f"{row['pictures']['caption_loss']:.3f}",
+        )  # fmt: skip
     return block(table)
 
 
@@ -142,14 +165,15 @@ def ablations(results: Results) -> str:
         "text_to_media_r10": "text to picture, R@10", "media_to_text_r10": "picture to text, R@10",
         "captions": "exact captions",
     }  # fmt: skip
-    table = Table("cause", "change", *columns.values())
+    table = Table("cause", "change", *columns.values(), "caption loss, nats a token")
     result = newest(results, "ablations")
     if result is None:
         table.unverified("ablations", "all")
         return block(table)
     for name, found in result.figures["changes"].items():
         cells = (f"{100 * found[column]:.1f} %" if column in found else "-" for column in columns)
-        table.row(result, found["cause"], name, *cells)
+        loss = f"{found['caption_loss']:.3f}" if "caption_loss" in found else "-"
+        table.row(result, found["cause"], name, *cells, loss)
     gradients = Table("gradients of captions and retrieval, learned together, after the last step", "value")
     for key, value in result.figures["changes"].get("together", {}).items():
         kind, _, of = key.partition("_")

@@ -23,10 +23,11 @@ class Run:
     recipe: Path
     overrides: tuple[str, ...] = ()
     ranks: int = 1
+    deepspeed: Path = DEEPSPEED
 
     def train(self) -> None:
         """Train, or continue, or do nothing where it is done. Raises CalledProcessError."""
-        command = [str(ROOT / "launch/train.py"), "--deepspeed", str(DEEPSPEED), "--recipe", str(self.recipe)]
+        command = [str(ROOT / "launch/train.py"), "--deepspeed", str(self.deepspeed), "--recipe", str(self.recipe)]
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]

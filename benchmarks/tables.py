@@ -18,6 +18,7 @@ COMMANDS = {
     "learning": "python benchmarks/learning.py --pictures DIR",
     "monitoring": "deepspeed --num_accelerators 2 benchmarks/monitoring.py",
     "quickstart": "python benchmarks/recipes.py quickstart",
+    "rates": "python benchmarks/rates.py --pictures DIR",
     "sizes": "python benchmarks/sizes.py",
     "three_tasks": "python benchmarks/recipes.py three_tasks",
     "train_step": "deepspeed --num_accelerators 2 benchmarks/train_step.py",

@@ -100,6 +100,20 @@ class L1Config:
 
 
 @dataclass(frozen=True)
+class LearningRateConfig:
+    """Factors of the DeepSpeed JSON's learning rate, by part of the model. With other factors than 1 the scheduler must
+    be WarmupCosineLR, WarmupLR without warmup_max_lr, or none."""
+
+    vision: float = bounded(1.0, above=0)  # the vision encoder and the connector
+    embedding: float = bounded(1.0, above=0)  # tokens
+    attention: float = bounded(1.0, above=0)  # the decoder's, with the norm before it, as for all below
+    feed_forward: float = bounded(1.0, above=0)  # dense ones, and shared experts
+    experts: float = bounded(1.0, above=0)  # routed ones
+    router: float = bounded(1.0, above=0)
+    heads: float = bounded(1.0, above=0)  # output projection and those of the tasks
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Terms of the objective besides the task losses and the balancing terms."""
 
@@ -220,6 +234,7 @@ class Recipe:
     moe: MoEConfig = field(default_factory=MoEConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -13,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.files import writing
-from dsmoe_vl.optim.gradients import PARTS
+from dsmoe_vl.optim.parameter_groups import PARTS
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan

@@ -8,23 +8,7 @@ import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-PARTS = ("vision", "embedding", "attention", "feed_forward", "experts", "router", "heads")
-
-
-def part_of(name: str) -> str:
-    """The entry of PARTS for a parameter of the engine's module. Norms belong to the layer after them, the connector to
-    "vision". "experts" are the routed ones; shared and dense feed-forwards are "feed_forward"."""
-    if ".experts." in name or ".deepspeed_experts." in name:
-        return "experts"
-    if ".router." in name:
-        return "router"
-    if "vision." in name or "connector." in name:
-        return "vision"
-    if ".attention" in name:
-        return "attention"
-    if ".feed_forward" in name:
-        return "feed_forward"
-    return "embedding" if "embedding." in name else "heads"
+from dsmoe_vl.optim.parameter_groups import PARTS, part_of
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
             f"at most {patches}, {data.pack_patches} per pack = {cells} tokens",
         ),
         ("steps", f"{run.steps:,} = {_count(run.steps * plan.tokens_per_step)} tokens"),
-        ("learning rate", f"{plan.deepspeed['optimizer']['params']['lr']:g} at its peak"),
+        ("learning rate", _rates(plan)),
         ("schedule", _schedule(plan)),
         ("gradient clipping", f"{setting(plan.deepspeed, 'gradient_clipping', 1.0)}"),
         *_l1(plan.recipe.objective.l1),
@@ -121,6 +121,15 @@ def _l1(l1: L1Config) -> list[tuple[str, str]]:
         return []
     omega = f"{l1.experts:g} |experts| + {l1.matrices:g} |other matrices| + {l1.vectors:g} |norms, biases|"
     return [("L1 term", f"{l1.weight:g} x ({omega}), by a proximal step after each update")]
+
+
+def _rates(plan: RunPlan) -> str:
+    rate = float(plan.deepspeed["optimizer"]["params"]["lr"])
+    parts: dict[float, list[str]] = {}
+    for part, factor in asdict(plan.recipe.learning_rate).items():
+        parts.setdefault(factor, []).append(part)
+    others = [f"{rate * factor:g} for {', '.join(names)}" for factor, names in parts.items() if factor != 1]
+    return "; ".join([f"{rate:g} at its peak", *others])
 
 
 def _schedule(plan: RunPlan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,7 @@ def resolve(
     ep_size = _ep_size(recipe, deepspeed, world_size, deepspeed_file, notes)
     precision = _precision(engine, device, bf16_unit, deepspeed_file, notes)
     _fill_schedule(engine, recipe.run, deepspeed_file, notes)
+    _check_rates(engine, recipe, deepspeed_file, recipe_file)
     _check_one_optimizer(engine, recipe, deepspeed_file)
     _check_backend(engine, recipe, deepspeed_file, recipe_file)
 
@@ -193,6 +194,20 @@ def _fill_schedule(engine: dict[str, Any], run: RunConfig, file: str, notes: _No
     if engine["scheduler"]["type"] == "WarmupDecayLR":
         # DeepSpeed's default is 0.001 and ignores optimizer.params.lr.
         params.setdefault("warmup_max_lr", engine["optimizer"]["params"]["lr"])
+
+
+def _check_rates(engine: dict[str, Any], recipe: Recipe, file: str, recipe_file: str) -> None:
+    """Refuse schedules that set one rate for all parts, whatever theirs was."""
+    kind = setting(engine, "scheduler.type", "WarmupCosineLR")
+    keeps = kind == "WarmupCosineLR" or (
+        kind == "WarmupLR" and setting(engine, "scheduler.params.warmup_max_lr", None) is None
+    )
+    others = [f"{part} = {factor:g}" for part, factor in asdict(recipe.learning_rate).items() if factor != 1]
+    if others and not keeps:
+        raise ConfigError(
+            f"learning_rate.{', '.join(others)} in {recipe_file}: scheduler.type = {json.dumps(kind)} in {file} gives "
+            'all parts the same rate. Set it to "WarmupCosineLR", or remove the factors.'
+        )
 
 
 def _check_one_optimizer(engine: dict[str, Any], recipe: Recipe, file: str) -> None:

@@ -93,9 +93,10 @@ def _engine_config(plan: RunPlan) -> dict[str, Any]:
 
 def wrap(plan: RunPlan, model: nn.Module) -> Any:
     """`deepspeed.initialize` with our optimizer. No expert_parallel section: the expert layers are already built."""
+    rate = float(plan.deepspeed["optimizer"]["params"]["lr"])
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model),
+        model_parameters=parameter_groups(model, rate, plan.recipe.learning_rate),
         optimizer=optimizer_builder(plan),
         config=_engine_config(plan),
     )

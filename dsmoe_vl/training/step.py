@@ -20,8 +20,9 @@ from dsmoe_vl.data.segment import COUNTS, Modality
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
-from dsmoe_vl.optim.gradients import PARTS, local_squares
+from dsmoe_vl.optim.gradients import local_squares
 from dsmoe_vl.optim.overflow import measure_gradient
+from dsmoe_vl.optim.parameter_groups import PARTS, rate_of
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
@@ -106,7 +107,7 @@ class OptimizerStep:
         If the loss or the gradient norm of any rank is not finite, all ranks skip the update: weights, optimizer state,
         load fractions and the balancing bias stay as they are, only the learning rate's schedule advances. Collective.
         """
-        learning_rate = self.engine.get_lr()[0]
+        learning_rate = rate_of(self.engine.basic_optimizer)
         part_norms = part_norms or self._has_skipped  # to name the parts from the second skipped step in a row
         terms: dict[str, Tensor] = {}
         scalars: list[Tensor] = []

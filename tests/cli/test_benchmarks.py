@@ -132,9 +132,9 @@ def test_generate(tiny, tmp_path):
     assert [len(seconds) for seconds in found["seconds"].values()] == [2, 2, 2] and len(found["ratios"]) == 2
 
 
-def test_learning(tmp_path):
-    """On pictures of noise with texts of noise."""
-    noise, pictures = np.random.default_rng(0), tmp_path / "pictures"
+def noise_pictures(folder):
+    """Options of a benchmark: pictures of noise with texts of noise."""
+    noise, pictures = np.random.default_rng(0), folder / "pictures"
     pictures.mkdir()
     words = ["".join(noise.choice(list("abcdefghijklmnop"), 7)) for _ in range(600)]
     for part, count in (("train", 120), ("test", 6)):
@@ -144,13 +144,26 @@ def test_learning(tmp_path):
             Image.fromarray(noise.integers(0, 256, (64, 64, 3), np.uint8)).save(pictures / name)
             rows.append(f"{name},{' '.join(noise.choice(words, 5))},{number}")
         (pictures / f"{part}.csv").write_text("\n".join(["file,text,content", *rows]))
-    options = ("--pictures", pictures, "--shards", tmp_path / "shards")
+    return "--pictures", pictures, "--shards", folder / "shards"
+
+
+def test_learning(tmp_path):
     variants = ("--pairs", "660", "--seeds", "1", "--variants", "together", "plain dual encoder")
-    found = measured(python(BENCHMARKS / "learning.py", *options, *variants), tmp_path).figures
+    found = measured(python(BENCHMARKS / "learning.py", *noise_pictures(tmp_path), *variants), tmp_path).figures
     ours, plain = (seeds[0] for seeds in found["curves"].values())
     assert [point["pairs"] for point in plain] == [110 * step for step in range(1, 7)]
     assert len(ours) == 6 and 600 < ours[-1]["pairs"] < 720 and ours[-1]["seconds"] > ours[0]["seconds"] > 0
     assert {"text_to_media_r1", "media_to_text_r1", "captions"} <= set(ours[-1])
+    assert ours[-1]["caption_loss"] > 0
+
+
+def test_rates(tiny, tmp_path):
+    options = ("--rates", "1e-3,2e-3", "--pairs", "110", "--steps", "2", "--runs", tmp_path / "runs")
+    command = python(BENCHMARKS / "rates.py", *noise_pictures(tmp_path), *options, "--recipe", tiny.recipe)
+    (row,) = measured(command, tmp_path, "run.samples_every=0").figures["rates"]
+    assert row["rates"] == [1e-3, 2e-3] and row["scenes"]["eval_loss"] > 0 and row["pictures"]["caption_loss"] > 0
+    plan = json.loads((tmp_path / "runs/0.001_0.002/plan.json").read_text())
+    assert plan["recipe"]["learning_rate"] | {"embedding": 2.0, "heads": 2.0} == plan["recipe"]["learning_rate"]
 
 
 def test_the_gpu_script_is_valid():

@@ -44,7 +44,7 @@ class Run:
             "gradient_accumulation_steps": 2,
             "gradient_clipping": args.clipping,
             "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 3e-3}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
             "bf16": {"enabled": args.bf16},
             "zero_optimization": {"stage": stage, "offload_optimizer": offload},
             "expert_parallel": {"enabled": True, "autoep_size": args.ep},

@@ -16,7 +16,7 @@ from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.monitor import run_log as monitoring
 from dsmoe_vl.monitor.board import tag
 from dsmoe_vl.monitor.run_log import RunLog
-from dsmoe_vl.optim.gradients import PARTS, part_of
+from dsmoe_vl.optim.parameter_groups import PARTS, part_of
 from dsmoe_vl.parallel.device import memory_gib, peak_flops
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.clock import PhaseClock

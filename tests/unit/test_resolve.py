@@ -181,6 +181,18 @@ def test_decay_peaks_at_the_optimizers_learning_rate():
     assert found.deepspeed["scheduler"]["params"]["warmup_max_lr"] == found.deepspeed["optimizer"]["params"]["lr"]
 
 
+def test_schedules_keep_rates_by_part_or_are_refused():
+    recipe = quickstart("learning_rate.vision=0.1", "learning_rate.router=0.1", "learning_rate.heads=2")
+    assert "0.002 at its peak; 0.0002 for vision, router; 0.004 for heads" in describe(plan(recipe, moe()))
+    plan(recipe, scheduler("WarmupLR"))
+    wrong = scheduler("WarmupDecayLR"), scheduler("OneCycle"), scheduler("WarmupLR", warmup_max_lr=1e-3)
+    for config in wrong:
+        plan(config=config)
+        message = r'^learning_rate\.vision = 0\.1, .* in my\.toml: scheduler\.type = "\w+" in my\.json'
+        with pytest.raises(ConfigError, match=message):
+            plan(recipe, config)
+
+
 def test_other_schedules_and_none():
     assert "total_num_steps" not in plan(config=scheduler("WarmupLR")).deepspeed["scheduler"]["params"]
     constant = moe()
