@@ -103,7 +103,6 @@ ABLATIONS = {
 
 def apply(ablation: Ablation) -> None:
     """Change this process."""
-    learning_run.POINTS = 1
     if ablation.program is not None:
         ablation.program()
 
@@ -124,7 +123,7 @@ def run_one(name: str, pairs: int, overrides: list[str]) -> None:
     """Train with one change in this process; prints its points."""
     ablation = ABLATIONS[name]
     apply(ablation)
-    numbers = {"--pairs": pairs, "--rate": ablation.rate, "--seed": ablation.seed}
+    numbers = {"--points": 1, "--pairs": pairs, "--rate": ablation.rate, "--seed": ablation.seed}
     options = [str(word) for pair in numbers.items() for word in pair]
     sys.argv[1:] = [ablation.variant, *options, *overrides, *ablation.recipe]
     learning_run.main()

@@ -152,7 +152,8 @@ def rates(results: Results) -> str:
         return block(table)
     for row in result.figures["rates"]:
         table.row(
-            result, *(f"{rate:g}" for rate in row["rates"]), *(f"{row['scenes'].get(term, math.nan):.3f}" for term in terms),
+            result, *(f"{rate:g}" for rate in row["rates"]),
+            *(f"{row['scenes'].get(term, math.nan):.3f}" for term in terms),
             *(f"{100 * row['pictures'][score]:.1f} %" for score in scores), f"{row['pictures']['caption_loss']:.3f}",
         )  # fmt: skip
     return block(table)

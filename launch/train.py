@@ -16,7 +16,7 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.signals import StopRequest
-from dsmoe_vl.training.start import Request, missing_files, plan_run, train
+from dsmoe_vl.training.start import Request, is_supervised, missing_files, plan_run, supervise, train
 
 _ROOT = Path(__file__).resolve().parent.parent
 _DEFAULT_RECIPE = _ROOT / "launch" / "recipes" / "quickstart.toml"
@@ -32,12 +32,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--fresh", action="store_true", help="begin anew; a run in the directory is kept beside it")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="start again up to N times without a new checkpoint"
+    )
     parser.add_argument("--strict", action="store_true", help="fail if the plan would differ from the request")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
     args = parser.parse_args()
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size needs --dry-run: otherwise the launcher sets the number of ranks")
+    if args.max_restarts < 0:
+        parser.error(f"--max-restarts {args.max_restarts}: must be at least 0")
     return args
 
 
@@ -55,6 +60,8 @@ def plan_and_train(args: argparse.Namespace, stop: StopRequest) -> int:
     try:
         ranks = Ranks.discover()
         request = Request(args.recipe, args.deepspeed, args.overrides, args.run_dir, args.strict)
+        if args.max_restarts and not args.dry_run and not is_supervised():
+            return supervise(request, ranks, stop, args.max_restarts, [sys.executable, *sys.argv])
         plan = plan_run(request, ranks.world_size if args.world_size is None else args.world_size)
         if args.dry_run:
             if ranks.rank == 0:

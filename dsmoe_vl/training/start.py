@@ -57,6 +57,29 @@ def plan_run(request: Request, world_size: int) -> RunPlan:
     )
 
 
+def is_supervised() -> bool:
+    """Whether this process is a rank that a supervisor started; if so, it ends when that one does."""
+    from dsmoe_vl.training.restarts import end_with_supervisor
+
+    return end_with_supervisor()
+
+
+def supervise(request: Request, ranks: Ranks, stop: StopRequest, restarts: int, command: Sequence[str]) -> int:
+    """Run `command` as this process's rank, and again after a failure: the status. Raises DsmoeVlError."""
+    from dsmoe_vl.training.restarts import Supervisor
+
+    recipe, deepspeed = load_recipe(request.recipe, request.overrides), load_deepspeed(request.deepspeed)
+    run_dir = request.run_dir or Path(recipe.run.directory, recipe.run.name)
+
+    def command_of(number: int) -> list[str]:
+        return [word for word in command if number == 0 or word != "--fresh"]
+
+    def check(world_size: int) -> None:
+        resolve(recipe, deepspeed, world_size, device="cpu", bf16_unit=False, recipe_file=str(request.recipe))
+
+    return Supervisor(ranks, stop, command_of, run_dir, restarts, check).run()
+
+
 def missing_files(plan: RunPlan) -> Iterator[str]:
     """Files that training needs and this machine lacks. Raises ConfigError if the tokenizer does not fit the recipe."""
     data, tokenizer = plan.recipe.data, Path(plan.recipe.tokenizer.path)
