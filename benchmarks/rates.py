@@ -56,8 +56,8 @@ def pictures(body: float, ends: float, folder: Path, pairs: int, overrides: tupl
     kept = folder / "pictures.json"
     if not kept.exists():
         command = [
-            sys.executable, str(ROOT / "benchmarks/learning_run.py"), "together", "--points", "1", "--pairs", str(pairs), "--rate",
-            str(body), *by_part(body, ends), *overrides,
+            sys.executable, str(ROOT / "benchmarks/learning_run.py"), "together", "--points", "1",
+            "--pairs", str(pairs), "--rate", str(body), *by_part(body, ends), *overrides,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         folder.mkdir(parents=True, exist_ok=True)

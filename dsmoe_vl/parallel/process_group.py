@@ -70,6 +70,8 @@ def start_process_group(ranks: Ranks, device: str, stall_seconds: float = RunCon
     # DeepSpeed makes its groups without a timeout, and torch then takes one of these two.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _join_again(ranks, backend, port, timeout)
         with contextlib.redirect_stdout(io.StringIO()):  # else every rank prints that the ops were built
             deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=timeout, verbose=False)
     except dist.DistNetworkError as error:
@@ -86,6 +88,13 @@ def start_process_group(ranks: Ranks, device: str, stall_seconds: float = RunCon
         )
     if device == "cpu":
         _free_names_of_shared_memory(ranks.rank)
+
+
+def _join_again(ranks: Ranks, backend: str, port: int, timeout: timedelta) -> None:
+    """Under torchrun, whose store outlives the ranks: those that it starts again would meet the keys of the first."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timeout)
+    own = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, timeout=timeout, store=own, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def _free_names_of_shared_memory(rank: int) -> None:

@@ -34,8 +34,8 @@ from dsmoe_vl.training.signals import StopRequest
 SUPERVISOR = "DSMOE_VL_SUPERVISOR"  # in the environment of a rank: the process id of its supervisor
 _POLL_SECONDS = 0.2
 _JOIN_SECONDS = 1200.0  # for all to be there in the first round
-_REJOIN_SECONDS = 60.0  # for the others in a later one; who is later is left out
-_LAST_SECONDS = 10.0  # of a rank's own end, once another has ended
+_REJOIN_SECONDS = 30.0  # for the others in a later one; who is later is left out
+_LAST_SECONDS = 5.0  # of a rank's own end, once another has ended
 _STOP = "stop"  # a key: a supervisor was asked to stop
 _PR_SET_PDEATHSIG = 1
 _USER_ERROR = 2  # the status
@@ -82,9 +82,10 @@ class Supervisor:
 
         Raises ConfigError where the store cannot be reached.
         """
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             raise ConfigError(
-                "--max-restarts under torchrun: torchrun restarts ranks itself, with its own --max-restarts"
+                "torchrun restarts ranks itself, with its own --max-restarts: give it to torchrun or to "
+                "launch/train.py, not to both"
             )
         self.ranks, self.stop, self.command, self.run_dir, self.check = ranks, stop, command, run_dir, check
         self.allowed, self.used = restarts, 0
@@ -219,7 +220,7 @@ class Supervisor:
 
     def _environment(self, round_: _Round, rank: int) -> dict[str, str]:
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")},
             "RANK": str(rank), "WORLD_SIZE": str(len(round_.members)),
             "LOCAL_RANK": str(self.ranks.local_rank), "LOCAL_SIZE": str(self.ranks.local_size),
             "MASTER_ADDR": self.host, "MASTER_PORT": str(round_.port),
@@ -260,9 +261,10 @@ def _connect(ranks: Ranks) -> tuple[str, dist.Store]:
         os.environ["MASTER_ADDR"],
         int(os.environ.get("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")),
     )
+    is_host = ranks.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun has a store there already
     try:
         store = dist.TCPStore(
-            host, port, is_master=ranks.rank == 0, wait_for_workers=False, timeout=timedelta(seconds=_JOIN_SECONDS)
+            host, port, is_master=is_host, wait_for_workers=False, timeout=timedelta(seconds=_JOIN_SECONDS)
         )
     except dist.DistNetworkError as error:
         raise ConfigError(f"--max-restarts: no store of the supervisors at {host}, port {port}: {error}") from error
