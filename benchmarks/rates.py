@@ -2,10 +2,11 @@
 
     python benchmarks/rates.py [--pictures DIR] [--jobs 2]                  (some 25 minutes on two cores)
 
-Two rates: of the body (vision, attention, feed-forwards, experts, router), which is the DeepSpeed JSON's, and of
-embedding and heads, as a factor of it in the recipe's [learning_rate]. Each pair trains compare.py's scenes (three
-tasks; held-out loss) and learning.py's pictures (captions and retrieval together), one seed. Runs are kept in
-runs/rates; those that are there are not trained again. Writes benchmarks/results/rates.json.
+Three rates: of the body (vision, attention, feed-forwards, experts, router), which is the DeepSpeed JSON's; of the
+embedding, which is also the output projection; and of the heads (the last norm, retrieval, importance). The latter two
+are factors of the first in the recipe's [learning_rate]. Each choice trains compare.py's scenes (three tasks; held-out
+loss) and learning.py's pictures (captions and retrieval together), one seed. Runs are kept in runs/rates; those that
+are there are not trained again. Writes benchmarks/results/rates.json.
 """
 
 from __future__ import annotations
@@ -27,37 +28,40 @@ from run import DEEPSPEED, Run
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 
 PAIRS = 24_000  # of pictures and texts
-RATES = (  # of the body; of embedding and heads
-    (3e-4, 3e-4), (3e-4, 1e-3), (3e-4, 2e-3), (6e-4, 6e-4), (6e-4, 2e-3), (6e-4, 4e-3), (1.2e-3, 2e-3), (2e-3, 2e-3),
+Rates = tuple[float, float, float]  # of body, embedding and heads
+RATES: tuple[Rates, ...] = (
+    (3e-4, 3e-4, 3e-4), (3e-4, 1e-3, 1e-3), (3e-4, 2e-3, 2e-3), (3e-4, 2e-3, 3e-4), (3e-4, 4e-3, 3e-4),
+    (6e-4, 6e-4, 6e-4), (6e-4, 2e-3, 2e-3), (6e-4, 4e-3, 4e-3), (6e-4, 2e-3, 6e-4), (1.2e-3, 2e-3, 2e-3),
+    (2e-3, 2e-3, 2e-3),
 )  # fmt: skip
 
 
-def by_part(body: float, ends: float) -> tuple[str, ...]:
+def by_part(body: float, embedding: float, heads: float) -> tuple[str, ...]:
     """Overrides of a recipe, for a DeepSpeed JSON with the body's rate."""
-    return tuple(f"learning_rate.{part}={ends / body:.6g}" for part in ("embedding", "heads"))
+    return f"learning_rate.embedding={embedding / body:.6g}", f"learning_rate.heads={heads / body:.6g}"
 
 
-def scenes(body: float, ends: float, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def scenes(rates: Rates, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Held-out losses after the last step."""
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed = load_deepspeed(DEEPSPEED)
-    deepspeed["optimizer"]["params"]["lr"] = body
+    deepspeed["optimizer"]["params"]["lr"] = rates[0]
     file = folder / "deepspeed.json"
     file.write_text(json.dumps(deepspeed))
-    common = (*SCENES.common, f"run.steps={args.steps}", *by_part(body, ends), *args.overrides)
+    common = (*SCENES.common, f"run.steps={args.steps}", *by_part(*rates), *args.overrides)
     run = Run(folder, args.recipe, common, deepspeed=file)
     run.train()
     last = [line for line in run.metrics() if "eval_loss" in line][-1]
     return {name: value for name, value in last.items() if name.startswith("eval_loss")}
 
 
-def pictures(body: float, ends: float, folder: Path, pairs: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+def pictures(rates: Rates, folder: Path, pairs: int, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The last point of learning_run.py."""
     kept = folder / "pictures.json"
     if not kept.exists():
         command = [
             sys.executable, str(ROOT / "benchmarks/learning_run.py"), "together", "--points", "1",
-            "--pairs", str(pairs), "--rate", str(body), *by_part(body, ends), *overrides,
+            "--pairs", str(pairs), "--rate", str(rates[0]), *by_part(*rates), *overrides,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +70,10 @@ def pictures(body: float, ends: float, folder: Path, pairs: int, overrides: tupl
     return found
 
 
-def pair(text: str) -> tuple[float, float]:
-    """ "3e-4,2e-3" as numbers. Raises ValueError."""
-    body, ends = map(float, text.split(","))
-    return body, ends
+def rates_of(text: str) -> Rates:
+    """ "3e-4,2e-3,3e-4" as numbers. Raises ValueError."""
+    body, embedding, heads = map(float, text.split(","))
+    return body, embedding, heads
 
 
 def main() -> int:
@@ -77,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="as learning.py's")
     parser.add_argument(
-        "--rates", type=pair, nargs="+", default=RATES, metavar="BODY,ENDS", help="of the body; of embedding and heads"
+        "--rates", type=rates_of, nargs="+", default=RATES, metavar="BODY,EMBEDDING,HEADS", help="learning rates"
     )
     parser.add_argument("--recipe", type=Path, default=SCENES.recipe, help="the recipe of the scenes")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of pictures and texts")
@@ -92,12 +96,12 @@ def main() -> int:
     os.chdir(ROOT)  # where the recipes' paths begin
     overrides = settings(folder, args.shards / folder.name if folder else args.shards)
 
-    def measure(rates: tuple[float, float]) -> dict[str, Any]:
+    def measure(rates: Rates) -> dict[str, Any]:
         where = args.runs / "_".join(f"{rate:g}" for rate in rates)
         found = {
             "rates": rates,
-            "scenes": scenes(*rates, where, args),
-            "pictures": pictures(*rates, where, args.pairs, overrides),
+            "scenes": scenes(rates, where, args),
+            "pictures": pictures(rates, where, args.pairs, overrides),
         }
         print(json.dumps(found), flush=True)
         return found

@@ -139,13 +139,13 @@ def learning(results: Results) -> str:
 
 
 def rates(results: Results) -> str:
-    """Learning rates of the body and of embedding and heads, on scenes and on pictures."""
+    """Learning rates of body, embedding and heads, on scenes and on pictures."""
     scores = {
         "text_to_media_r10": "pictures: text to picture, R@10", "media_to_text_r10": "picture to text, R@10",
     }  # fmt: skip
     terms = {"eval_loss": "scenes: held-out loss", "eval_loss_retrieval": "of it retrieval"}
     loss = "caption loss, nats a token"
-    table = Table("rate of the body", "of embedding and heads", *terms.values(), *scores.values(), loss)
+    table = Table("rate of the body", "of the embedding", "of the heads", *terms.values(), *scores.values(), loss)
     result = newest(results, "rates")
     if result is None:
         table.unverified("rates", "all")

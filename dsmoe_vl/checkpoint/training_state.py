@@ -28,6 +28,7 @@ from dsmoe_vl.checkpoint.optimizer_state import after_loading, make_moments, ran
 from dsmoe_vl.checkpoint.store import (
     CHECKPOINTS_NAME,
     DATA_NAME,
+    PLAN_NAME,
     TOKENIZER_NAME,
     TRAINER_NAME,
     checkpoint_name,
@@ -38,11 +39,11 @@ from dsmoe_vl.checkpoint.weights import load_buffers, own_weights
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile, shard_name
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
-from dsmoe_vl.files import write_json, writing
+from dsmoe_vl.files import write_atomically, write_json, writing
 from dsmoe_vl.parallel.device import free_host_bytes
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
-from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.plan import RunPlan, plan_to_json
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
 
@@ -198,6 +199,9 @@ class Saver:
             own = (INDEX_NAME, optimizer_files.INDEX_NAME, TRAINER_NAME, DATA_NAME, TOKENIZER_NAME)
             files |= entries(folder, own)
             complete(folder, Manifest(save.trainer["step"], topology_of(self._plan), self._tokenizer.sha256, files))
+            plan_file = self._plan.run_dir / PLAN_NAME
+            if not plan_file.exists():  # the run's folder has gone, and this save has made it again
+                write_atomically(plan_file, plan_to_json(self._plan))
         return None
 
     def close(self) -> None:

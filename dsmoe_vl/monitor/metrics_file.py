@@ -26,6 +26,7 @@ class MetricsFile:
         # Nine digits distinguish any two fp32 numbers.
         short = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
         self._unwritten += json.dumps({"step": step, **short}).encode() + b"\n"
+        self._follow()
         end = self._file.seek(0, os.SEEK_END)
         left = self._unwritten
         try:
@@ -37,6 +38,17 @@ class MetricsFile:
                 self._file.truncate(end)
             raise
         self._unwritten = b""
+
+    def _follow(self) -> None:
+        """If the file was moved or removed, write to the one that is there now. Raises OSError."""
+        try:
+            if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+                return
+        except FileNotFoundError:
+            pass
+        new = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = new
 
     def close(self) -> None:
         """Close the file."""
