@@ -1,10 +1,11 @@
 """Does sparsity help, does the gate's knowledge of the task help, does learning together cost anything?
 
-    python benchmarks/compare.py [--seeds 1 2 3] [--jobs 2]                    (some two hours on two cores)
+    python benchmarks/compare.py [--parts catalogue scenes alone] [--seeds 1 2 3] [--jobs 2] [--plot]
+                                                                               (some two hours on two cores)
 
-Trains, one process a run, and writes benchmarks/results/compare.json and the plot of docs/results.md; summary.py makes
-the page's tables. Runs are kept in runs/compare; those that are there are not trained again. Needs the quickstart's
-shards and matplotlib (the extra "compare").
+Trains, one process a run, and writes a result file of each part to benchmarks/results/; `--plot` draws the first two
+for docs/results.md, and needs matplotlib (the extra "compare"). Runs are kept in runs/compare; those that are there are
+not trained again. Needs the quickstart's shards.
 
 - Variants of two recipes, the catalogue (catalogue.py) and `three_tasks.toml` on smaller packs: as it is, with a plain
   gate, and dense at equal active FLOPs; a seed decides first values and the order of the data. All variants of a seed
@@ -75,6 +76,8 @@ SCENES = World(
     ("data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16"),
     ("moe.first_dense_layers=4", "model.ffn_width=512"),
 )
+_WORLDS = {world.name: world for world in (CATALOGUE, SCENES)}
+_PARTS = (*_WORLDS, "alone")
 # Of each task: its scores, as (folder of shards, name in eval.json).
 SCORES = {
     "caption": [("images_eval", "attribute_accuracy"), ("videos_eval", "attribute_accuracy")],
@@ -175,16 +178,17 @@ def _samples(run: Run, recipe: Recipe, task: str) -> int:
     return sum(last[f"{source.name}/samples"] for source in recipe.data.sources if source.tasks == (task,))
 
 
-def draw(worlds: dict[World, list[Variant]]) -> None:
-    """Mean and range of the seeds by step."""
+def draw() -> None:
+    """Mean and range of the seeds by step, from the result files."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(worlds), figsize=(11, 4), dpi=120)
-    for axes, (world, variants) in zip(panels, worlds.items(), strict=True):
-        for variant in variants:
+    figure, panels = pyplot.subplots(1, len(_WORLDS), figsize=(11, 4), dpi=120)
+    for axes, world in zip(panels, _WORLDS.values(), strict=True):
+        for found in Result.read(RESULTS / f"{world.name}.json").figures["variants"]:
+            variant = Variant(**found)
             by_step = list(zip(*variant.losses, strict=True))[1:]  # the first is before training
             means = [statistics.fmean(step) for step in by_step]
             (line,) = axes.plot(variant.steps[1:], means, marker="o", ms=3, label=variant.name)
@@ -205,19 +209,25 @@ def draw(worlds: dict[World, list[Variant]]) -> None:
 def main() -> int:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="variants that train at a time, a core each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/compare")
     parser.add_argument("--together", type=Path, default=ROOT / "runs/three_tasks", help="the run of all tasks")
-    parser.add_argument("--json", type=Path, default=RESULTS / "compare.json", help="the result file")
+    parser.add_argument("--plot", action="store_true", help=f"draw {_PLOT.relative_to(ROOT)}")
     args = parser.parse_args()
     os.chdir(ROOT)  # where the recipes' paths begin
-    catalogue.make(ROOT / "data/catalogue")
-    found = {world: compare_variants(world, args) for world in (CATALOGUE, SCENES)}
-    variants = {world.name: [asdict(variant) for variant in variants] for world, variants in found.items()}
-    figures = {"seeds": args.seeds, "variants": variants, "alone": compare_alone(args)}
-    Result.now("compare", figures).write(args.json)
-    draw(found)
+    for part in args.parts:
+        if part == CATALOGUE.name:
+            catalogue.make(ROOT / "data/catalogue")
+        if part in _WORLDS:
+            variants = [asdict(variant) for variant in compare_variants(_WORLDS[part], args)]
+            figures: dict[str, Any] = {"seeds": args.seeds, "variants": variants}
+        else:
+            figures = {"rows": compare_alone(args)}
+        Result.now(part, figures, f"python benchmarks/compare.py --parts {part}").write(RESULTS / f"{part}.json")
+    if args.plot:
+        draw()
     return 0
 
 

@@ -57,17 +57,20 @@ def results(results: Results) -> str:
         )
     else:
         table.unverified("quickstart", "quickstart: held-out captions")
-    if result := newest(results, "compare"):
-        rows = result.figures["alone"]
+    if result := newest(results, "alone"):
+        rows = result.figures["rows"]
         better = sum(row["values"][0] > row["values"][1] for row in rows)
         table.row(result, "three tasks together: scores above those of one task alone", f"{better} of {len(rows)}")
-        for world, title in (("catalogue", "much to remember"), ("scenes", "little to remember")):
-            sparse, _, dense = (_last_losses(variant) for variant in result.figures["variants"][world])
+    else:
+        table.unverified("alone", "tasks together and alone")
+    for world, title in (("catalogue", "much to remember"), ("scenes", "little to remember")):
+        if result := newest(results, world):
+            sparse, _, dense = (_last_losses(variant) for variant in result.figures["variants"])
             lower = sum(a < b for a, b in zip(sparse, dense, strict=True))
             figure = f"{fmean(sparse):.3f} / {fmean(dense):.3f}, sparse lower with {lower} of {len(sparse)} seeds"
             table.row(result, f"{title}: held-out loss, sparse / dense of equal active FLOPs", figure)
-    else:
-        table.unverified("compare", "tasks together and alone, sparse and dense")
+        else:
+            table.unverified(world, f"{title}: sparse and dense")
     return block(table)
 
 
@@ -82,12 +85,12 @@ def scenes(results: Results) -> str:
 
 
 def _variants(results: Results, world: str) -> str:
-    result = newest(results, "compare")
+    result = newest(results, world)
     if result is None:
         table = Table("variant", "held-out loss")
-        table.unverified("compare", "all")
+        table.unverified(world, "all")
         return block(table)
-    variants, seeds = result.figures["variants"][world], result.figures["seeds"]
+    variants, seeds = result.figures["variants"], result.figures["seeds"]
     sizes = ("parameters", "active", "MFLOP a token")
     losses = Table(f"after {variants[0]['steps'][-1]:,} steps", *sizes, *(f"seed {seed}" for seed in seeds), "mean")
     terms = [term for term in _TERMS if f"eval_loss_{term}" in variants[0]["last"][0]]
@@ -106,11 +109,11 @@ def _variants(results: Results, world: str) -> str:
 def together_and_alone(results: Results) -> str:
     """Scores of three_tasks.toml beside those of models for one task."""
     table = Table("task", "score", "together", "alone", "difference", "samples together, alone")
-    result = newest(results, "compare")
+    result = newest(results, "alone")
     if result is None:
-        table.unverified("compare", "all")
+        table.unverified("alone", "all")
         return block(table)
-    for row in result.figures["alone"]:
+    for row in result.figures["rows"]:
         together, alone = row["values"]
         table.row(
             result, row["task"], row["score"], f"{together:.3f}", f"{alone:.3f}",

@@ -11,7 +11,7 @@ Results = Mapping[str, Sequence[Result]]
 
 # What measures a benchmark that has no result file yet.
 COMMANDS = {
-    "compare": "python benchmarks/compare.py",
+    **{part: f"python benchmarks/compare.py --parts {part}" for part in ("catalogue", "scenes", "alone")},
     "data": "python benchmarks/data.py",
     "generate": "python benchmarks/generate.py",
     "moe_cost": "deepspeed --num_accelerators 2 benchmarks/moe_cost.py",
