@@ -65,10 +65,10 @@ ABLATIONS = {
     "rate 2e-3, all but embedding and heads 3e-4": Ablation(
         "rate by part", _rates(0.15, "vision", "attention", "feed_forward", "experts", "router"), rate=2e-3
     ),
+    "embedding 3e-3": Ablation("rate by part", _rates(10, "embedding")),
     "vision 1e-3": Ablation("rate by part", _rates(3.3, "vision")),
     "experts 1e-3": Ablation("rate by part", _rates(3.3, "experts")),
     "router 1e-4": Ablation("rate by part", _rates(0.33, "router")),
-    "embedding 1e-3": Ablation("rate by part", _rates(3.3, "embedding")),
     "no clipping": Ablation("clipping", deepspeed={_CLIP: 0.0}),
     "clipping at 0.3": Ablation("clipping", deepspeed={_CLIP: 0.3}),
     "zoom 6 %, shift 3 %": Ablation("augmentation", _AUGMENT),
@@ -159,6 +159,7 @@ def main() -> int:
     pictures = args.pictures and args.pictures.resolve()
     os.chdir(ROOT)  # where the recipes' paths begin
     overrides = settings(pictures, args.shards / pictures.name if pictures else args.shards)
+    overrides = (*overrides, *_rates(1, "embedding"))  # the baseline has one rate
     found = Result.read(args.json).figures["changes"] if args.json.exists() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
         wanted = [name for name in args.changes if name not in found]

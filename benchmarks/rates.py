@@ -30,9 +30,9 @@ from dsmoe_vl.config.deepspeed_json import load_deepspeed
 PAIRS = 24_000  # of pictures and texts
 Rates = tuple[float, float, float]  # of body, embedding and heads
 RATES: tuple[Rates, ...] = (
-    (3e-4, 3e-4, 3e-4), (3e-4, 1e-3, 1e-3), (3e-4, 2e-3, 2e-3), (3e-4, 2e-3, 3e-4), (3e-4, 4e-3, 3e-4),
-    (6e-4, 6e-4, 6e-4), (6e-4, 2e-3, 2e-3), (6e-4, 4e-3, 4e-3), (6e-4, 2e-3, 6e-4), (1.2e-3, 2e-3, 2e-3),
-    (2e-3, 2e-3, 2e-3),
+    (3e-4, 3e-4, 3e-4), (3e-4, 1e-3, 1e-3), (3e-4, 2e-3, 2e-3), (3e-4, 2e-3, 3e-4), (3e-4, 3e-3, 3e-4),
+    (3e-4, 4e-3, 3e-4), (6e-4, 6e-4, 6e-4), (6e-4, 2e-3, 2e-3), (6e-4, 4e-3, 4e-3), (6e-4, 2e-3, 6e-4),
+    (1.2e-3, 2e-3, 2e-3), (2e-3, 2e-3, 2e-3),
 )  # fmt: skip
 
 

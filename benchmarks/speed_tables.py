@@ -153,6 +153,13 @@ def checkpoint(results: Results) -> str:
         for phase in peaks[0]:
             figure = f"{max(of_rank[phase] for of_rank in peaks):.2f}"
             table.row(result, f"{title}: peak memory / what a rank keeps, {phase}", figure)
+    for result in _or_unverified(table, results, "kills", "kills at random moments"):
+        found = result.figures
+        moments = f"kills at random moments, of these while a checkpoint was written: {found['kills_in_a_save']}"
+        table.row(result, moments, f"{found['kills']}")
+        figure = f"{found['runs_that_ended_equal']} of {found['runs_that_ended_equal']}, bit for bit"
+        table.row(result, "killed runs that ended as one that was not killed", figure)
+        table.row(result, "complete checkpoints that the next start did not use", f"{found['complete_ones_not_used']}")
     return block(table)
 
 

@@ -157,6 +157,12 @@ def test_learning(tmp_path):
     assert ours[-1]["caption_loss"] > 0
 
 
+def test_kills(tiny, tmp_path):
+    command = python(BENCHMARKS / "kills.py", "--kills", "1", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed())
+    found = measured(command, tmp_path, "run.steps=8").figures
+    assert found["kills"] == found["runs_that_ended_equal"] == 1 and found["complete_ones_not_used"] == 0
+
+
 def test_rates(tiny, tmp_path):
     options = ("--rates", "1e-3,2e-3,1e-3", "--pairs", "110", "--steps", "2", "--runs", tmp_path / "runs")
     command = python(BENCHMARKS / "rates.py", *noise_pictures(tmp_path), *options, "--recipe", tiny.recipe)

@@ -183,7 +183,9 @@ def test_decay_peaks_at_the_optimizers_learning_rate():
 
 def test_schedules_keep_rates_by_part_or_are_refused():
     recipe = quickstart("learning_rate.vision=0.1", "learning_rate.router=0.1", "learning_rate.heads=2")
-    assert "0.002 at its peak; 0.0002 for vision, router; 0.004 for heads" in describe(plan(recipe, moe()))
+    params = {"lr": 2e-3}
+    shown = describe(plan(recipe, moe(optimizer={"type": "AdamW", "params": params})))
+    assert "0.002 at its peak; 0.0002 for vision, router; 0.004 for heads" in shown
     plan(recipe, scheduler("WarmupLR"))
     wrong = scheduler("WarmupDecayLR"), scheduler("OneCycle"), scheduler("WarmupLR", warmup_max_lr=1e-3)
     for config in wrong:
