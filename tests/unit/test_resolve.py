@@ -29,6 +29,7 @@ BUDGETS = (  # fixed here, so that tuning the quickstart changes no message
     "data.frame_pool=2",
     "model.vision.ffn_width=512",
     "run.steps=300",
+    "learning_rate.embedding=1",  # schedules of one rate are tried too
 )
 
 
