@@ -1,11 +1,13 @@
-"""Optimizer steps on packs that are the same whatever the split."""
+"""Optimizer steps on packs that are the same whatever the split, and the end of a script that takes them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.process_group import HostGroup
@@ -26,3 +28,11 @@ def take_steps(
         half = len(packs) // 2
         shared = take_step.share([collate(packs[:half]), collate(packs[half:])])
         yield take_step(shared.batches, shared.counts, part_norms)
+
+
+def report(ranks: Ranks, found: Any) -> None:
+    """Print as one JSON line on rank 0, and end."""
+    if ranks.rank == 0:
+        print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()

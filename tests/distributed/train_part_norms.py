@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-
-import torch.distributed as dist
 
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.process_group import start_process_group
@@ -13,7 +10,7 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
-from tests.distributed.stepping import take_steps
+from tests.distributed.stepping import report, take_steps
 from tests.distributed.train_losses import RECIPE
 
 
@@ -45,10 +42,7 @@ def main() -> None:
             norms = {part: float(norm) for part, norm in result.part_norms.items()}
             found[stage].append({"all": result.grad_norm, **norms})
         engine.destroy()
-    if ranks.rank == 0:
-        print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    report(ranks, found)
 
 
 if __name__ == "__main__":

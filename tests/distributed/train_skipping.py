@@ -6,7 +6,6 @@ Ends with one JSON line: by stage and fault, what every rank found.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.step import OptimizerStep, StepResult
+from tests.distributed.stepping import report
 from tests.distributed.train_losses import RECIPE
 from tests.support.batches import mixed_pack
 
@@ -164,10 +164,7 @@ def main() -> None:
             found[stage][name] = [None] * ranks.world_size
             dist.all_gather_object(found[stage][name], own)
             run.engine.destroy()
-    if ranks.rank == 0:
-        print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    report(ranks, found)
 
 
 if __name__ == "__main__":

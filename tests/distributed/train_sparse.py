@@ -7,13 +7,10 @@ are the same whatever the split.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
-from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
+from dsmoe_vl.config.recipe import L1Config, LearningRateConfig, ObjectiveConfig
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.process_group import start_process_group
@@ -21,7 +18,7 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_tasks
 from dsmoe_vl.training.engine import build_engine
-from tests.distributed.stepping import take_steps
+from tests.distributed.stepping import report, take_steps
 from tests.distributed.train_losses import RECIPE
 from tests.support.checkpoints import save_weights
 
@@ -40,14 +37,14 @@ def main() -> None:
     ranks = Ranks.discover()
     device = use_device("cpu", ranks)
     start_process_group(ranks, "cpu")
-    recipe = replace(RECIPE, objective=ObjectiveConfig(L1))
+    recipe = replace(RECIPE, objective=ObjectiveConfig(L1), learning_rate=LearningRateConfig())
     found = {}
     for stage in args.zero:
         deepspeed = {
             "train_micro_batch_size_per_gpu": 2 // ranks.world_size,
             "gradient_accumulation_steps": 2,
             "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 3e-3}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
             "bf16": {"enabled": args.bf16},
             "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu" if args.offload else "none"}},
             "expert_parallel": {"enabled": True, "autoep_size": args.ep},
@@ -61,10 +58,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         save_weights(engine.module, folder)
         engine.destroy()
-    if ranks.rank == 0:
-        print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    report(ranks, found)
 
 
 if __name__ == "__main__":
