@@ -90,6 +90,11 @@ def start_process_group(ranks: Ranks, device: str, stall_seconds: float = RunCon
         _free_names_of_shared_memory(ranks.rank)
 
 
+def find_first_host() -> None:
+    """Under MPI: set the first host's address in the environment, and this process's rank."""
+    deepspeed.comm.mpi_discovery(verbose=False)
+
+
 def _join_again(ranks: Ranks, backend: str, port: int, timeout: timedelta) -> None:
     """Under torchrun, whose store outlives the ranks: those that it starts again would meet the keys of the first."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timeout)

@@ -251,9 +251,9 @@ class Supervisor:
 def _connect(ranks: Ranks) -> tuple[str, dist.Store]:
     """The first host's address, and the store of the supervisors. Raises ConfigError."""
     if ranks.starts_mpi:
-        from deepspeed.comm import mpi_discovery
+        from dsmoe_vl.parallel.process_group import find_first_host  # imports much that a supervisor does not need
 
-        mpi_discovery(verbose=False)
+        find_first_host()
     ranks.export()
     if "MASTER_ADDR" not in os.environ:
         raise ConfigError("--max-restarts: MASTER_ADDR is not set, so the supervisors do not know the first host")

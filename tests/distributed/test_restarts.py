@@ -77,6 +77,18 @@ def test_a_killed_rank_starts_again_and_nothing_differs(launch, tiny, trained, t
         assert " was ended by SIGKILL; 2 ranks start again" in result.out
 
 
+def test_a_rank_that_stops_is_named_and_started_again(tiny, trained, tmp_path):
+    run = tmp_path / "run"
+    process = by_mpirun(*tiny.arguments(run, *KEPT, "run.stall_seconds=10"))
+    wait_for(lambda: steps_of(run) >= 10, process)
+    ranks_of([process])["1"].suspend()
+    result = finish(process, 200)
+    assert result.status == 0, result.out + result.err
+    assert "no rank has made progress for " in result.err and "a signal has stopped it" in result.err
+    assert "restart 1 of 1 since step 8: rank 0 on " in result.out  # it is the one that ends by itself
+    assert curve(run) == curve(trained)
+
+
 def test_the_ranks_that_are_left_go_on(tiny, tmp_path):
     run = tmp_path / "run"
     first, second = two_processes(*tiny.arguments(run, *KEPT))
