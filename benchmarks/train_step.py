@@ -65,7 +65,7 @@ def matrix_products(recipe: Recipe, tokens: int, patches: int, labels: int) -> l
     """Every product of one forward on one rank: (rows, inner width, outer width, how often)."""
     model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
     sparse = model.layers - moe.first_dense_layers
-    head_width = model.width // model.heads
+    head_width = model.width_of_head
     rows_per_expert = max(1, tokens * moe.top_k // moe.experts)
     products = [
         (patches, 3 * vision.patch_size**2, vision.width, 1),
@@ -76,7 +76,7 @@ def matrix_products(recipe: Recipe, tokens: int, patches: int, labels: int) -> l
         (patches // vision.merge**2, vision.width * vision.merge**2, model.width, 1),
         (patches // vision.merge**2, model.width, model.width, 1),
         (tokens, model.width, (model.heads + 2 * model.kv_heads) * head_width, model.layers),
-        (tokens, model.width, model.width, model.layers),
+        (tokens, model.heads * head_width, model.width, model.layers),
         (tokens, model.width, 2 * model.ffn_width, moe.first_dense_layers),
         (tokens, model.ffn_width, model.width, moe.first_dense_layers),
         (rows_per_expert, model.width, moe.ffn_width, 2 * sparse * moe.experts),

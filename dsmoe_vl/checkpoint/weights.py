@@ -84,7 +84,9 @@ def require_same_model(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if the tensors of a checkpoint are not those of the recipe's model."""
     with torch.device("meta"):
         model = build_backbone(recipe)
-    expected = {name: list(value.shape) for name, value in model.state_dict().items() if name != "head.weight"}  # tied
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    if recipe.model.tied:
+        del expected["head.weight"]
     saved = WeightsFile(folder).shapes()
     names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
     if names:

@@ -42,14 +42,33 @@ def _value(recipe: Recipe, key: str) -> object:
 
 def _model(recipe: Recipe) -> Iterator[Rule]:
     model, vision = recipe.model, recipe.model.vision
-    yield model.width % model.heads == 0, "model.width", f"must be a multiple of model.heads = {model.heads}"
-    head = model.width // model.heads
-    yield head % 2 == 0, "model.heads", f"gives a head width of {head}; rotary embeddings need an even one"
-    yield model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {model.heads}"
     yield (
-        vision.width % (4 * vision.heads) == 0,
+        model.head_width > 0 or model.width % model.heads == 0,
+        "model.width",
+        f"must be a multiple of model.heads = {model.heads}, or set model.head_width",
+    )
+    head = model.width_of_head
+    yield (
+        head % 2 == 0,
+        "model.head_width" if model.head_width else "model.heads",
+        f"gives a head width of {head}; rotary embeddings need an even one",
+    )
+    yield model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {model.heads}"
+    step = (4 if "rotary" in vision.positions else 1) * vision.heads
+    yield (
+        vision.width % step == 0,
         "model.vision.width",
-        f"must be a multiple of 4 x model.vision.heads = {4 * vision.heads}: the 2D rotary embedding needs it",
+        f"must be a multiple of 4 x model.vision.heads = {step}: the 2D rotary embedding needs it"
+        if step > vision.heads
+        else f"must be a multiple of model.vision.heads = {step}",
+    )
+    learned = "learned" in vision.positions
+    yield (
+        learned == (vision.position_grid > 0),
+        "model.vision.position_grid",
+        f'must be the side of the learned table with model.vision.positions = "{vision.positions}"'
+        if learned
+        else f'has no effect with model.vision.positions = "{vision.positions}": leave it at 0',
     )
 
 
@@ -70,6 +89,16 @@ def _moe(recipe: Recipe) -> Iterator[Rule]:
             "moe.experts",
             f"must be the largest of moe.experts_per_layer: set it to {max(pyramid)}",
         )
+    yield (
+        moe.shared_ffn_width > 0 or not moe.shared_gate,
+        "moe.shared_gate",
+        "needs a shared expert: set moe.shared_ffn_width",
+    )
+    yield (
+        moe.renormalise or moe.backend == "dropless",
+        "moe.renormalise",
+        f'must be true with moe.backend = "{moe.backend}", whose gates always sum to 1',
+    )
     fewest = min(pyramid or (moe.experts,))
     yield fewest >= 1, "moe.experts_per_layer", "every number must be at least 1"
     where = f"at most moe.experts = {moe.experts}"

@@ -25,7 +25,27 @@ class VisionConfig:
     width: int = bounded(1024, least=1)  # model width of the encoder
     layers: int = bounded(24, least=1)
     heads: int = bounded(16, least=1)
-    ffn_width: int = bounded(4096, least=1)  # hidden width of the SwiGLU feed-forward
+    ffn_width: int = bounded(4096, least=1)  # hidden width of the feed-forward
+    # The following keys are for weights that were trained elsewhere.
+    norm: str = bounded("rms", choices=("rms", "layer"))  # RMSNorm or LayerNorm
+    norm_eps: float = bounded(1e-6, above=0)
+    bias: bool = False  # of queries, keys, values and their output
+    qk_norm: bool = True  # RMSNorm of each head's queries and keys
+    # SwiGLU without biases, or two matrices with biases and one of the kinds of GELU between them
+    ffn: str = bounded("swiglu", choices=("swiglu", "gelu", "gelu_tanh", "quick_gelu"))
+    layer_scale: bool = False  # a learned factor per feature on what attention and feed-forward add
+    positions: str = bounded("rotary", choices=("rotary", "learned", "learned+rotary"))
+    rope_base: float = bounded(100.0, least=1)
+    position_grid: int = bounded(0, least=0)  # side of the learned table, in patches
+    # how the table is resized to the grid of a picture: `model/positions.py`
+    position_resize: str = bounded("bilinear", choices=("bilinear", "bicubic", "align_corners"))
+    prefix_tokens: int = bounded(0, least=0)  # class token and registers before the patches of a picture
+    pre_norm: bool = False  # a norm before the first layer
+    final_norm: bool = True
+    # LayerNorm of what is joined to a cell: of each patch, or of all together; or none
+    connector_norm: str = bounded("none", choices=("none", "patch", "joined"))
+    connector_norm_eps: float = bounded(1e-5, above=0)
+    place_and_time: bool = True  # the connector adds the place of a cell in its picture and of a frame in its video
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,19 @@ class ModelConfig:
     kv_heads: int = bounded(8, least=1)  # key/value heads; divides `heads`
     ffn_width: int = bounded(5632, least=1)  # hidden width of the dense SwiGLU layers
     rope_base: float = bounded(10000.0, least=1)
+    # The following keys are for weights that were trained elsewhere.
+    head_width: int = bounded(0, least=0)  # d; 0: width / heads
+    norm_eps: float = bounded(1e-6, above=0)  # of every RMSNorm of the decoder
+    # RMSNorm of queries and keys before their rotation: of each head, of all heads together, or none
+    qk_norm: str = bounded("head", choices=("head", "width", "none"))
+    qkv_bias: bool = False  # biases of queries, keys and values
+    tied: bool = True  # the output projection is the token embedding
     vision: VisionConfig = field(default_factory=VisionConfig)
+
+    @property
+    def width_of_head(self) -> int:
+        """d."""
+        return self.head_width or self.width // self.heads
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,8 @@ class MoEConfig:
     top_k: int = bounded(2, least=1)  # K; experts per token
     ffn_width: int = bounded(1408, least=1)  # F; hidden width of one expert
     shared_ffn_width: int = bounded(0, least=0)  # hidden width of the shared expert of every token; 0: none
+    shared_gate: bool = False  # the shared expert's output is times a learned sigmoid of the token
+    renormalise: bool = True  # the gates of a token's K experts sum to 1; false: they are their softmax probabilities
     first_dense_layers: int = bounded(1, least=0)  # number of dense decoder layers before the MoE layers
     # Router input: "token" (token, task, modality), "plain" (token), "task"; "isolated": "token", experts by modality.
     routing: str = bounded("token", choices=("token", "plain", "task", "isolated"))

@@ -72,7 +72,8 @@ def shrink(recipe: Recipe) -> Recipe:
         recipe,
         model=replace(
             model, width=16 * kv_heads * ratio, layers=dense + 2, heads=kv_heads * ratio, kv_heads=kv_heads,
-            ffn_width=32, vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32),
+            ffn_width=32, head_width=16 if model.head_width else 0,
+            vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32),
         ),
         moe=replace(
             moe, experts=experts, top_k=min(moe.top_k, experts), ffn_width=16, first_dense_layers=dense,

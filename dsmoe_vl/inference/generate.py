@@ -91,7 +91,7 @@ class CachedDecoder:
         self.task_ids = torch.tensor([prompt.task for prompt in prompts], device=trained.device)
         self.unspeakable = unspeakable(trained)
         like = trained.model.embedding.weight
-        self.cache = KeyValueCache(model.layers, lengths, room, model.kv_heads, model.width // model.heads, like)
+        self.cache = KeyValueCache(model.layers, lengths, room, model.kv_heads, model.width_of_head, like)
         with torch.inference_mode():
             self.hidden, _ = trained.model(self.batch, self.cache)  # [T, D], of the prompts
 

@@ -74,7 +74,8 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     try:
         require_content(checkpoint, manifest, (file.path.name, *sorted(set(file.places.values()))))
         weights = file.load(str(place))
-        weights["head.weight"] = weights["embedding.weight"]  # tied: stored once
+        if recipe.model.tied:
+            weights["head.weight"] = weights["embedding.weight"]  # stored once
         _shrink(model, weights)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, AttributeError, KeyError, SafetensorError) as error:

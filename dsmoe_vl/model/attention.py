@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_vl.model.cache import LayerCache
-from dsmoe_vl.model.layers import RMSNorm, rotate
+from dsmoe_vl.model.layers import NormOverHeads, RMSNorm, rotate
 
 
 @dataclass(frozen=True)
@@ -103,27 +103,51 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with QK-norm (Dehghani et al. 2023) and rotary positions."""
+    """Grouped-query attention (Ainslie et al. 2023) with QK-norm (Dehghani et al. 2023) and rotary positions.
 
-    def __init__(self, width: int, heads: int, kv_heads: int, causal: bool) -> None:
+    head_width: 0 for width / heads. qk_norm: "head", "width" or "none", as `ModelConfig.qk_norm`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        causal: bool,
+        *,
+        head_width: int = 0,
+        qk_norm: str = "head",
+        norm_eps: float = 1e-6,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_width, self.causal = heads, kv_heads, width // heads, causal
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
-        self.q_norm = RMSNorm(self.head_width)
-        self.k_norm = RMSNorm(self.head_width)
-        self.out = nn.Linear(width, width, bias=False)
+        self.heads, self.kv_heads, self.causal = heads, kv_heads, causal
+        self.head_width = head_width or width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=qkv_bias)
+        self.q_norm = _qk_norm(qk_norm, heads, self.head_width, norm_eps)
+        self.k_norm = _qk_norm(qk_norm, kv_heads, self.head_width, norm_eps)
+        self.out = nn.Linear(heads * self.head_width, width, bias=out_bias)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, layout: SegmentLayout | None, cache: LayerCache | None = None
+        self, x: Tensor, rotation: Tensor | None, layout: SegmentLayout | None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x [T, D] -> [T, D]. With a layout, a cache stores the prompts that the layout describes; without one, x has
-        the next token of each cached sequence."""
+        """x [T, D], rotation complex64 [T, 1, d / 2] or None -> [T, D]. With a layout, a cache stores the prompts that
+        the layout describes; without one, x has the next token of each cached sequence."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_width)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if layout is None:
             assert cache is not None, "one token a sequence needs a cache"
             return self.out(cache.attend(q, k, v).flatten(1))
         if cache is not None:
             cache.store_prompts(k, v)
         return self.out(segment_attention(q, k, v, layout, self.causal).flatten(1))
+
+
+def _qk_norm(kind: str, heads: int, head_width: int, eps: float) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    return RMSNorm(head_width, eps) if kind == "head" else NormOverHeads(heads * head_width, eps)

@@ -42,7 +42,7 @@ def first_values(model: VisionLanguageModel, seed: int) -> Callable[[Placed], No
     def std_of(where: Placed) -> float:
         if id(where.parameter) in routers:
             return _ROUTER_STD
-        if where.parameter is model.embedding.weight:
+        if where.parameter is model.embedding.weight or where.parameter is model.head.weight:
             return _EMBEDDING_STD
         std = where.shape[-1] ** -0.5
         if "layers" in where.name and where.name.endswith(_INTO_RESIDUAL):

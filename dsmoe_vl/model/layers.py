@@ -50,6 +50,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class NormOverHeads(RMSNorm):
+    """RMSNorm over the features of all heads together, [T, H, d] -> [T, H, d]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)).view_as(x)
+
+
 class SwiGLU(nn.Module):
     """Dense feed-forward `w2(silu(w1 x) * w3 x)` (Shazeer 2020, section 2); w1 and w3 are stored as one matrix."""
 
@@ -61,6 +68,62 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class GatedSwiGLU(SwiGLU):
+    """A SwiGLU times `sigmoid(w x)`, one number a token."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__(width, hidden_width)
+        self.gate = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate(x).sigmoid()
+
+
+class GELUFeedForward(nn.Module):
+    """Feed-forward `w2 gelu(w1 x)` with biases; with the exact GELU (Hendrycks and Gimpel 2016)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden_width)
+        self.down = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return F.gelu(x)
+
+
+class TanhGELUFeedForward(GELUFeedForward):
+    """With the approximation by tanh."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
+class QuickGELUFeedForward(GELUFeedForward):
+    """With the approximation by a sigmoid, as CLIP has it."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+# By the name in `VisionConfig.ffn`.
+GELU_KINDS = {"gelu": GELUFeedForward, "gelu_tanh": TanhGELUFeedForward, "quick_gelu": QuickGELUFeedForward}
+
+
+class Scale(nn.Module):
+    """A learned factor per feature (LayerScale, Touvron et al. 2021)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
 
 
 def rotary_1d(positions: Tensor, head_width: int, base: float) -> Tensor:

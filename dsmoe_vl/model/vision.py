@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.recipe import VisionConfig
 from dsmoe_vl.model.attention import Attention, SegmentLayout
-from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_2d
+from dsmoe_vl.model.layers import GELU_KINDS, RMSNorm, Scale, SwiGLU, rotary_2d
+from dsmoe_vl.model.positions import LearnedPositions
 
 _TIME_PERIODS = 16
 _SECONDS = (0.5, 1024.0)  # shortest and longest period
@@ -22,19 +23,26 @@ _CELLS = (2.0, 256.0)
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm attention within a picture, then SwiGLU."""
+    """Pre-norm attention within a picture, then a feed-forward."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config.width, config.heads, config.heads, causal=False)
-        self.feed_forward_norm = RMSNorm(config.width)
-        self.feed_forward = SwiGLU(config.width, config.ffn_width)
+        width = config.width
+        self.attention_norm = _norm(config)
+        self.attention = Attention(
+            width, config.heads, config.heads, causal=False, qk_norm="head" if config.qk_norm else "none",
+            norm_eps=config.norm_eps, qkv_bias=config.bias, out_bias=config.bias,
+        )  # fmt: skip
+        self.attention_scale = Scale(width) if config.layer_scale else nn.Identity()
+        self.feed_forward_norm = _norm(config)
+        gated = config.ffn == "swiglu"
+        self.feed_forward = (SwiGLU if gated else GELU_KINDS[config.ffn])(width, config.ffn_width)
+        self.feed_forward_scale = Scale(width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Tensor, layout: SegmentLayout) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, layout: SegmentLayout) -> Tensor:
         """x [N, Dv] -> [N, Dv]."""
-        x = x + self.attention(self.attention_norm(x), rotation, layout)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention_scale(self.attention(self.attention_norm(x), rotation, layout))
+        return x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class VisionEncoder(nn.Module):
@@ -42,19 +50,70 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.head_width = config.width // config.heads
+        self.head_width, self.rope_base = config.width // config.heads, config.rope_base
+        self.is_rotary = "rotary" in config.positions
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width)
+        self.position = None
+        if "learned" in config.positions:
+            self.position = LearnedPositions(config.position_grid, config.width, config.position_resize)
+        self.prefix = nn.Parameter(torch.empty(config.prefix_tokens, config.width)) if config.prefix_tokens else None
+        self.embedding_norm = _norm(config) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width)
+        self.norm = _norm(config) if config.final_norm else nn.Identity()
 
     def forward(self, patches: Tensor, positions: Tensor, layout: SegmentLayout) -> Tensor:
-        """patches uint8 [N, C], positions int64 [N, 2] -> [N, Dv]."""
-        pixels = patches.to(self.norm.weight.dtype).div_(127.5).sub_(1.0)
+        """patches uint8 [N, C], positions int64 [N, 2], layout of the pictures -> [N, Dv]."""
+        pixels = patches.to(self.patch_embedding.weight.dtype).div_(127.5).sub_(1.0)
         x = self.patch_embedding(pixels)
-        rotation = rotary_2d(positions, self.head_width)
+        if self.position is not None:
+            x = x + self.position(positions, _sizes(positions, layout))
+        rotation = rotary_2d(positions, self.head_width, self.rope_base) if self.is_rotary else None
+        if self.prefix is None:
+            return self._encode(x, rotation, layout)
+        own, first, longer = _places_after(layout, len(self.prefix), len(x))
+        rows = len(own) + len(first) * len(self.prefix)
+        before = (first.unsqueeze(-1) + torch.arange(len(self.prefix), device=x.device)).flatten()
+        x = x.new_zeros(rows, x.shape[1]).index_copy(0, own, x)
+        x = x.index_copy(0, before, self.prefix.type_as(x).repeat(len(first), 1))
+        if rotation is not None:  # the prefix has no place, so it is not rotated
+            rotation = torch.ones(rows, *rotation.shape[1:], dtype=rotation.dtype, device=x.device).index_copy(
+                0, own, rotation
+            )
+        return self._encode(x, rotation, longer).index_select(0, own)
+
+    def _encode(self, x: Tensor, rotation: Tensor | None, layout: SegmentLayout) -> Tensor:
+        x = self.embedding_norm(x)
         for layer in self.layers:
             x = layer(x, rotation, layout)
         return self.norm(x)
+
+
+def _norm(config: VisionConfig) -> nn.Module:
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.width, eps=config.norm_eps)
+
+
+def _pictures(layout: SegmentLayout, patches: int) -> Tensor:
+    """The picture of each patch: int64 [N]."""
+    lengths = layout.cumulative.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=patches)
+
+
+def _sizes(positions: Tensor, layout: SegmentLayout) -> Tensor:
+    """Rows and columns of each patch's picture: int64 [N, 2]."""
+    picture = _pictures(layout, len(positions))
+    last = positions.new_zeros(len(layout.cumulative) - 1, 2)
+    last = last.scatter_reduce(0, picture.unsqueeze(-1).expand(-1, 2), positions, "amax")
+    return last[picture] + 1
+
+
+def _places_after(layout: SegmentLayout, prefix: int, patches: int) -> tuple[Tensor, Tensor, SegmentLayout]:
+    """With `prefix` more rows before each picture: the rows of the patches, int64 [N]; the first row of each picture,
+    int64; the layout."""
+    count = torch.arange(len(layout.cumulative), device=layout.cumulative.device)
+    cumulative = layout.cumulative + count * prefix
+    own = torch.arange(patches, device=count.device) + (_pictures(layout, patches) + 1) * prefix
+    return own, cumulative[:-1], SegmentLayout.build(cumulative.int(), layout.longest + prefix)
 
 
 class Connector(nn.Module):
@@ -65,20 +124,24 @@ class Connector(nn.Module):
 
     def __init__(self, config: VisionConfig, width: int) -> None:
         super().__init__()
-        self.cell_size = config.merge**2
-        self.up = nn.Linear(config.width * self.cell_size, width)
+        self.cell_size, self.merge = config.merge**2, config.merge
+        joined, eps = config.width * self.cell_size, config.connector_norm_eps
+        self.patch_norm = nn.LayerNorm(config.width, eps) if config.connector_norm == "patch" else nn.Identity()
+        self.cell_norm = nn.LayerNorm(joined, eps) if config.connector_norm == "joined" else nn.Identity()
+        self.up = nn.Linear(joined, width)
         self.down = nn.Linear(width, width)
-        self.place = nn.Linear(2 * 2 * _PLACE_PERIODS, width, bias=False)
-        self.time = nn.Linear(2 * _TIME_PERIODS, width, bias=False)
-        self.merge = config.merge
+        self.place = nn.Linear(2 * 2 * _PLACE_PERIODS, width, bias=False) if config.place_and_time else None
+        self.time = nn.Linear(2 * _TIME_PERIODS, width, bias=False) if config.place_and_time else None
 
     def forward(self, features: Tensor, positions: Tensor, cell_time: Tensor) -> Tensor:
         """features [N, Dv], positions int64 [N, 2], cell_time float32 [Q] seconds (-1: a still image) -> [Q, D]."""
-        cells = features.view(-1, self.cell_size * features.shape[-1])
+        cells = self.cell_norm(self.patch_norm(features).view(-1, self.cell_size * features.shape[-1]))
+        embedded = self.down(F.gelu(self.up(cells)))
+        if self.place is None or self.time is None:
+            return embedded
         places = positions.view(-1, self.cell_size, 2)[:, 0] // self.merge  # row and column of the cell
         place = _sinusoids(places.float(), _PLACE_PERIODS, *_CELLS).flatten(1)
         time = _sinusoids(cell_time, _TIME_PERIODS, *_SECONDS) * (cell_time >= 0).unsqueeze(-1)
-        embedded = self.down(F.gelu(self.up(cells)))
         return embedded + self.place(place.type_as(features)) + self.time(time.type_as(features))
 
 

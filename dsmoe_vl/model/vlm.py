@@ -20,7 +20,7 @@ from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.model.attention import Attention, SegmentLayout
 from dsmoe_vl.model.cache import KeyValueCache, LayerCache
-from dsmoe_vl.model.layers import RMSNorm, SwiGLU, rotary_1d
+from dsmoe_vl.model.layers import GatedSwiGLU, RMSNorm, SwiGLU, rotary_1d
 from dsmoe_vl.model.vision import Connector, VisionEncoder
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.experts import Experts
@@ -49,9 +49,12 @@ class DecoderLayer(nn.Module):
     def __init__(self, recipe: Recipe, index: int) -> None:
         super().__init__()
         model, moe = recipe.model, recipe.moe
-        self.attention_norm = RMSNorm(model.width)
-        self.attention = Attention(model.width, model.heads, model.kv_heads, causal=True)
-        self.feed_forward_norm = RMSNorm(model.width)
+        self.attention_norm = RMSNorm(model.width, model.norm_eps)
+        self.attention = Attention(
+            model.width, model.heads, model.kv_heads, causal=True, head_width=model.head_width, qk_norm=model.qk_norm,
+            norm_eps=model.norm_eps, qkv_bias=model.qkv_bias,
+        )  # fmt: skip
+        self.feed_forward_norm = RMSNorm(model.width, model.norm_eps)
         self.sparse = index >= moe.first_dense_layers
         self.feed_forward: nn.Module
         if self.sparse:
@@ -73,20 +76,21 @@ class DecoderLayer(nn.Module):
 
 def _sparse_feed_forward(recipe: Recipe, expert_count: int) -> nn.Module:
     width, moe = recipe.model.width, recipe.moe
-    router = Router(width, expert_count, moe.top_k, len(TASKS), len(Modality), moe.routing)
+    router = Router(width, expert_count, moe.top_k, len(TASKS), len(Modality), moe.routing, moe.renormalise)
     experts = Experts(expert_count, width, moe.ffn_width)
-    shared = SwiGLU(width, moe.shared_ffn_width) if moe.shared_ffn_width else None
+    kind = GatedSwiGLU if moe.shared_gate else SwiGLU
+    shared = kind(width, moe.shared_ffn_width) if moe.shared_ffn_width else None
     if moe.backend == "capacity":
         return CapacityFeedForward(moe, width, router, experts, shared)
     return MoEFeedForward(router, experts, shared)
 
 
 class LanguageHead(nn.Module):
-    """The output projection, tied to the token embedding, and its loss, in chunks: all logits never exist at once."""
+    """The output projection, and its loss, in chunks: all logits never exist at once. `tied`: it is the embedding."""
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, tied: bool) -> None:
         super().__init__()
-        self.weight = embedding.weight
+        self.weight = embedding.weight if tied else nn.Parameter(torch.empty_like(embedding.weight))
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """hidden [X, D] -> logits [X, V]; with targets int64 [X] -> the *sum* of their cross entropies, fp32, nats."""
@@ -115,14 +119,14 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         model = recipe.model
-        self.rope_base, self.head_width = model.rope_base, model.width // model.heads
+        self.rope_base, self.head_width = model.rope_base, model.width_of_head
         self.activation_checkpointing = activation_checkpointing
         self.vision = VisionEncoder(model.vision)
         self.connector = Connector(model.vision, model.width)
         self.embedding = nn.Embedding(recipe.tokenizer.vocab_size, model.width)
         self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
-        self.norm = RMSNorm(model.width)
-        self.head = LanguageHead(self.embedding)
+        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.head = LanguageHead(self.embedding, model.tied)
         for name, head in heads.items():
             self.add_module(name, head)
 

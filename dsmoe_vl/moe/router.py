@@ -22,7 +22,7 @@ class Routing(NamedTuple):
     """
 
     experts: Tensor  # int64 [T, K]
-    gates: Tensor  # float32 [T, K], each row sums to 1; with K = 1, p
+    gates: Tensor  # float32 [T, K], each row sums to 1; with K = 1 or without renormalisation, p
     probabilities: Tensor  # float32 [T, E]
     logits: Tensor  # float32 [T, E]
 
@@ -31,7 +31,7 @@ class Router(nn.Module):
     """`z = W x + b[task] + u[modality]`, softmax in fp32, the K largest of `p + beta`, their p renormalised to sum 1.
 
     With K = 1 the gate is p itself (Fedus et al. 2021, eq. 2): renormalised it would always be 1, and the router
-    would get no gradient from the task losses.
+    would get no gradient from the task losses. Without `renormalise` all gates are p, as in some released models.
 
     b and u start at zero (b not in mode "task"), so at first this is the plain softmax gate (Shazeer et al. 2017).
     beta is the aux-loss-free balancing bias (Wang et al. 2024, eq. 3): it affects the choice of experts, never the
@@ -46,11 +46,12 @@ class Router(nn.Module):
     selection_bias: Tensor  # float32 [E], beta
 
     def __init__(
-        self, width: int, expert_count: int, top_k: int, tasks: int, modalities: int, mode: str = "token"
-    ) -> None:
+        self, width: int, expert_count: int, top_k: int, tasks: int, modalities: int, mode: str = "token",
+        renormalise: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.top_k, self.tasks, self.modalities = top_k, tasks, modalities  # ZeRO-3 empties parameters between calls
-        self.mode = mode
+        self.mode, self.renormalise = mode, renormalise and top_k > 1
         self.weight = nn.Parameter(torch.empty(expert_count, width))
         self.task_bias = nn.Parameter(torch.zeros(tasks, expert_count))
         self.modality_bias = nn.Parameter(torch.zeros(modalities, expert_count))
@@ -66,7 +67,7 @@ class Router(nn.Module):
             scores = scores.masked_fill(logits.isinf(), float("-inf"))
         experts = scores.topk(self.top_k, dim=-1).indices
         gates = probabilities.gather(-1, experts)
-        if self.top_k > 1:
+        if self.renormalise:
             gates = gates / gates.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         return Routing(experts, gates, probabilities, logits)
 

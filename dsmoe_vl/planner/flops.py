@@ -63,19 +63,20 @@ def full_step_flops(recipe: Recipe, flops: Flops, packs: int) -> float:
 def _per_token(recipe: Recipe, context: float) -> float:
     model, moe = recipe.model, recipe.moe
     width = model.width
-    attention = 2 * width * width + 2 * width * width * model.kv_heads / model.heads
+    attention = 2 * width * (model.heads + model.kv_heads) * model.width_of_head
     dense = 3 * width * model.ffn_width
-    sparse = 3 * width * (moe.top_k * moe.ffn_width + moe.shared_ffn_width)
+    sparse = 3 * width * (moe.top_k * moe.ffn_width + moe.shared_ffn_width) + width * moe.shared_gate
     if moe.residual:
         sparse += 3 * width * moe.ffn_width + 2 * width
     routers = width * sum(experts_of_layers(recipe))
     products = model.layers * attention + moe.first_dense_layers * dense + sparse_layers(recipe) * sparse + routers
-    return 2 * products + model.layers * 4 * width * context
+    return 2 * products + model.layers * 4 * model.heads * model.width_of_head * context
 
 
 def _per_patch(recipe: Recipe, context: float) -> float:
     vision, width = recipe.model.vision, recipe.model.width
-    layer = 4 * vision.width**2 + 3 * vision.width * vision.ffn_width
-    cell = vision.merge**2 * vision.width * width + width * width + PLACE_AND_TIME_FEATURES * width
+    layer = 4 * vision.width**2 + (3 if vision.ffn == "swiglu" else 2) * vision.width * vision.ffn_width
+    cell = vision.merge**2 * vision.width * width + width * width
+    cell += PLACE_AND_TIME_FEATURES * width * vision.place_and_time
     products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer + cell / vision.merge**2
     return 2 * products + vision.layers * 4 * vision.width * context

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsmoe_vl.config.recipe import MoEConfig, Recipe, VisionConfig, learned_tasks
+from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe, VisionConfig, learned_tasks
 from dsmoe_vl.config.task_table import TASKS
 
 PLACE_AND_TIME_FEATURES = 64  # sinusoids of a cell's place and time, inputs of the connector
@@ -71,12 +71,12 @@ def count_parameters(recipe: Recipe) -> ParameterCounts:
     return ParameterCounts(
         vision=_vision(model.vision),
         connector=_connector(model.vision, width),
-        embedding=recipe.tokenizer.vocab_size * width,
-        attention=model.layers * _attention(width, model.heads, model.kv_heads),
+        embedding=recipe.tokenizer.vocab_size * width * (1 if model.tied else 2),
+        attention=model.layers * _decoder_attention(model),
         dense_ffn=moe.first_dense_layers * _swiglu(width, model.ffn_width),
         routers=all_experts * (width + len(TASKS) + _MODALITIES),
         experts=_experts(moe, width, all_experts),
-        shared_experts=sparse * _swiglu(width, moe.shared_ffn_width),
+        shared_experts=sparse * (_swiglu(width, moe.shared_ffn_width) + width * moe.shared_gate),
         residual_experts=sparse * (_experts(moe, width, 1) + 2 * width + 2) if moe.residual else 0,
         norms=(2 * model.layers + 1) * width,
         heads=sum(spec.head_parameters(getattr(recipe.tasks, spec.name), width) for spec in learned_tasks(recipe)),
@@ -92,19 +92,28 @@ def _experts(moe: MoEConfig, width: int, experts: int) -> int:
     return experts * _swiglu(width, moe.ffn_width)
 
 
-def _attention(width: int, heads: int, kv_heads: int) -> int:
-    """q and o: D x D; k and v: D x (Hkv d); one QK-norm weight of d for q and one for k."""
-    head_width = width // heads
-    return 2 * width * width + 2 * width * kv_heads * head_width + 2 * head_width
+def _decoder_attention(model: ModelConfig) -> int:
+    """q and o: D x (H d); k and v: D x (G d); biases of q, k and v; weights of the QK-norm."""
+    queries, keys = (heads * model.width_of_head for heads in (model.heads, model.kv_heads))
+    norms = {"head": 2 * model.width_of_head, "width": queries + keys, "none": 0}[model.qk_norm]
+    return 2 * model.width * (queries + keys) + (queries + 2 * keys) * model.qkv_bias + norms
 
 
 def _vision(vision: VisionConfig) -> int:
     width = vision.width
     patch_embedding = 3 * vision.patch_size**2 * width + width
-    layer = 2 * width + _attention(width, vision.heads, vision.heads) + _swiglu(width, vision.ffn_width)
-    return patch_embedding + vision.layers * layer + width
+    norm = width if vision.norm == "rms" else 2 * width
+    attention = 4 * width**2 + 4 * width * vision.bias + 2 * (width // vision.heads) * vision.qk_norm
+    feed_forward = _swiglu(width, vision.ffn_width)
+    if vision.ffn != "swiglu":
+        feed_forward = 2 * width * vision.ffn_width + vision.ffn_width + width
+    layer = 2 * norm + attention + feed_forward + 2 * width * vision.layer_scale
+    table = (vision.position_grid**2 if "learned" in vision.positions else 0) + vision.prefix_tokens
+    return patch_embedding + vision.layers * layer + (vision.pre_norm + vision.final_norm) * norm + table * width
 
 
 def _connector(vision: VisionConfig, width: int) -> int:
     cell = vision.merge**2 * vision.width
-    return (cell * width + width) + (width * width + width) + PLACE_AND_TIME_FEATURES * width
+    norm = {"none": 0, "patch": 2 * vision.width, "joined": 2 * cell}[vision.connector_norm]
+    place_and_time = PLACE_AND_TIME_FEATURES * width if vision.place_and_time else 0
+    return norm + (cell * width + width) + (width * width + width) + place_and_time

@@ -73,6 +73,12 @@ def test_every_choice_is_the_same_on_two_ranks(flags):
     assert difference < 1e-5
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_models_of_other_makers_are_the_same_on_two_ranks(zero):
+    flags = ("--as-others", "--accumulation", "2", "--steps", "3")
+    assert largest_difference(curve(2, zero, 2, *flags), curve(1, 1, 1, *flags)) < 1e-5
+
+
 def test_the_gradient_cache_contrasts_over_accumulation():
     whole = curve(1, 1, 1, "--accumulation", "1")
     cached = curve(2, 2, 2, "--accumulation", "2", "--gradient-cache")

@@ -64,6 +64,16 @@ RECIPE = Recipe(
     ),
     tokenizer=TokenizerConfig("unused", vocab_size=VOCABULARY),
 )  # fmt: skip
+# As weights of other makers want it: every switch of the decoder and of the encoder that adds or removes a parameter.
+AS_OTHERS = replace(
+    RECIPE.model, head_width=12, norm_eps=1e-5, qk_norm="width", qkv_bias=True, tied=False,
+    vision=replace(
+        RECIPE.model.vision, norm="layer", bias=True, qk_norm=False, ffn="gelu_tanh", layer_scale=True,
+        positions="learned+rotary", position_grid=3, prefix_tokens=2, pre_norm=True, connector_norm="joined",
+        place_and_time=False,
+    ),
+)  # fmt: skip
+MOE_AS_OTHERS = {"shared_gate": True, "renormalise": False}
 ALL_TERMS = {
     "balance_over": "task", "local_entropy_weight": 0.01, "global_entropy_weight": 0.1, "global_entropy_experts": 4.0,
     "mutual_information_weight": 0.1, "bias_rate": 0.01,
@@ -80,6 +90,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--caption-only", action="store_true")
     parser.add_argument("--all-terms", action="store_true", help="every balancing term there is")
+    parser.add_argument("--as-others", action="store_true", help="a model with AS_OTHERS")
     parser.add_argument("--routing", default="token")
     parser.add_argument("--moe", type=json.loads, default={}, help="more settings of [moe], as JSON")
     parser.add_argument("--reload", type=Path, help="write the weights there and read them without the engine")
@@ -130,6 +141,8 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     retrieval = replace(RECIPE.tasks.retrieval, loss=args.contrast, gradient_cache=args.gradient_cache)
     tasks = TasksConfig() if args.caption_only else replace(RECIPE.tasks, retrieval=retrieval)
     recipe = replace(RECIPE, moe=moe, tasks=tasks)
+    if args.as_others:
+        recipe = replace(recipe, model=AS_OTHERS, moe=replace(moe, **MOE_AS_OTHERS))
     if args.save:
         run = replace(recipe.run, directory=str(args.save.parent), name=args.save.name)
         recipe = replace(recipe, run=run, tokenizer=replace(recipe.tokenizer, path=__file__))

@@ -26,9 +26,15 @@ FORMS = {
     "dropless": (),
     "one expert, isolated": ("moe.top_k=1", "moe.routing=isolated"),
     "shared expert, as many key heads": ("moe.shared_ffn_width=32", "model.kv_heads=4"),
+    "a model of other makers": (
+        "model.head_width=12", "model.qk_norm=width", "model.qkv_bias=true", "model.tied=false",
+        "moe.shared_ffn_width=32", "moe.shared_gate=true", "moe.renormalise=false", "model.vision.norm=layer",
+        "model.vision.bias=true", "model.vision.ffn=gelu", "model.vision.positions=learned",
+        "model.vision.position_grid=5", "model.vision.prefix_tokens=1", "model.vision.layer_scale=true",
+    ),
     "capacity that would drop": ("moe.backend=capacity", "moe.eval_capacity_factor=0.5", "moe.min_capacity=1"),
     "capacity, residual": ("moe.backend=capacity", "moe.residual=true", "moe.top_k=1", "moe.eval_capacity_factor=0.5"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(params=FORMS.values(), ids=FORMS, scope="module")

@@ -16,7 +16,10 @@ from dsmoe_vl.checkpoint.weights_file import WeightsFile, shard_name
 
 def complete_with(folder: Path, weights: dict[str, Tensor], tokenizer_sha256: str, step: int = 7) -> None:
     """Add weights to a folder, and mark it as the complete checkpoint of one rank."""
-    WeightsFile(folder).save({name: value.contiguous() for name, value in weights.items() if name != "head.weight"})
+    head, embedding = weights.get("head.weight"), weights["embedding.weight"]
+    is_tied = head is not None and head.data_ptr() == embedding.data_ptr()
+    kept = {name: value.contiguous() for name, value in weights.items() if not (is_tied and name == "head.weight")}
+    WeightsFile(folder).save(kept)
     files = entries(folder, sorted(path.name for path in folder.iterdir()))
     complete(folder, Manifest(step, Topology(1, 1, 2, "fp32"), tokenizer_sha256, files))
 

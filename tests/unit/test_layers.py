@@ -25,7 +25,7 @@ ORDER = (
     ("moe", "optim"),
     ("model",),
     ("tasks",),
-    ("objective", "checkpoint", "report"),
+    ("objective", "checkpoint", "report", "pretrained"),
     ("inference",),
     ("evaluation", "monitor"),
     ("training",),

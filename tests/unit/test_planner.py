@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import DataConfig, ModelConfig, MoEConfig, Recipe, TokenizerConfig, VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, ModelConfig, MoEConfig, Recipe, RunConfig, TokenizerConfig, VisionConfig
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
 from dsmoe_vl.planner.parameters import count_parameters
@@ -30,7 +31,35 @@ TINY = Recipe(
 )
 
 
-@pytest.mark.parametrize("recipe", [TINY, *(load_recipe(path) for path in RECIPES)], ids=lambda recipe: recipe.run.name)
+def tiny(name: str, moe: dict | None = None, **model: object) -> Recipe:
+    """TINY with other settings, under a name for the test."""
+    changed = replace(TINY, model=replace(TINY.model, **model), moe=replace(TINY.moe, **(moe or {})))
+    return replace(changed, run=RunConfig(name=name))
+
+
+def tower(**settings: object) -> VisionConfig:
+    """TINY's with other settings."""
+    return replace(TINY.model.vision, **settings)
+
+
+SWITCHED = [
+    tiny("width of heads", head_width=6),
+    tiny("norm over heads", head_width=6, qk_norm="width", kv_heads=2),
+    tiny("no norm, biases", qk_norm="none", qkv_bias=True),
+    tiny("untied", tied=False),
+    tiny("tower like SigLIP", vision=tower(norm="layer", bias=True, qk_norm=False, ffn="gelu_tanh", positions="learned",
+                                           position_grid=3, connector_norm="joined", place_and_time=False)),
+    tiny("tower like DINOv2", vision=tower(norm="layer", bias=True, qk_norm=False, ffn="gelu", positions="learned",
+                                           position_grid=3, prefix_tokens=5, layer_scale=True, connector_norm="patch")),
+    tiny("tower like CLIP", vision=tower(norm="layer", bias=True, qk_norm=False, ffn="quick_gelu", pre_norm=True,
+                                         positions="learned+rotary", position_grid=2, final_norm=False)),
+    tiny("shared gate", moe={"shared_gate": True, "renormalise": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "recipe", [TINY, *SWITCHED, *(load_recipe(path) for path in RECIPES)], ids=lambda recipe: recipe.run.name
+)
 def test_parts_add_up_to_the_model(recipe):
     with torch.device("meta"):
         model = build_backbone(recipe)

@@ -1,0 +1,180 @@
+"""Language models of other makers: what their config.json means, and which of their tensors ours are made of.
+
+Read: Qwen3 and Qwen3-MoE, Qwen2, Qwen2.5 and Qwen2-MoE, Llama and what has its form (TinyLlama, SmolLM), Mistral,
+Mixtral, OLMoE. The names of tensors are those on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsmoe_vl.config.recipe import ModelConfig, MoEConfig
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.pretrained.mapping import Target, expert_targets, joined, qkv, turned
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a model type has in common, beside the numbers of its config.json."""
+
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    sparse: bool = False
+    renormalise: bool | None = None  # None: config.json says it
+    experts_in: str = "mlp"  # the module of router and experts
+    expert_names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
+    shared: bool = False  # a shared expert with a gate
+
+
+FAMILIES = {
+    "qwen3": _Family(qk_norm="head"),
+    "qwen3_moe": _Family(qk_norm="head", sparse=True),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen2_moe": _Family(qkv_bias=True, sparse=True, shared=True),
+    "llama": _Family(),
+    "mistral": _Family(),
+    "mixtral": _Family(sparse=True, renormalise=True, experts_in="block_sparse_moe", expert_names=("w1", "w2", "w3")),
+    "olmoe": _Family(qk_norm="width", sparse=True),
+}
+_ALWAYS_WINDOWED = ("mistral", "mixtral")  # others say it with use_sliding_window
+_NEAREST = {
+    "qwen2_5": "qwen2",
+    "gemma": "llama",
+    "phi3": "llama",
+    "deepseek_v2": "qwen2_moe",
+    "deepseek_v3": "qwen3_moe",
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A language model in a folder: the settings of ours that it needs, and how to find its tensors."""
+
+    model: ModelConfig
+    moe: MoEConfig | None  # None: all layers are dense
+    vocab_size: int
+    first_dense_layers: int
+    family: _Family
+    prefix: str = "model."
+
+    def targets(self) -> Iterator[Target]:
+        """The tensors of our decoder, with embedding and output projection."""
+        yield Target("embedding.weight", (f"{self.prefix}embed_tokens.weight",))
+        if not self.model.tied:
+            yield Target("head.weight", ("lm_head.weight",))
+        yield Target("norm.weight", (f"{self.prefix}norm.weight",))
+        for index in range(self.model.layers):
+            theirs, ours = f"{self.prefix}layers.{index}.", f"layers.{index}."
+            yield Target(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",))
+            yield Target(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",))
+            yield from self._attention(f"{theirs}self_attn.", f"{ours}attention.")
+            if index < self.first_dense_layers:
+                yield from _swiglu(f"{theirs}mlp.", f"{ours}feed_forward.")
+            else:
+                yield from self._sparse(f"{theirs}{self.family.experts_in}.", f"{ours}feed_forward.")
+
+    def _attention(self, theirs: str, ours: str) -> Iterator[Target]:
+        width = self.model.width_of_head
+        order = "queries, keys and values; rotary pairs side by side"
+        for kind in ("weight", "bias")[: 1 + self.model.qkv_bias]:
+            sources = tuple(f"{theirs}{part}_proj.{kind}" for part in "qkv")
+            yield Target(f"{ours}qkv.{kind}", sources, qkv(width), order)
+        yield Target(f"{ours}out.weight", (f"{theirs}o_proj.weight",))
+        for part in "qk" if self.model.qk_norm != "none" else "":
+            source = (f"{theirs}{part}_norm.weight",)
+            yield Target(f"{ours}{part}_norm.weight", source, turned(width), "rotary pairs side by side")
+
+    def _sparse(self, theirs: str, ours: str) -> Iterator[Target]:
+        assert self.moe is not None
+        yield Target(f"{ours}router.weight", (f"{theirs}gate.weight",))
+        for number in range(self.moe.experts):
+            names = [f"{theirs}experts.{number}.{name}.weight" for name in self.family.expert_names]
+            yield from expert_targets(f"{ours}experts", number, (names[0], names[1], names[2]))
+        if self.family.shared:
+            yield from _swiglu(f"{theirs}shared_expert.", f"{ours}shared.")
+            yield Target(f"{ours}shared.gate.weight", (f"{theirs}shared_expert_gate.weight",))
+
+
+def _swiglu(theirs: str, ours: str) -> Iterator[Target]:
+    both = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
+    yield Target(f"{ours}gate_up.weight", both, joined, "gate and up")
+    yield Target(f"{ours}down.weight", (f"{theirs}down_proj.weight",))
+
+
+def read_decoder(config: Mapping[str, Any], names: Collection[str], place: str) -> Decoder:
+    """From a config.json and the names of the tensors. `place`: the file, for messages. Raises ConfigError."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        near = _NEAREST.get(str(kind))
+        hint = f"; the nearest that is: {near}" if near else ""
+        raise ConfigError(f"{place}: model_type = {kind!r} is not read, but {', '.join(FAMILIES)} are{hint}")
+    family = FAMILIES[kind]
+    _refuse(config, place)
+
+    def need(*keys: str) -> Any:
+        for key in keys:
+            if config.get(key) is not None:
+                return config[key]
+        raise ConfigError(f"{place}: {' or '.join(keys)} is missing, and a guess would be wrong without a word: add it")
+
+    width, heads = need("hidden_size"), need("num_attention_heads")
+    head_width = config.get("head_dim") or width // heads
+    model = ModelConfig(
+        width=width, layers=need("num_hidden_layers"), heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads, ffn_width=need("intermediate_size"),
+        rope_base=_rope_base(config, place), head_width=0 if head_width * heads == width else head_width,
+        norm_eps=need("rms_norm_eps"), qk_norm=family.qk_norm, qkv_bias=family.qkv_bias,
+        tied="lm_head.weight" not in names,
+    )  # fmt: skip
+    if not family.sparse:
+        return Decoder(model, None, need("vocab_size"), model.layers, family)
+    moe = MoEConfig(
+        experts=need("num_experts", "num_local_experts"), top_k=need("num_experts_per_tok"),
+        ffn_width=need("moe_intermediate_size", "intermediate_size"),
+        shared_ffn_width=need("shared_expert_intermediate_size") if family.shared else 0,
+        shared_gate=family.shared, first_dense_layers=_dense_layers(config, place),
+        renormalise=bool(need("norm_topk_prob")) if family.renormalise is None else family.renormalise,
+        routing="plain", balance_weight=need("router_aux_loss_coef"), z_weight=0.0,
+    )  # fmt: skip
+    return Decoder(model, moe, need("vocab_size"), moe.first_dense_layers, family)
+
+
+def _refuse(config: Mapping[str, Any], place: str) -> None:
+    """Refuse what our decoder would compute otherwise, without a word."""
+    windowed = config["model_type"] in _ALWAYS_WINDOWED or config.get("use_sliding_window")
+    unlike = {
+        "hidden_act": ("silu", config.get("hidden_act", "silu")),
+        "mlp_bias": (False, bool(config.get("mlp_bias"))),
+        "attention_bias": (False, bool(config.get("attention_bias"))),
+        "clip_qkv": (None, config.get("clip_qkv")),
+        "sliding_window": (None, config.get("sliding_window") if windowed else None),
+    }
+    for key, (ours, theirs) in unlike.items():
+        if theirs != ours:
+            raise ConfigError(f"{place}: {key} = {theirs!r} is not read; models with {ours!r} are")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"{place}: rope scaling of type {kind!r} is not read; models without are")
+
+
+def _rope_base(config: Mapping[str, Any], place: str) -> float:
+    """Where transformers 5 writes it, else where transformers 4 did. Each of them ignores the other's."""
+    found = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+    if found is None:
+        raise ConfigError(
+            f"{place}: neither rope_parameters.rope_theta nor rope_theta is there, and a guess would be wrong without "
+            "a word: add the model's own"
+        )
+    return float(found)
+
+
+def _dense_layers(config: Mapping[str, Any], place: str) -> int:
+    """The first layers that are dense. Raises ConfigError where others are."""
+    layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
+    dense = set(config.get("mlp_only_layers") or ()) | {n for n in range(layers) if (n + 1) % step}
+    if dense != set(range(len(dense))):
+        raise ConfigError(f"{place}: layers {sorted(dense)} are dense; only the first ones may be")
+    return len(dense)
