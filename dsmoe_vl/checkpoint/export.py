@@ -55,7 +55,7 @@ def export_run(run_dir: Path, output: Path) -> Export:
     plan_file = run_dir / PLAN_NAME
     recipe_from_json(plan_file)
     weights = WeightsFile(checkpoint).load()
-    _make_folder(output)
+    make_new_folder(output)
     layers = tuple(
         _drop_null_experts(weights, name.removesuffix("w1")) for name in list(weights) if name.endswith(".experts.w1")
     )
@@ -74,7 +74,8 @@ def export_run(run_dir: Path, output: Path) -> Export:
     return Export(checkpoint, tuple(sorted(layers, key=lambda layer: layer.layer)), *sizes)
 
 
-def _make_folder(output: Path) -> None:
+def make_new_folder(output: Path) -> None:
+    """Raises ConfigError if it cannot be made or is not empty."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         empty = not any(output.iterdir())

@@ -25,6 +25,11 @@ _TYPES = {
 _CHUNK = 1 << 24  # bytes
 
 
+def type_named(name: str) -> torch.dtype:
+    """The dtype of a name in a file's header, such as "BF16". Raises KeyError for one that is not written here."""
+    return {name: dtype for dtype, name in _TYPES.items()}[name]
+
+
 class FileEntry(NamedTuple):
     """What a manifest knows of a file: bytes and hex sha256."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from dsmoe_vl.config.deepspeed_keys import TOP_LEVEL
+from dsmoe_vl.config.imported import MODEL_NAME, fill_in
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.errors import ConfigError
@@ -19,7 +20,7 @@ from dsmoe_vl.files import require_regular
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 # Keys of files and folders, whose ~ is the home folder. `data.cache` is expanded where it is used: its default has one.
-_PLACES = ("path", "directory")
+_PLACES = ("path", "directory", "init_from")
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -34,6 +35,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(table, override)
         recipe = recipe_from_table(table, f"override {override!r}")
+    if fill_in(table, str(path)):
+        recipe = recipe_from_table(table, f"{table['model']['init_from']}/{MODEL_NAME}")
     return recipe
 
 

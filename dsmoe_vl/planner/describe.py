@@ -43,6 +43,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
         ("sources", _sources(plan)),
         ("readers", f"{data.lanes} lanes, {data.lanes // plan.world_size} per rank, {data.workers} workers per rank"),
         *_augmentation(data.augment),
+        *_start(plan),
     ]
 
 
@@ -55,6 +56,11 @@ def _sources(plan: RunPlan) -> str:
 def _augmentation(augment: AugmentConfig) -> list[tuple[str, str]]:
     used = ", ".join(f"{name} {value:g}" for name, value in asdict(augment).items() if value)
     return [("training pictures", f"changed every epoch: {used}")] if used else []
+
+
+def _start(plan: RunPlan) -> list[tuple[str, str]]:
+    folder = plan.recipe.model.init_from
+    return [("starts from", f"{folder}, which gives it its shapes")] if folder else []
 
 
 def _parameters(plan: RunPlan) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -10,10 +11,11 @@ import torch
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor, nn
 
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.model.init import first_values
 from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
-from dsmoe_vl.moe.placement import placed
+from dsmoe_vl.moe.placement import Placed, placed
 from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.optim.optimizer import optimizer_builder
 from dsmoe_vl.optim.overflow import add_overflow
@@ -43,10 +45,12 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTa
         spread_experts(model, plan, ranks.rank % plan.ep_size)
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     fill = first_values(backbone, plan.recipe.run.seed)
+    imported = imported_values(plan.recipe.model.init_from)
     partition = _partitioner(plan, model) if plan.zero_stage == 3 else None
     for where in list(placed(model)):
         _make_real(where.parameter)
-        fill(where)
+        if not imported(where):
+            fill(where)
         where.parameter.data = where.parameter.data.to(dtype)
         if partition is not None:
             partition(where.parameter)
@@ -54,6 +58,23 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTa
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
     return model
+
+
+def imported_values(folder: str) -> Callable[[Placed], bool]:
+    """A function that fills a parameter with what `model.init_from` has for it: whether it has. Each rank reads what it
+    keeps."""
+    if not folder:
+        return lambda where: False
+    weights = WeightsFile(Path(folder))
+    known = weights.shapes()
+
+    def fill(where: Placed) -> bool:
+        if where.name in known:
+            values = weights.flat(where.name, where.first, where.first + where.numel)
+            where.parameter.data.copy_(values.view(where.shape))
+        return where.name in known
+
+    return fill
 
 
 def _make_real(parameter: nn.Parameter) -> None:

@@ -1,0 +1,51 @@
+"""The settings that follow from imported weights: `model.init_from = DIR` fills them into a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsmoe_vl.errors import ConfigError
+
+MODEL_NAME = "model.json"
+
+
+def fill_in(table: dict[str, Any], place: str) -> list[str]:
+    """Add the settings of `model.init_from` to a recipe's table, in place: their keys. Without init_from: none.
+
+    Raises ConfigError if the folder has none, or if the recipe has others.
+    """
+    folder = table.get("model", {}).get("init_from") if isinstance(table.get("model"), dict) else None
+    if not isinstance(folder, str) or not folder:
+        return []
+    file = Path(folder).expanduser() / MODEL_NAME
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"model.init_from = {folder!r} in {place}: {file} cannot be read: {reason}. Name a folder that "
+            "launch/import_hf.py wrote"
+        ) from None
+    return _merge(table, found, "", file, place)
+
+
+def _merge(table: dict[str, Any], found: dict[str, Any], prefix: str, file: Path, place: str) -> list[str]:
+    keys = []
+    for key, value in found.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = table.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{name} in {place} must be a table: write [{name}]")
+            keys += _merge(inner, value, f"{name}.", file, place)
+            continue
+        if table.get(key, value) != value:
+            raise ConfigError(
+                f"{name} = {table[key]!r} in {place}, but the weights of model.init_from have {value!r} ({file}): "
+                "remove the key"
+            )
+        table[key] = value
+        keys.append(name)
+    return keys

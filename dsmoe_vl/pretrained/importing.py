@@ -1,0 +1,182 @@
+"""Other makers' models as a folder from which training starts: `model.init_from = DIR`.
+
+DIR/
+  model-*.safetensors and their index    in our names; a tensor at a time, so memory is that of the largest
+  model.json      the recipe's settings that follow from the weights
+  origin.json     of each tensor: from which, and how; what was left out; what training fills with first values
+
+Both lists are closed: a tensor of the source that no rule knows, and one of ours that should be filled and is not, are
+errors that name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmoe_vl.checkpoint.export import make_new_folder
+from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
+from dsmoe_vl.checkpoint.weights_file import WeightsFile, shard_name
+from dsmoe_vl.config.imported import MODEL_NAME
+from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
+from dsmoe_vl.errors import CheckpointError, ConfigError
+from dsmoe_vl.files import write_json, writing
+from dsmoe_vl.moe.placement import expert_name, is_of_experts
+from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
+from dsmoe_vl.pretrained.mapping import Target
+from dsmoe_vl.pretrained.source import SourceFolder
+from dsmoe_vl.pretrained.tower import Tower, read_tower
+from dsmoe_vl.tasks.registry import build_backbone
+
+ORIGIN_NAME = "origin.json"
+_OF_TOWER = ("vision.",)
+_OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
+_NEW = ("router.task_bias", "router.modality_bias")  # of ours alone: they start at zero
+_NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written: parameters by part, and what training will fill with first values."""
+
+    settings: dict[str, Any]
+    parameters: dict[str, int]
+    fresh: tuple[str, ...]
+
+
+def import_models(text: Path | None, vision: Path | None, output: Path) -> Imported:
+    """Write the folder `output`. Raises ConfigError, CheckpointError, OSError."""
+    if text is None and vision is None:
+        raise ConfigError("nothing to import: give --text DIR, --vision DIR or both")
+    recipe, targets = Recipe(), dict[str, tuple[SourceFolder, Target]]()
+    settings: dict[str, Any] = {}
+    left_out: dict[str, list[str]] = {}
+    owned: tuple[str, ...] = ()
+    if text is not None:
+        folder = SourceFolder(text)
+        decoder = read_decoder(folder.config, folder.places, folder.place)
+        recipe, settings = _with_decoder(recipe, decoder)
+        left_out[str(text)] = _take(folder, decoder.targets(), _is_no_tensor, targets)
+        owned += _OF_DECODER
+    if vision is not None:
+        folder = SourceFolder(vision)
+        tower = read_tower(folder.config, folder.preprocessor, folder.places, folder.place)
+        seen = replace(tower.vision, merge=recipe.model.vision.merge)
+        recipe = replace(recipe, model=replace(recipe.model, vision=seen))
+        settings.setdefault("model", {})["vision"] = _vision_settings(tower)
+        left_out[str(vision)] = _take(folder, tower.targets(), tower.leaves_out, targets)
+        owned += _OF_TOWER
+    shapes = _shapes(recipe)
+    fresh = tuple(name for name in shapes if not name.startswith(owned) or name.endswith(_NEW))
+    unfilled = sorted(set(shapes) - set(fresh) - set(targets))
+    if unfilled:
+        raise CheckpointError(f"nothing fills {unfilled[0]} ({len(unfilled)} tensors in all): the mapping lacks it")
+    make_new_folder(output)
+    with writing(output):
+        _write(output, targets, shapes)
+        write_json(output / MODEL_NAME, settings)
+        write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
+    parts: dict[str, int] = {}
+    for name in targets:
+        size = torch.Size(shapes[name]).numel()
+        parts[name.partition(".")[0]] = parts.get(name.partition(".")[0], 0) + size
+    return Imported(settings, parts, fresh)
+
+
+def _is_no_tensor(name: str) -> bool:
+    return name.endswith(_NO_TENSOR)
+
+
+def _with_decoder(recipe: Recipe, decoder: Decoder) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with its settings, and those settings as tables."""
+    moe = decoder.moe or replace(recipe.moe, first_dense_layers=decoder.model.layers)
+    model = replace(decoder.model, vision=recipe.model.vision)
+    changed = replace(recipe, model=model, moe=moe, tokenizer=TokenizerConfig(vocab_size=decoder.vocab_size))
+    tables: dict[str, Any] = {"model": _plain(decoder.model), "tokenizer": {"vocab_size": decoder.vocab_size}}
+    tables["moe"] = {"first_dense_layers": moe.first_dense_layers}
+    if decoder.moe is not None:
+        same = ("experts", "top_k", "ffn_width", "shared_ffn_width", "shared_gate", "renormalise", "first_dense_layers")
+        tables["moe"] = {name: getattr(moe, name) for name in same}
+    return changed, tables
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Without tables inside it."""
+    return {item.name: value for item in fields(settings) if not is_dataclass(value := getattr(settings, item.name))
+            and item.name != "init_from"}  # fmt: skip
+
+
+def _vision_settings(tower: Tower) -> dict[str, Any]:
+    ours = ("merge", "connector_norm", "connector_norm_eps", "place_and_time")  # of the connector: the recipe's
+    return {name: value for name, value in asdict(tower.vision).items() if name not in ours}
+
+
+def _take(
+    folder: SourceFolder, found: Iterator[Target], leaves_out: Any, targets: dict[str, tuple[SourceFolder, Target]]
+) -> list[str]:
+    """Add a folder's targets; the tensors that it leaves out. Raises CheckpointError for unknown and missing ones."""
+    used: set[str] = set()
+    for target in found:
+        for source in target.sources:
+            if source not in folder.places:
+                raise CheckpointError(f"{folder.folder} has no tensor {source}, of which {target.name} is made")
+        used |= set(target.sources)
+        targets[target.name] = folder, target
+    rest = sorted(set(folder.places) - used)
+    unknown = [name for name in rest if not leaves_out(name)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder.folder}: no rule knows what to do with the tensor {unknown[0]} ({len(unknown)} in all), and to "
+            "leave it out might change what the model computes"
+        )
+    return rest
+
+
+def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Of every stored tensor of the recipe's model; each expert is one."""
+    with torch.device("meta"):
+        model = build_backbone(recipe)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        names = [expert_name(name, n) for n in range(shape[0])] if is_of_experts(name) else [name]
+        found |= dict.fromkeys(names, shape[1:] if is_of_experts(name) else shape)
+    return found
+
+
+def _write(output: Path, targets: Mapping[str, tuple[SourceFolder, Target]], shapes: Mapping[str, Any]) -> None:
+    specs = {
+        name: Spec(folder.spec(target.sources[0]).dtype, shapes[name]) for name, (folder, target) in targets.items()
+    }
+
+    def made() -> Iterator[Tensor]:
+        for name, (folder, target) in targets.items():
+            value = target.make([folder.read(source) for source in target.sources])
+            if tuple(value.shape) != shapes[name]:
+                raise CheckpointError(
+                    f"{name} would be {list(value.shape)} from {', '.join(target.sources)} of {folder.folder}, but "
+                    f"config.json says {list(shapes[name])}"
+                )
+            yield value
+
+    file = shard_name(0, 1)
+    entry = write_tensors(output / file, Share(specs, made())).entry
+    WeightsFile(output).write_index(dict.fromkeys(specs, file), {file: entry})
+
+
+def _origin(
+    targets: Mapping[str, tuple[SourceFolder, Target]], left_out: dict[str, list[str]], fresh: tuple[str, ...]
+) -> dict[str, Any]:
+    return {
+        "tensors": {
+            name: {"folder": str(folder.folder), "from": list(target.sources), "how": target.how}
+            for name, (folder, target) in targets.items()
+        },
+        "left_out": left_out,
+        "first_values": list(fresh),
+    }

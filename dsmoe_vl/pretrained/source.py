@@ -1,0 +1,98 @@
+"""A folder with a model of another maker: config.json, safetensors files and what is beside them. Nothing is run.
+
+Reading is lazy: a tensor is in memory while it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dsmoe_vl.checkpoint.tensor_files import Spec, TensorFiles, type_named
+from dsmoe_vl.errors import CheckpointError, ConfigError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMPTY: dict[str, Any] = {}
+
+
+class SourceFolder:
+    """Raises ConfigError for a folder that is none, CheckpointError for weights that cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._files = folder, TensorFiles(folder)
+        self.config = self._json("config.json", needed=True)
+        self.preprocessor = self._json("preprocessor_config.json", needed=False)
+
+    @property
+    def place(self) -> str:
+        """config.json, for messages."""
+        return str(self.folder / "config.json")
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """The file of each tensor."""
+        if (self.folder / _INDEX).is_file():
+            found = self._json(_INDEX, needed=True).get("weight_map")
+            if not isinstance(found, dict) or not all(Path(str(file)).name == file for file in found.values()):
+                raise CheckpointError(f"{self.folder / _INDEX} is not an index of weights: download the folder again")
+            for file in sorted(set(found.values())):
+                self._require(file, {name for name, where in found.items() if where == file})
+            return dict(found)
+        if not (self.folder / _SINGLE).is_file():
+            raise CheckpointError(
+                f"{self.folder} has neither {_SINGLE} nor {_INDEX}: name a folder with weights in safetensors files "
+                "(pickled ones are not read)"
+            )
+        return dict.fromkeys(self._keys(_SINGLE), _SINGLE)
+
+    def spec(self, name: str) -> Spec:
+        """Type and shape of a tensor, without reading it."""
+        view = self._files.file(self.places[name]).get_slice(name)
+        return Spec(type_named(view.get_dtype()), tuple(view.get_shape()))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor. Raises CheckpointError if a value of it is not finite."""
+        try:
+            tensor: Tensor = self._files.file(self.places[name]).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(self.places[name], error) from None
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{self.folder / self.places[name]}: {name} has values that are not finite: download it again"
+            )
+        return tensor
+
+    def _require(self, file: str, names: Collection[str]) -> None:
+        absent = sorted(set(names) - self._keys(file))
+        if absent:
+            raise CheckpointError(f"{self.folder / file} lacks {absent[0]}, which {_INDEX} names: download it again")
+
+    def _keys(self, file: str) -> frozenset[str]:
+        try:
+            return self._files.keys(file)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(file, error) from None
+
+    def _damaged(self, file: str, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.folder / file} cannot be read: {error}: download it again")
+
+    def _json(self, name: str, needed: bool) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if not needed:
+                return _EMPTY
+            raise ConfigError(f"{self.folder} has no {name}: name a folder as `save_pretrained` writes it") from None
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} is not a JSON object: name a folder as `save_pretrained` writes it")
+        return found

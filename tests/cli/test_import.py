@@ -1,0 +1,152 @@
+"""Importing folders of other makers, and starting to train from them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsmoe_vl.checkpoint.store import newest_complete
+from dsmoe_vl.checkpoint.weights_file import WeightsFile
+from tests.support.runs import REPOSITORY, TRAIN, deepspeed_command, finish, python, start
+
+transformers = pytest.importorskip("transformers", reason="transformers: importing was not checked")
+
+IMPORT = REPOSITORY / "launch" / "import_hf.py"
+DECODER = {
+    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 64, "rope_theta": 5000.0,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "norm_topk_prob": True,
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 8, "image_size": 32,
+    "intermediate_size": 80,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A language model with experts, and a vision encoder, both random."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**DECODER)).save_pretrained(folder / "text")
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER)).save_pretrained(folder / "vision")
+    return folder
+
+
+def imported(folders, output, *parts):
+    options = [word for part in parts for word in (f"--{part}", folders / part)]
+    return finish(start(python(IMPORT, *options, "--output", output)))
+
+
+@pytest.fixture(scope="module")
+def both(folders, tmp_path_factory):
+    output = tmp_path_factory.mktemp("imported") / "both"
+    result = imported(folders, output, "text", "vision")
+    assert result.status == 0, result.err
+    assert "parameters imported" in result.out and "connector" in result.out
+    return output
+
+
+def without_shapes(tiny, output):
+    """The tiny recipe, its model from the import."""
+    recipe = tiny.recipe.read_text()
+    first = recipe.index("[[data.sources]]")
+    return f'[model]\ninit_from = "{output}"\n\n{recipe[first:]}'
+
+
+@pytest.mark.parametrize(
+    ("stage", "launch"), [(3, deepspeed_command), (2, lambda arguments: python(TRAIN, *arguments))]
+)
+def test_training_starts_from_the_imported_weights(tiny, both, tmp_path, stage, launch):
+    """With a learning rate of nothing, they are in the first checkpoint, whatever the topology."""
+    recipe, run = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text(without_shapes(tiny, both))
+    config = json.loads(tiny.deepspeed(stage).read_text())
+    config["optimizer"]["params"] |= {"lr": 1e-12, "weight_decay": 0.0}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    arguments = ["--deepspeed", tmp_path / "ds.json", "--recipe", recipe, "--run-dir", run, "run.steps=1"]
+    result = finish(start(launch([*map(str, arguments), "run.samples_every=0", "run.evaluate_every=0"])))
+    assert result.status == 0, result.out + result.err
+    found = newest_complete(run / "checkpoints")
+    assert found is not None
+    trained, source = WeightsFile(found[0]).load(), WeightsFile(both).load()
+    assert {name.partition(".")[0] for name in set(trained) - set(source)} == {"connector", "layers"}
+    for name, value in source.items():
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+def test_the_plan_shows_where_the_model_comes_from(tiny, both, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(without_shapes(tiny, both))
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--dry-run"]
+    result = finish(start(python(TRAIN, *arguments)))
+    assert result.status == 0 and f"starts from           {both}" in result.out
+    result = finish(start(python(TRAIN, *arguments, "model.width=64")))
+    assert result.status == 2 and "model.width = 64" in result.err and "have 48" in result.err
+    result = finish(start(python(TRAIN, *arguments, "model.init_from=nowhere")))
+    assert result.status == 2 and "nowhere/model.json cannot be read" in result.err
+
+
+def test_origin_names_every_tensor(both):
+    origin = json.loads((both / "origin.json").read_text())
+    assert set(origin["tensors"]) == set(WeightsFile(both).places)
+    qkv = origin["tensors"]["layers.0.attention.qkv.weight"]
+    assert [name.rpartition("self_attn.")[2] for name in qkv["from"]] == [f"{p}_proj.weight" for p in "qkv"]
+    assert any("head.probe" in name for names in origin["left_out"].values() for name in names)
+    assert "connector.up.weight" in origin["first_values"]
+
+
+def changed(folders, part, tmp_path, change):
+    """A copy of a folder, with its tensors changed by `change`."""
+    folder = tmp_path / part
+    shutil.copytree(folders / part, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _nan(weights):
+    weights["model.norm.weight"][0] = float("nan")
+
+
+BAD = {
+    "an unknown tensor": (lambda w: w.update(odd=torch.ones(2)), r"no rule knows what to do with the tensor odd"),
+    "a missing one": (lambda w: w.pop("model.norm.weight"), "has no tensor model.norm.weight, of which norm.weight is"),
+    "another shape": (
+        lambda w: w.update({"model.norm.weight": torch.ones(3)}),
+        r"norm.weight would be \[3\] from model.norm.weight of .*, but config.json says \[48\]",
+    ),
+    "not finite": (_nan, "model.norm.weight has values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_weights_are_named(folders, tmp_path, case):
+    change, message = BAD[case]
+    changed(folders, "text", tmp_path, change)
+    result = imported(tmp_path, tmp_path / "output", "text")
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert re.search(message, result.err), result.err
+
+
+def test_bad_folders_are_named(folders, tmp_path):
+    broken = tmp_path / "text"
+    shutil.copytree(folders / "text", broken)
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    cases = {
+        broken: "model.safetensors cannot be read",
+        tmp_path: "has no config.json",
+        tmp_path / "none": "no config.json",
+    }
+    for folder, message in cases.items():
+        result = finish(start(python(IMPORT, "--text", folder, "--output", tmp_path / "output")))
+        assert result.status == 2 and message in result.err and result.err.count("\n") == 1
+    result = finish(start(python(IMPORT, "--output", tmp_path / "output")))
+    assert result.status == 2 and "give --text DIR, --vision DIR or both" in result.err
