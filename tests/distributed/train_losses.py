@@ -56,7 +56,7 @@ RECIPE = Recipe(
         vision=VisionConfig(patch_size=SHAPE.patch_size, merge=2, width=16, layers=2, heads=2, ffn_width=24),
     ),
     moe=MoEConfig(experts=4, top_k=2, ffn_width=16, shared_ffn_width=8, first_dense_layers=1),
-    learning_rate=LearningRateConfig(vision=0.5, experts=2.0, heads=0.5),
+    learning_rate=LearningRateConfig(vision=0.5, experts=0.5, heads=0.25),
     tasks=TasksConfig(retrieval=RetrievalConfig(1.0, embedding_width=16), summary=SummaryConfig(1.0)),
     data=DataConfig(
         sources=(SourceConfig("test", "unused"),), pack_length=SHAPE.length, pack_patches=SHAPE.patches,
