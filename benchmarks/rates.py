@@ -26,6 +26,7 @@ from record import RESULTS, ROOT, Result
 from run import DEEPSPEED, Run
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
+from dsmoe_vl.optim.parameter_groups import PARTS
 
 PAIRS = 24_000  # of pictures and texts
 Rates = tuple[float, float, float]  # of body, embedding and heads
@@ -38,7 +39,8 @@ RATES: tuple[Rates, ...] = (
 
 def by_part(body: float, embedding: float, heads: float) -> tuple[str, ...]:
     """Overrides of a recipe, for a DeepSpeed JSON with the body's rate."""
-    return f"learning_rate.embedding={embedding / body:.6g}", f"learning_rate.heads={heads / body:.6g}"
+    factors = dict.fromkeys(PARTS, 1.0) | {"embedding": embedding / body, "heads": heads / body}
+    return tuple(f"learning_rate.{part}={factor:.6g}" for part, factor in factors.items())
 
 
 def scenes(rates: Rates, folder: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -12,6 +12,7 @@ again N times without a new checkpoint.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ SUPERVISOR = "DSMOE_VL_SUPERVISOR"  # in the environment of a rank: the process 
 _POLL_SECONDS = 0.2
 _JOIN_SECONDS = 1200.0  # for all to be there in the first round
 _REJOIN_SECONDS = 30.0  # for the others in a later one; who is later is left out
+_ANSWER_SECONDS = 60.0  # in which the first supervisor answers, else it has gone
 _LAST_SECONDS = 5.0  # of a rank's own end, once another has ended
 _STOP = "stop"  # a key: a supervisor was asked to stop
 _PR_SET_PDEATHSIG = 1
@@ -97,7 +99,7 @@ class Supervisor:
         """Rounds until the run has ended: its status."""
         with self.stop:
             why = ""
-            for number in range(10**9):
+            for number in itertools.count():
                 try:
                     decided = self._begin(number, why)
                     if decided.status is not None:
@@ -108,14 +110,14 @@ class Supervisor:
                 except (RuntimeError, OSError) as error:  # torch's errors of a store
                     self._tell(f"the first supervisor does not answer, so nothing is started again: {error}")
                     return 1
-        raise AssertionError("unreachable")
+        raise AssertionError("count has no end")
 
     def _begin(self, number: int, why: str) -> _Round:
         """Join a round, and wait for what it will be."""
         self.store.set(f"join/{number}/{self.ranks.rank}", "")
         key = f"decision/{number}"
         if self.ranks.rank == 0:
-            self.store.set(key, json.dumps(self._decide(number, why).__dict__))
+            self.store.set(key, json.dumps(asdict(self._decide(number, why))))
         while not self.store.check([key]):
             time.sleep(_POLL_SECONDS)
         found = json.loads(self.store.get(key))
@@ -268,6 +270,7 @@ def _connect(ranks: Ranks) -> tuple[str, dist.Store]:
         )
     except dist.DistNetworkError as error:
         raise ConfigError(f"--max-restarts: no store of the supervisors at {host}, port {port}: {error}") from error
+    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
     return host, store
 
 

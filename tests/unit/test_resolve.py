@@ -10,7 +10,7 @@ import pytest
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe, recipe_from_table
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import LearningRateConfig, Recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.plan import RunPlan
@@ -29,7 +29,7 @@ BUDGETS = (  # fixed here, so that tuning the quickstart changes no message
     "data.frame_pool=2",
     "model.vision.ffn_width=512",
     "run.steps=300",
-    "learning_rate.embedding=1",  # schedules of one rate are tried too
+    *(f"learning_rate.{part}=1" for part in LearningRateConfig.__dataclass_fields__),  # as some schedules need it
 )
 
 
