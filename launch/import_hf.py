@@ -37,6 +37,11 @@ def import_and_show(args: argparse.Namespace) -> int:
         print(f"  {part:<12} {count:>15,} parameters imported")
     parts = ", ".join(sorted({name.split(".")[0] for name in done.fresh}))
     print(f"  {len(done.fresh)} tensors get first values, in {parts}")
+    if args.text is not None:
+        print(
+            "warning: the rows of its embedding are pieces of its own tokenizer, which is not read yet: with another "
+            "tokenizer they mean other pieces, and only the layers are of use"
+        )
     print(f'wrote {args.output}; in the recipe: model.init_from = "{args.output}"')
     return 0
 

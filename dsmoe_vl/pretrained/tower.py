@@ -144,8 +144,9 @@ class Tower:
             yield Target(f"{ours}attention.qkv.bias", biases, joined, "queries, keys and values")
         else:
             yield Target(f"{ours}attention.qkv.bias", weights[:1], _zero_biases, "zeros: there are none")
-        for scale, name in zip(("attention_scale", "feed_forward_scale"), self.family.scales or (), strict=False):
-            yield Target(f"{ours}{scale}.weight", (f"{theirs}{name}",))
+        if self.family.scales is not None:
+            for scale, name in zip(("attention_scale", "feed_forward_scale"), self.family.scales, strict=True):
+                yield Target(f"{ours}{scale}.weight", (f"{theirs}{name}",))
 
     def _patches(self, part: int) -> Make:
         def make(found: Sequence[Tensor]) -> Tensor:

@@ -9,9 +9,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import groups, safe_get_full_grad
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
+from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.model.init import first_values
 from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
@@ -62,19 +64,31 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTa
 
 def imported_values(folder: str) -> Callable[[Placed], bool]:
     """A function that fills a parameter with what `model.init_from` has for it: whether it has. Each rank reads what it
-    keeps."""
+    keeps. Raises CheckpointError."""
     if not folder:
         return lambda where: False
     weights = WeightsFile(Path(folder))
-    known = weights.shapes()
+    try:
+        known = weights.shapes()
+    except (SafetensorError, OSError) as error:
+        raise _damaged(weights, error) from None
 
     def fill(where: Placed) -> bool:
         if where.name in known:
-            values = weights.flat(where.name, where.first, where.first + where.numel)
+            try:
+                values = weights.flat(where.name, where.first, where.first + where.numel)
+            except (SafetensorError, OSError) as error:
+                raise _damaged(weights, error) from None
             where.parameter.data.copy_(values.view(where.shape))
         return where.name in known
 
     return fill
+
+
+def _damaged(weights: WeightsFile, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the weights of model.init_from = {str(weights.folder)!r} cannot be read: {error}: import them again"
+    )
 
 
 def _make_real(parameter: nn.Parameter) -> None:

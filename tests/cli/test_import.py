@@ -49,6 +49,7 @@ def both(folders, tmp_path_factory):
     result = imported(folders, output, "text", "vision")
     assert result.status == 0, result.err
     assert "parameters imported" in result.out and "connector" in result.out
+    assert "warning: the rows of its embedding are pieces of its own tokenizer" in result.out
     return output
 
 
@@ -90,6 +91,19 @@ def test_the_plan_shows_where_the_model_comes_from(tiny, both, tmp_path):
     assert result.status == 2 and "model.width = 64" in result.err and "have 48" in result.err
     result = finish(start(python(TRAIN, *arguments, "model.init_from=nowhere")))
     assert result.status == 2 and "nowhere/model.json cannot be read" in result.err
+
+
+def test_imported_weights_that_are_cut_short_end_training_with_their_name(tiny, both, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(both, cut)
+    with next(cut.glob("model-*")).open("r+b") as file:
+        file.truncate(5000)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(without_shapes(tiny, cut))
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--run-dir", tmp_path / "run"]
+    result = finish(start(deepspeed_command(list(map(str, arguments)))))
+    assert result.status != 0 and result.err.count("error (rank ") == 1
+    assert f"the weights of model.init_from = '{cut}' cannot be read" in result.err
 
 
 def test_origin_names_every_tensor(both):
