@@ -92,9 +92,9 @@ class OptimizerFiles:
             if first != at:
                 break
             if key in self._files.keys(file):
-                into[first - start : last - start].copy_(self._files.flat(file, key, first - begin, last - begin))
+                self._files.read(file, key, first - begin, into[first - start : last - start])
             elif kind == MASTER:
-                into[first - start : last - start].copy_(self._weights.flat(name, first, last))
+                self._weights.read(name, first, into[first - start : last - start])
             at = last
         if at != stop:
             raise CheckpointError(

@@ -1,18 +1,20 @@
 """Saving and restoring a run: weights, the optimizer's state, the position of the data, random and trainer's states.
 
-A save first copies this rank's share to host memory; training goes on while a thread writes it. Where the copies do not
-fit into memory, training waits instead. When all ranks have written, they meet once, and rank 0 marks the checkpoint as
-complete.
+One thread copies this rank's share to host memory, and another one writes the copies, while training goes on: it waits
+for the first one alone, before the next update of the weights. Where the copies do not fit into memory, training waits
+for both. When all ranks have written, they meet once, and rank 0 marks the checkpoint as complete.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,12 +69,14 @@ class _Written(NamedTuple):
 
 @dataclass
 class _Save:
-    """A save in flight. `trainer`: what trainer.json will have."""
+    """A save in flight. `trainer`: what trainer.json will have. `copying` ends with the copies, `writing` with what is
+    on disk."""
 
     folder: Path
     trainer: dict[str, Any]
     data_state: dict[str, Any]
     pieces: list[Piece]
+    copying: Future[dict[str, Share]] | None
     writing: Future[dict[str, Any]]
 
 
@@ -81,7 +85,8 @@ class Saver:
 
     def __init__(self, plan: RunPlan, ranks: Ranks, host: HostGroup, tokenizer: Tokenizer) -> None:
         self._plan, self._ranks, self._host, self._tokenizer = plan, ranks, host, tokenizer
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copier = ThreadPoolExecutor(1, "checkpoint_copy")
+        self._writer = ThreadPoolExecutor(1, "checkpoint_write", initializer=_give_way)
         self._save: _Save | None = None
         self._has_told = False  # that training waits
 
@@ -96,9 +101,9 @@ class Saver:
         return self._save is not None and not self._save.writing.done()
 
     def begin(self, engine: Any, step: int, load_fraction: Tensor | None, data_state: dict[str, Any]) -> None:
-        """Copy this rank's share and begin to write it. Collective; no other save may be in flight.
+        """Begin to copy this rank's share and to write it. Collective; no other save may be in flight.
 
-        Raises OSError if the folder cannot be made.
+        The next update of the weights has to wait for `before_update`. Raises OSError if the folder cannot be made.
         """
         assert self._save is None
         folder = Path(self._plan.run_dir) / CHECKPOINTS_NAME / checkpoint_name(step)
@@ -120,10 +125,15 @@ class Saver:
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
         }
         rank, ranks = self._ranks.rank, self._ranks.world_size
-        shares = {shard_name(rank, ranks): own_weights(engine.module), optimizer_name(rank, ranks): Share.of(state)}
+        weights, optimizer = shard_name(rank, ranks), optimizer_name(rank, ranks)
+        shares = {weights: own_weights(engine.module), optimizer: Share.of(state)}
+        copying = None
         if self._has_room(sum(share.size for share in shares.values())):
-            shares = {name: share.kept() for name, share in shares.items()}
-            written = self._thread.submit(_write, folder, shares)
+            if self._plan.zero_stage == 3:  # making them is a collective, of this thread
+                shares[weights] = shares[weights].kept()
+            copying = self._copier.submit(_copies, shares, _side_stream())
+            copies = copying
+            written = self._writer.submit(lambda: _write(folder, copies.result()))
         else:
             if rank == 0 and not self._has_told:
                 print("note: copies of a checkpoint do not fit into a host's memory: training waits for it", flush=True)
@@ -133,7 +143,12 @@ class Saver:
                 written.set_result(_write(folder, shares))
             except Exception as error:
                 written.set_exception(error)
-        self._save = _Save(folder, trainer, data_state, pieces, written)
+        self._save = _Save(folder, trainer, data_state, pieces, copying, written)
+
+    def before_update(self) -> None:
+        """Wait until weights and optimizer state may change. An error in copying is that of the save."""
+        if self._save is not None and self._save.copying is not None:
+            wait([self._save.copying])
 
     def _has_room(self, size: int) -> bool:
         """Whether every host can keep copies of `size` bytes a rank, with as much again to spare. Collective."""
@@ -205,8 +220,29 @@ class Saver:
         return None
 
     def close(self) -> None:
-        """End the thread. A save in flight is left incomplete."""
-        self._thread.shutdown()
+        """End the threads. A save in flight is left incomplete."""
+        self._copier.shutdown()
+        self._writer.shutdown()
+
+
+def _give_way() -> None:
+    """Let this thread run when others of the machine do not: a save has time until the next one. Linux only."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _side_stream() -> Any:
+    """Where copies run beside the kernels of training; they see what was done before. None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
+def _copies(shares: Mapping[str, Share], stream: Any) -> dict[str, Share]:
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        return {name: share.kept() for name, share in shares.items()}
 
 
 def _write(folder: Path, shares: Mapping[str, Share]) -> dict[str, Any]:
@@ -274,7 +310,7 @@ def _reading(folder: Path) -> Iterator[None]:
     """Errors of a file with another content, which its manifest vouches for, become a CheckpointError."""
     try:
         yield
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{folder} cannot be read ({reason}): remove it to resume an older one") from error
 

@@ -11,6 +11,7 @@ topology.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,8 +84,7 @@ class WeightsFile:
         return found
 
     def _shape(self, stored: str) -> list[int]:
-        shape: list[int] = self._files.file(self.places[stored]).get_slice(stored).get_shape()
-        return shape
+        return list(self._files.spec(self.places[stored], stored).shape)
 
     def load(self, device: str = "cpu") -> dict[str, Tensor]:
         """All tensors of the one-process model, on `device`."""
@@ -100,17 +100,24 @@ class WeightsFile:
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of a tensor of the one-process model, flattened."""
+        stored = self._experts.get(name, [])
+        one = expert_name(name, stored[0]) if stored else name
+        found = torch.empty(stop - start, dtype=self._files.spec(self.places[one], one).dtype)
+        self.read(name, start, found)
+        return found
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Read elements of a tensor of the one-process model, from `start` on, into `into` [number of elements]."""
         if name not in self._experts:
-            return self._files.flat(self.places[name], name, start, stop)
-        size = 1
-        for length in self._shape(expert_name(name, 0)):
-            size *= length
-        parts = []
-        for number in range(start // size, -(-stop // size)):
-            stored, first = expert_name(name, number), number * size
-            begin, end = max(start - first, 0), min(stop - first, size)
-            parts.append(self._files.flat(self.places[stored], stored, begin, end))
-        return torch.cat(parts)
+            self._files.read(self.places[name], name, start, into)
+            return
+        size = math.prod(self._shape(expert_name(name, 0)))
+        at, stop = start, start + len(into)
+        while at < stop:
+            number = at // size
+            stored, end = expert_name(name, number), min(stop, (number + 1) * size)
+            self._files.read(self.places[stored], stored, at - number * size, into[at - start : end - start])
+            at = end
 
     def chunks(self) -> Iterator[bytes]:
         """Names and bytes of all tensors, to hash them: the same whichever files they are in."""

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.tensor_files import Spec, TensorFiles, type_named
+from dsmoe_vl.checkpoint.tensor_files import Spec, TensorFiles
 from dsmoe_vl.errors import CheckpointError, ConfigError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,8 +54,7 @@ class SourceFolder:
 
     def spec(self, name: str) -> Spec:
         """Type and shape of a tensor, without reading it."""
-        view = self._files.file(self.places[name]).get_slice(name)
-        return Spec(type_named(view.get_dtype()), tuple(view.get_shape()))
+        return self._files.spec(self.places[name], name)
 
     def read(self, name: str) -> Tensor:
         """A tensor. Raises CheckpointError if a value of it is not finite."""

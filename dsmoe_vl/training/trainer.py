@@ -77,6 +77,7 @@ class Trainer:
         self.engine = build_engine(plan, ranks, self.tasks)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.take_step.clock.entered = self.watchdog.enter
+        self.take_step.before_update = self.saver.before_update
         self.skipped = SkippedSteps(plan)
         if found is not None:
             self.watchdog.enter("start: state")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
+import weakref
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
+from dsmoe_vl.checkpoint import tensor_files
 from dsmoe_vl.checkpoint.optimizer_files import OptimizerFiles, Piece, write_index
 from dsmoe_vl.checkpoint.optimizer_state import Range
 from dsmoe_vl.checkpoint.tensor_files import Share, TensorFiles, file_entry, write_tensors
@@ -36,13 +39,25 @@ def test_the_library_reads_what_was_written(tmp_path):
     assert read.keys() == tensors().keys()
     assert all(read[name].equal(value) and read[name].dtype == value.dtype for name, value in tensors().items())
     content = file.read_bytes()
-    assert written.entry == (len(content), hashlib.sha256(content).hexdigest()) == file_entry(file)
+    assert written.entry == (len(content), blake3(content).hexdigest()) == file_entry(file)
     assert written.broken is None
 
 
 def test_values_that_are_not_finite_are_named(tmp_path):
     broken = {"good": torch.ones(3), "bad": torch.tensor([1.0, float("inf")]), "worse": torch.tensor([float("nan")])}
     assert write_tensors(tmp_path / "a.safetensors", Share.of(broken)).broken == "bad"
+
+
+def test_values_whose_sum_overflows_are_finite(tmp_path):
+    largest = torch.finfo(torch.float32).max
+    large = {"large": torch.full((8,), largest), "half": torch.full((8,), 3e38).bfloat16(), "empty": torch.empty(0)}
+    assert write_tensors(tmp_path / "a.safetensors", Share.of(large)).broken is None
+
+
+def test_copies_are_freed_one_by_one():
+    share = Share.of({"a": torch.ones(3), "b": torch.ones(3)}).kept()
+    taken = [weakref.ref(value) for value in share.tensors]
+    assert len(taken) == 2 and all(of() is None for of in taken)
 
 
 def test_all_tensors_are_made_when_the_disk_refuses(tmp_path):
@@ -66,6 +81,32 @@ def test_ranges(tmp_path, name):
     for start in range(len(whole)):
         for stop in range(start, len(whole) + 1):
             assert files.flat("a.safetensors", name, start, stop).equal(whole[start:stop])
+
+
+def test_read_into_another_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_CHUNK", 8)  # several chunks, the last one shorter
+    write_tensors(tmp_path / "a.safetensors", Share.of(tensors()))
+    files, whole = TensorFiles(tmp_path), tensors()["half"].reshape(-1)
+    into = torch.zeros(20)
+    files.read("a.safetensors", "half", 1, into)
+    assert into.equal(whole[1:21].float())
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 3), (100, 6), (105, 1)])
+def test_elements_that_are_not_there(tmp_path, start, count):
+    write_tensors(tmp_path / "a.safetensors", Share.of(tensors()))
+    with pytest.raises(ValueError, match="a has 105 elements"):
+        TensorFiles(tmp_path).read("a.safetensors", "a", start, torch.zeros(count))
+
+
+def test_a_file_that_is_cut_short_while_it_is_open(tmp_path):
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, Share.of({"a": torch.ones(1000)}))
+    files = TensorFiles(tmp_path)
+    files.keys(file.name)
+    os.truncate(file, 2000)
+    with pytest.raises(EOFError, match="ends too early"):
+        files.read(file.name, "a", 0, torch.zeros(1000))
 
 
 def test_ranges_of_experts_that_are_stored_one_by_one(tmp_path):
