@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from dsmoe_vl.command import run
 from dsmoe_vl.pretrained.importing import import_models
+from dsmoe_vl.pretrained.upcycling import Upcycling
 
 
 def parse() -> argparse.Namespace:
@@ -21,6 +23,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="DIR", help="a language model: Qwen3(-MoE), Llama, Mixtral, ...")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    dense = parser.add_argument_group("a dense language model becomes sparse")
+    for option in fields(Upcycling):
+        name, words = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        dense.add_argument(name, type=type(option.default), default=option.default, metavar="N", help=words)
     return parser.parse_args()
 
 
@@ -32,7 +38,8 @@ def main() -> int:
 
 def import_and_show(args: argparse.Namespace) -> int:
     """Import, and print a summary. Raises DsmoeVlError."""
-    done = import_models(args.text, args.vision, args.output)
+    how = Upcycling(**{option.name: getattr(args, option.name) for option in fields(Upcycling)})
+    done = import_models(args.text, args.vision, args.output, how if how.experts else None)
     for part, count in done.parameters.items():
         print(f"  {part:<12} {count:>15,} parameters imported")
     parts = ", ".join(sorted({name.split(".")[0] for name in done.fresh}))

@@ -73,7 +73,7 @@ class Decoder:
             if index < self.first_dense_layers:
                 yield from _swiglu(f"{theirs}mlp.", f"{ours}feed_forward.")
             else:
-                yield from self._sparse(f"{theirs}{self.family.experts_in}.", f"{ours}feed_forward.")
+                yield from self.sparse(f"{theirs}{self.family.experts_in}.", f"{ours}feed_forward.")
 
     def _attention(self, theirs: str, ours: str) -> Iterator[Target]:
         width = self.model.width_of_head
@@ -86,7 +86,8 @@ class Decoder:
             source = (f"{theirs}{part}_norm.weight",)
             yield Target(f"{ours}{part}_norm.weight", source, turned(width), "rotary pairs side by side")
 
-    def _sparse(self, theirs: str, ours: str) -> Iterator[Target]:
+    def sparse(self, theirs: str, ours: str) -> Iterator[Target]:
+        """Of one layer with experts: the tensors under `ours`, from those under `theirs`."""
         assert self.moe is not None
         yield Target(f"{ours}router.weight", (f"{theirs}gate.weight",))
         for number in range(self.moe.experts):

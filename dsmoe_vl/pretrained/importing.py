@@ -31,6 +31,7 @@ from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
 from dsmoe_vl.pretrained.mapping import Target
 from dsmoe_vl.pretrained.source import SourceFolder
 from dsmoe_vl.pretrained.tower import Tower, read_tower
+from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
 from dsmoe_vl.tasks.registry import build_backbone
 
 ORIGIN_NAME = "origin.json"
@@ -49,10 +50,15 @@ class Imported:
     fresh: tuple[str, ...]
 
 
-def import_models(text: Path | None, vision: Path | None, output: Path) -> Imported:
-    """Write the folder `output`. Raises ConfigError, CheckpointError, OSError."""
+def import_models(text: Path | None, vision: Path | None, output: Path, experts: Upcycling | None = None) -> Imported:
+    """Write the folder `output`. `experts`: what becomes of a dense language model, if it is not to stay one.
+
+    Raises ConfigError, CheckpointError, OSError.
+    """
     if text is None and vision is None:
         raise ConfigError("nothing to import: give --text DIR, --vision DIR or both")
+    if text is None and experts is not None:
+        raise ConfigError(f"--experts {experts.experts}: needs a language model to make them of: give --text DIR")
     recipe, targets = Recipe(), dict[str, tuple[SourceFolder, Target]]()
     settings: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
@@ -60,6 +66,8 @@ def import_models(text: Path | None, vision: Path | None, output: Path) -> Impor
     if text is not None:
         folder = SourceFolder(text)
         decoder = read_decoder(folder.config, folder.places, folder.place)
+        if experts is not None:
+            decoder = upcycled(decoder, experts, folder.place)
         recipe, settings = _with_decoder(recipe, decoder)
         left_out[str(text)] = _take(folder, decoder.targets(), _is_no_tensor, targets)
         owned += _OF_DECODER
@@ -151,7 +159,8 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 def _write(output: Path, targets: Mapping[str, tuple[SourceFolder, Target]], shapes: Mapping[str, Any]) -> None:
     specs = {
-        name: Spec(folder.spec(target.sources[0]).dtype, shapes[name]) for name, (folder, target) in targets.items()
+        name: Spec(folder.spec(target.sources[0]).dtype if target.sources else torch.float32, shapes[name])
+        for name, (folder, target) in targets.items()
     }
 
     def made() -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ def joined(found: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of our model. `how`: in words, for origin.json. Without sources it gets its first values."""
+    """A tensor of our model. `how`: in words, for origin.json. Without sources it is fp32, and made of nothing else."""
 
     name: str
     sources: tuple[str, ...]
