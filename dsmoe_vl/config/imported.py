@@ -1,4 +1,7 @@
-"""The settings that follow from imported weights: `model.init_from = DIR` fills them into a recipe."""
+"""The settings that follow from imported weights: `model.init_from = DIR` fills them into a recipe.
+
+model.json has tables as a recipe's, and under "defaults" those that a recipe may set otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from dsmoe_vl.errors import ConfigError
 
 MODEL_NAME = "model.json"
+DEFAULTS = "defaults"
 
 
 def fill_in(table: dict[str, Any], place: str) -> list[str]:
@@ -28,6 +32,11 @@ def fill_in(table: dict[str, Any], place: str) -> list[str]:
             f"model.init_from = {folder!r} in {place}: {file} cannot be read: {reason}. Name a folder that "
             "launch/import_hf.py wrote"
         ) from None
+    for section, defaults in found.pop(DEFAULTS, {}).items():
+        for key, value in defaults.items():
+            own = table.setdefault(section, {})
+            if isinstance(own, dict):
+                own.setdefault(key, value)
     return _merge(table, found, "", file, place)
 
 

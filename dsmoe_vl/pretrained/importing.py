@@ -22,7 +22,7 @@ from torch import Tensor
 from dsmoe_vl.checkpoint.export import make_new_folder
 from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
 from dsmoe_vl.checkpoint.weights_file import WeightsFile, shard_name
-from dsmoe_vl.config.imported import MODEL_NAME
+from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME
 from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.files import write_json, writing
@@ -110,6 +110,7 @@ def _with_decoder(recipe: Recipe, decoder: Decoder) -> tuple[Recipe, dict[str, A
     if decoder.moe is not None:
         same = ("experts", "top_k", "ffn_width", "shared_ffn_width", "shared_gate", "renormalise", "first_dense_layers")
         tables["moe"] = {name: getattr(moe, name) for name in same}
+        tables[DEFAULTS] = {"moe": {name: getattr(moe, name) for name in ("routing", "balance_weight", "z_weight")}}
     return changed, tables
 
 

@@ -69,9 +69,8 @@ class _Upcycled(Decoder):
 
     def _words(self, number: int) -> str:
         how = self.how
-        words = (
-            ["copied"] if how.parts == 1 else [f"part {number % how.parts + 1} of {how.parts}, w2 times {how.parts}"]
-        )
+        part = f"part {number % how.parts + 1} of {how.parts}, w2 times {how.parts}"
+        words = ["copied" if how.parts == 1 else part]
         words += [f"noise of {how.noise:g} of its deviation"] if how.noise else []
         words += [f"{how.fresh_share:.0%} of the hidden units drawn anew"] if how.fresh_share else []
         return ", ".join(words)

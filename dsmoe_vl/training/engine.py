@@ -28,14 +28,15 @@ from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
 
 
-def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> Any:
-    """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks."""
-    engine = wrap(plan, build_model(plan, ranks, tasks))
+def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: bool = True) -> Any:
+    """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks. `imports`: with the
+    weights of `model.init_from`, which a run that goes on does not need."""
+    engine = wrap(plan, build_model(plan, ranks, tasks, imports))
     torch.manual_seed(plan.recipe.run.seed * 2**20 + ranks.rank)  # for routing noise: a different seed on every rank
     return engine
 
 
-def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTaskModel:
+def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: bool = True) -> MultiTaskModel:
     """The module that the engine wraps, with this rank's experts only, and at ZeRO-3 this rank's partitions.
 
     It is described without memory, and made real one parameter at a time, in the plan's precision. Collective at
@@ -47,7 +48,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...]) -> MultiTa
         spread_experts(model, plan, ranks.rank % plan.ep_size)
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     fill = first_values(backbone, plan.recipe.run.seed)
-    imported = imported_values(plan.recipe.model.init_from)
+    imported = imported_values(plan.recipe.model.init_from if imports else "")
     partition = _partitioner(plan, model) if plan.zero_stage == 3 else None
     for where in list(placed(model)):
         _make_real(where.parameter)

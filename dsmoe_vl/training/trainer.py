@@ -74,7 +74,7 @@ class Trainer:
         self.watchdog.enter("start: held-out samples")
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.watchdog.enter("start: engine")
-        self.engine = build_engine(plan, ranks, self.tasks)
+        self.engine = build_engine(plan, ranks, self.tasks, imports=found is None)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.take_step.clock.entered = self.watchdog.enter
         self.take_step.before_update = self.saver.before_update

@@ -164,3 +164,21 @@ def test_bad_folders_are_named(folders, tmp_path):
         assert result.status == 2 and message in result.err and result.err.count("\n") == 1
     result = finish(start(python(IMPORT, "--output", tmp_path / "output")))
     assert result.status == 2 and "give --text DIR, --vision DIR or both" in result.err
+
+
+def test_a_dense_model_with_experts_made_of_it(tiny, tmp_path):
+    """Its shapes follow from the options; what its maker chose for a loss is a default that a recipe may change."""
+    dense = {name: value for name, value in DECODER.items() if "expert" not in name and "moe" not in name}
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**dense)).save_pretrained(tmp_path / "text")
+    output = tmp_path / "sparse"
+    made = ["--text", tmp_path / "text", "--output", output, "--experts", "6", "--top-k", "3", "--first-dense", "1"]
+    result = finish(start(python(IMPORT, *made)))
+    assert result.status == 0, result.err
+    settings = json.loads((output / "model.json").read_text())
+    assert settings["moe"].items() >= {"experts": 6, "top_k": 3, "ffn_width": 80, "first_dense_layers": 1}.items()
+    assert settings["defaults"]["moe"]["balance_weight"] == 0.01
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(without_shapes(tiny, output))
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--dry-run", "moe.balance_weight=0.5"]
+    result = finish(start(python(TRAIN, *arguments)))
+    assert result.status == 0 and "3 of 6 experts" in result.out, result.out + result.err
