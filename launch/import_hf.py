@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="DIR", help="a language model: Qwen3(-MoE), Llama, Mixtral, ...")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--probe", action="store_true", help="ask transformers for what training compares at its start")
     dense = parser.add_argument_group("a dense language model becomes sparse")
     for option in fields(Upcycling):
         name, words = f"--{option.name.replace('_', '-')}", option.metadata["help"]
@@ -39,7 +40,7 @@ def main() -> int:
 def import_and_show(args: argparse.Namespace) -> int:
     """Import, and print a summary. Raises DsmoeVlError."""
     how = Upcycling(**{option.name: getattr(args, option.name) for option in fields(Upcycling)})
-    done = import_models(args.text, args.vision, args.output, how if how.experts else None)
+    done = import_models(args.text, args.vision, args.output, how if how.experts else None, args.probe)
     for part, count in done.parameters.items():
         print(f"  {part:<12} {count:>15,} parameters imported")
     parts = ", ".join(sorted({name.split(".")[0] for name in done.fresh}))

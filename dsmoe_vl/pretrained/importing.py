@@ -3,6 +3,7 @@
 DIR/
   model-*.safetensors and their index    in our names; a tensor at a time, so memory is that of the largest
   model.json      the recipe's settings that follow from the weights
+  probe.safetensors   if asked for: what the makers' program answers, for the start of training
   origin.json     of each tensor: from which, and how; what was left out; what training fills with first values
 
 Both lists are closed: a tensor of the source that no rule knows, and one of ours that should be filled and is not, are
@@ -29,6 +30,7 @@ from dsmoe_vl.files import write_json, writing
 from dsmoe_vl.moe.placement import expert_name, is_of_experts
 from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
 from dsmoe_vl.pretrained.mapping import Target
+from dsmoe_vl.pretrained.probe import make_probe
 from dsmoe_vl.pretrained.source import SourceFolder
 from dsmoe_vl.pretrained.tower import Tower, read_tower
 from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
@@ -50,8 +52,11 @@ class Imported:
     fresh: tuple[str, ...]
 
 
-def import_models(text: Path | None, vision: Path | None, output: Path, experts: Upcycling | None = None) -> Imported:
-    """Write the folder `output`. `experts`: what becomes of a dense language model, if it is not to stay one.
+def import_models(
+    text: Path | None, vision: Path | None, output: Path, experts: Upcycling | None = None, probe: bool = False
+) -> Imported:
+    """Write the folder `output`. `experts`: what becomes of a dense language model, if it is not to stay one. `probe`:
+    ask transformers for what training compares at its start.
 
     Raises ConfigError, CheckpointError, OSError.
     """
@@ -59,6 +64,8 @@ def import_models(text: Path | None, vision: Path | None, output: Path, experts:
         raise ConfigError("nothing to import: give --text DIR, --vision DIR or both")
     if text is None and experts is not None:
         raise ConfigError(f"--experts {experts.experts}: needs a language model to make them of: give --text DIR")
+    if probe and (text is None or (experts is not None and not experts.is_exact)):
+        raise ConfigError("--probe: needs --text DIR, and outputs that stay the same: no --noise, no --fresh-share")
     recipe, targets = Recipe(), dict[str, tuple[SourceFolder, Target]]()
     settings: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
@@ -89,6 +96,8 @@ def import_models(text: Path | None, vision: Path | None, output: Path, experts:
         _write(output, targets, shapes)
         write_json(output / MODEL_NAME, settings)
         write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
+        if probe and text is not None:
+            make_probe(text, output)
     parts: dict[str, int] = {}
     for name in targets:
         size = torch.Size(shapes[name]).numel()

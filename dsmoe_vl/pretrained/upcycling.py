@@ -47,6 +47,11 @@ class Upcycling:
     shared_width: int = option(0, "hidden width of a shared expert whose output starts at zero; 0: none")
     seed: int = option(0, "of everything that is drawn")
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether outputs are those of the dense model."""
+        return self.noise == 0 and self.fresh_share == 0
+
 
 @dataclass(frozen=True)
 class _Upcycled(Decoder):

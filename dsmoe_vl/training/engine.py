@@ -142,6 +142,14 @@ def wrap(plan: RunPlan, model: nn.Module) -> Any:
     return engine
 
 
+def full_value(parameter: nn.Parameter) -> Tensor:
+    """The whole parameter, also where ZeRO-3 partitions it. Collective."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
 def full_gradient(parameter: nn.Parameter) -> Tensor:
     """The full gradient of a parameter that ZeRO partitions, between the last backward of a step and the update.
 

@@ -28,6 +28,7 @@ from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.held_out import HeldOut
+from dsmoe_vl.training.probe import check_probe
 from dsmoe_vl.training.signals import StopRequest
 from dsmoe_vl.training.skipped import SkippedSteps
 from dsmoe_vl.training.step import OptimizerStep, StepResult
@@ -75,6 +76,9 @@ class Trainer:
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.watchdog.enter("start: engine")
         self.engine = build_engine(plan, ranks, self.tasks, imports=found is None)
+        said = check_probe(self.engine, plan, self.device) if found is None else None
+        if said is not None and ranks.rank == 0:
+            print(f"note: starts from {recipe.model.init_from} as its makers' program computes it: {said}", flush=True)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.take_step.clock.entered = self.watchdog.enter
         self.take_step.before_update = self.saver.before_update

@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 
 def imported(folders, output, *parts):
     options = [word for part in parts for word in (f"--{part}", folders / part)]
-    return finish(start(python(IMPORT, *options, "--output", output)))
+    return finish(start(python(IMPORT, *options, "--output", output, "--probe")))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,10 @@ def test_training_starts_from_the_imported_weights(tiny, both, tmp_path, stage, 
     arguments = ["--deepspeed", tmp_path / "ds.json", "--recipe", recipe, "--run-dir", run, "run.steps=1"]
     result = finish(start(launch([*map(str, arguments), "run.samples_every=0", "run.evaluate_every=0"])))
     assert result.status == 0, result.out + result.err
+    difference = re.search(
+        r"as its makers' program computes it: the largest difference of a logit is (\S+),", result.out
+    )
+    assert difference is not None and float(difference[1]) < 1e-5
     found = newest_complete(run / "checkpoints")
     assert found is not None
     trained, source = WeightsFile(found[0]).load(), WeightsFile(both).load()
@@ -104,6 +108,22 @@ def test_imported_weights_that_are_cut_short_end_training_with_their_name(tiny, 
     result = finish(start(deepspeed_command(list(map(str, arguments)))))
     assert result.status != 0 and result.err.count("error (rank ") == 1
     assert f"the weights of model.init_from = '{cut}' cannot be read" in result.err
+
+
+def test_a_model_that_answers_otherwise_is_not_trained(tiny, both, tmp_path):
+    """Two experts have changed places."""
+    odd = tmp_path / "odd"
+    shutil.copytree(both, odd)
+    file = next(odd.glob("model-*"))
+    weights = load_file(file)
+    one, two = (f"layers.0.feed_forward.experts.{number}.w1" for number in (0, 1))
+    weights[one], weights[two] = weights[two], weights[one]
+    save_file(weights, file)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(without_shapes(tiny, odd))
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--run-dir", tmp_path / "run"]
+    result = finish(start(python(TRAIN, *arguments)))
+    assert result.status == 2 and f"{odd} does not answer as its makers' does" in result.err, result.err
 
 
 def test_origin_names_every_tensor(both):
