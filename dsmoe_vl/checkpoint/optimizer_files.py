@@ -92,9 +92,9 @@ class OptimizerFiles:
             if first != at:
                 break
             if key in self._files.keys(file):
-                self._files.read(file, key, first - begin, into[first - start : last - start])
+                self._files.fill(file, key, first - begin, into[first - start : last - start])
             elif kind == MASTER:
-                self._weights.read(name, first, into[first - start : last - start])
+                self._weights.fill(name, first, into[first - start : last - start])
             at = last
         if at != stop:
             raise CheckpointError(

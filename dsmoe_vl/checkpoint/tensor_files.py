@@ -185,11 +185,11 @@ class TensorFiles:
     def flat(self, file: str, tensor: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of a tensor, flattened."""
         found = torch.empty(stop - start, dtype=self.spec(file, tensor).dtype)
-        self.read(file, tensor, start, found)
+        self.fill(file, tensor, start, found)
         return found
 
-    def read(self, file: str, tensor: str, start: int, into: Tensor) -> None:
-        """Read elements from `start` on into `into` [number of elements], of any type and on any device.
+    def fill(self, file: str, tensor: str, start: int, into: Tensor) -> None:
+        """Fill `into` [number of elements], of any type and on any device, with the elements from `start` on.
 
         Raises SafetensorError, OSError; ValueError for elements that the tensor does not have, EOFError for a file that
         was cut short meanwhile.

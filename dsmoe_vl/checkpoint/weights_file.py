@@ -103,20 +103,20 @@ class WeightsFile:
         stored = self._experts.get(name, [])
         one = expert_name(name, stored[0]) if stored else name
         found = torch.empty(stop - start, dtype=self._files.spec(self.places[one], one).dtype)
-        self.read(name, start, found)
+        self.fill(name, start, found)
         return found
 
-    def read(self, name: str, start: int, into: Tensor) -> None:
-        """Read elements of a tensor of the one-process model, from `start` on, into `into` [number of elements]."""
+    def fill(self, name: str, start: int, into: Tensor) -> None:
+        """Fill `into` [number of elements] with those of a tensor of the one-process model, from `start` on."""
         if name not in self._experts:
-            self._files.read(self.places[name], name, start, into)
+            self._files.fill(self.places[name], name, start, into)
             return
         size = math.prod(self._shape(expert_name(name, 0)))
         at, stop = start, start + len(into)
         while at < stop:
             number = at // size
             stored, end = expert_name(name, number), min(stop, (number + 1) * size)
-            self._files.read(self.places[stored], stored, at - number * size, into[at - start : end - start])
+            self._files.fill(self.places[stored], stored, at - number * size, into[at - start : end - start])
             at = end
 
     def chunks(self) -> Iterator[bytes]:

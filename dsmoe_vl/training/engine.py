@@ -77,7 +77,7 @@ def imported_values(folder: str) -> Callable[[Placed], bool]:
     def fill(where: Placed) -> bool:
         if where.name in known:
             try:
-                weights.read(where.name, where.first, where.parameter.data.view(-1))
+                weights.fill(where.name, where.first, where.parameter.data.view(-1))
             except (SafetensorError, OSError, EOFError) as error:
                 raise _damaged(weights, error) from None
         return where.name in known

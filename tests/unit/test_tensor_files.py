@@ -83,12 +83,12 @@ def test_ranges(tmp_path, name):
             assert files.flat("a.safetensors", name, start, stop).equal(whole[start:stop])
 
 
-def test_read_into_another_type(tmp_path, monkeypatch):
+def test_fill_another_type(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "_CHUNK", 8)  # several chunks, the last one shorter
     write_tensors(tmp_path / "a.safetensors", Share.of(tensors()))
     files, whole = TensorFiles(tmp_path), tensors()["half"].reshape(-1)
     into = torch.zeros(20)
-    files.read("a.safetensors", "half", 1, into)
+    files.fill("a.safetensors", "half", 1, into)
     assert into.equal(whole[1:21].float())
 
 
@@ -96,7 +96,7 @@ def test_read_into_another_type(tmp_path, monkeypatch):
 def test_elements_that_are_not_there(tmp_path, start, count):
     write_tensors(tmp_path / "a.safetensors", Share.of(tensors()))
     with pytest.raises(ValueError, match="a has 105 elements"):
-        TensorFiles(tmp_path).read("a.safetensors", "a", start, torch.zeros(count))
+        TensorFiles(tmp_path).fill("a.safetensors", "a", start, torch.zeros(count))
 
 
 def test_a_file_that_is_cut_short_while_it_is_open(tmp_path):
@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_short_while_it_is_open(tmp_path):
     files.keys(file.name)
     os.truncate(file, 2000)
     with pytest.raises(EOFError, match="ends too early"):
-        files.read(file.name, "a", 0, torch.zeros(1000))
+        files.fill(file.name, "a", 0, torch.zeros(1000))
 
 
 def test_ranges_of_experts_that_are_stored_one_by_one(tmp_path):
