@@ -9,6 +9,8 @@ from typing import Any
 from dsmoe_vl.errors import ConfigError
 
 MODEL_NAME = "model.json"
+# Settings that the recipe may have otherwise. Whether the tokenizer at that path is the right one, its hash says.
+_OWN = ("tokenizer.path", "tokenizer.bos", "tokenizer.eos")
 
 
 def fill_in(table: dict[str, Any], place: str) -> list[str]:
@@ -28,6 +30,9 @@ def fill_in(table: dict[str, Any], place: str) -> list[str]:
             f"model.init_from = {folder!r} in {place}: {file} cannot be read: {reason}. Name a folder that "
             "launch/import_hf.py wrote"
         ) from None
+    tokenizer = found.get("tokenizer")
+    if isinstance(tokenizer, dict) and "path" in tokenizer:
+        tokenizer["path"] = str(file.parent / tokenizer["path"])
     return _merge(table, found, "", file, place)
 
 
@@ -40,6 +45,8 @@ def _merge(table: dict[str, Any], found: dict[str, Any], prefix: str, file: Path
             if not isinstance(inner, dict):
                 raise ConfigError(f"{name} in {place} must be a table: write [{name}]")
             keys += _merge(inner, value, f"{name}.", file, place)
+            continue
+        if name in _OWN and key in table:
             continue
         if table.get(key, value) != value:
             raise ConfigError(
