@@ -77,7 +77,7 @@ def sampled_pieces(alpha: float) -> Replacement:
         def encode(self: Tokenizer, text: str) -> list[int]:
             if not training[0]:
                 return usual(self, text)
-            return self._model.encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
+            return self.vocabulary.model.encode(text, enable_sampling=True, alpha=alpha, nbest_size=-1)
 
         def scored(*args: Any) -> dict[str, float]:
             training[0] = False

@@ -166,7 +166,7 @@ def _alone(recipe: Recipe, task: str) -> tuple[str, ...]:
 
 def _mean_tokens(recipe: Recipe, source_name: str) -> float:
     """Tokens of an average sample of a source."""
-    encode = Encoder(build_tasks(recipe, Tokenizer(recipe.tokenizer.path)))
+    encode = Encoder(build_tasks(recipe, Tokenizer.of(recipe)))
     source = next(source for source in recipe.data.sources if source.name == source_name)
     samples = islice(iterate_samples(source), 100)
     return statistics.fmean(sum(segment.length for segment in encode(sample)) for sample in samples)

@@ -76,7 +76,7 @@ def held_out(recipe: Recipe) -> list[Sample]:
 
 def sized(recipe: Recipe, pairs: int) -> Recipe:
     """Packs of _BATCH samples, whatever tasks they serve, and as many steps as see `pairs` of them."""
-    encode = Encoder(build_tasks(recipe, Tokenizer(recipe.tokenizer.path)))
+    encode = Encoder(build_tasks(recipe, Tokenizer.of(recipe)))
     segments = [encode(sample) for sample in islice(iterate_samples(recipe.data.sources[0]), 200)]
     tokens = np.mean([sum(segment.length for segment in of_sample) for of_sample in segments])
     patches = np.mean([sum(len(p.patches) for s in of_sample for p in s.pictures) for of_sample in segments])
@@ -98,7 +98,7 @@ def train(plan: RunPlan, points: int) -> Iterator[tuple[TrainedModel, int, float
 
     ranks, recipe, device = Ranks(0, 1, 0), plan.recipe, torch.device("cpu")
     start_process_group(ranks, "cpu")
-    tokenizer = Tokenizer(recipe.tokenizer.path)
+    tokenizer = Tokenizer.of(recipe)
     tasks = build_tasks(recipe, tokenizer)
     engine = build_engine(plan, ranks, tasks)
     host = HostGroup()

@@ -22,6 +22,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Import weights of a language model, a vision encoder, or both.")
     parser.add_argument("--text", type=Path, metavar="DIR", help="a language model: Qwen3(-MoE), Llama, Mixtral, ...")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
+    parser.add_argument(
+        "--controls", nargs="+", default=[], metavar="NAME=PIECE", help="reserved pieces for symbols, as image=[IMG]"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--probe", action="store_true", help="ask transformers for what training compares at its start")
     dense = parser.add_argument_group("a dense language model becomes sparse")
@@ -40,15 +43,20 @@ def main() -> int:
 def import_and_show(args: argparse.Namespace) -> int:
     """Import, and print a summary. Raises DsmoeVlError."""
     how = Upcycling(**{option.name: getattr(args, option.name) for option in fields(Upcycling)})
-    done = import_models(args.text, args.vision, args.output, how if how.experts else None, args.probe)
+    controls = dict(pair.partition("=")[::2] for pair in args.controls)
+    experts = how if how.experts else None
+    done = import_models(args.text, args.vision, args.output, experts=experts, controls=controls, probe=args.probe)
     for part, count in done.parameters.items():
         print(f"  {part:<12} {count:>15,} parameters imported")
     parts = ", ".join(sorted({name.split(".")[0] for name in done.fresh}))
     print(f"  {len(done.fresh)} tensors get first values, in {parts}")
-    if args.text is not None:
+    if done.tokenizer is not None:
+        print(f"  tokenizer    {done.tokenizer}")
+    elif args.text is not None:
         print(
-            "warning: the rows of its embedding are pieces of its own tokenizer, which is not read yet: with another "
-            "tokenizer they mean other pieces, and only the layers are of use"
+            f"warning: {args.text} has neither tokenizer.model nor tokenizer.json: the rows of its embedding are "
+            "pieces of a tokenizer that is not there; with another one they mean other pieces, and only the layers are "
+            "of use"
         )
     print(f'wrote {args.output}; in the recipe: model.init_from = "{args.output}"')
     return 0

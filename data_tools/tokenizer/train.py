@@ -18,12 +18,13 @@ from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
 from dsmoe_vl.command import run
+from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS
 from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
-from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
 

@@ -3,7 +3,7 @@
 OUTPUT/
   model-*.safetensors and their index, as in a checkpoint; a layer that lost experts also has `experts.kept`, the
                       numbers of the others
-  tokenizer.model  plan.json
+  tokenizer.model or tokenizer.json  plan.json
   manifest.json       written last: a folder without it cannot be opened
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.manifest import entries, write_manifest
-from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, require_newest, tokenizer_in
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import writing
@@ -62,9 +62,10 @@ def export_run(run_dir: Path, output: Path) -> Export:
     try:
         with writing(output):
             files = WeightsFile(output).save(weights)
-            shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
+            vocabulary = tokenizer_in(checkpoint)
+            shutil.copyfile(vocabulary, output / vocabulary.name)
             shutil.copyfile(plan_file, output / PLAN_NAME)
-            files |= entries(output, (INDEX_NAME, TOKENIZER_NAME, PLAN_NAME))
+            files |= entries(output, (INDEX_NAME, vocabulary.name, PLAN_NAME))
             write_manifest(output, replace(manifest, files=files))
     except BaseException:
         for written in output.iterdir():  # else the next try would find a folder that is not empty

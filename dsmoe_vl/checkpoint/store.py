@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TextIO
 
 from dsmoe_vl.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from dsmoe_vl.data.vocabulary import FILE_NAMES
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import sync_folder, write_atomically
 
 CHECKPOINTS_NAME = "checkpoints"  # folder of a run
 PLAN_NAME = "plan.json"  # of a run or an exported model
 # Files of a checkpoint.
-TOKENIZER_NAME = "tokenizer.model"
 DATA_NAME = "data.json"
 TRAINER_NAME = "trainer.json"
 LATEST_NAME = "latest"  # beside them
@@ -92,12 +92,18 @@ def require_newest(run_dir: Path) -> tuple[Path, Manifest]:
     return found
 
 
+def tokenizer_in(folder: Path) -> Path:
+    """The tokenizer of a checkpoint or an exported model, under the name of its kind."""
+    places = [folder / name for name in FILE_NAMES]
+    return next((place for place in places if place.exists()), places[0])
+
+
 def require_tokenizer(folder: Path, manifest: Manifest, tokenizer_sha256: str) -> None:
     """Raise CheckpointError if a checkpoint was trained with another tokenizer."""
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise CheckpointError(
             f"{folder} was trained with another tokenizer (pieces {manifest.tokenizer_sha256[:12]}, now "
-            f"{tokenizer_sha256[:12]}): set tokenizer.path to {folder / TOKENIZER_NAME}, or start a new run.name"
+            f"{tokenizer_sha256[:12]}): set tokenizer.path to {tokenizer_in(folder)}, or start a new run.name"
         )
 
 

@@ -31,7 +31,6 @@ from dsmoe_vl.checkpoint.store import (
     CHECKPOINTS_NAME,
     DATA_NAME,
     PLAN_NAME,
-    TOKENIZER_NAME,
     TRAINER_NAME,
     checkpoint_name,
     complete,
@@ -210,8 +209,9 @@ class Saver:
             optimizer_files.write_index(folder, pieces)
             write_json(folder / TRAINER_NAME, save.trainer)
             write_json(folder / DATA_NAME, [of_rank.data_state for of_rank in written])
-            shutil.copyfile(self._plan.recipe.tokenizer.path, folder / TOKENIZER_NAME)
-            own = (INDEX_NAME, optimizer_files.INDEX_NAME, TRAINER_NAME, DATA_NAME, TOKENIZER_NAME)
+            vocabulary = self._tokenizer.vocabulary.file_name
+            shutil.copyfile(self._tokenizer.path, folder / vocabulary)
+            own = (INDEX_NAME, optimizer_files.INDEX_NAME, TRAINER_NAME, DATA_NAME, vocabulary)
             files |= entries(folder, own)
             complete(folder, Manifest(save.trainer["step"], topology_of(self._plan), self._tokenizer.sha256, files))
             plan_file = self._plan.run_dir / PLAN_NAME

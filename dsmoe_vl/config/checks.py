@@ -207,7 +207,7 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
     yield recipe.run.directory != "", "run.directory", 'must name a folder, such as "runs"'
     first = f"tasks.{TASKS[0].name}.weight"
     yield bool(learned_tasks(recipe)), first, "the weights of all tasks are 0: set one of them above 0"
-    yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model file"
+    yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model or tokenizer.json file"
 
 
 def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: str) -> None:

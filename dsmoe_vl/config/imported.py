@@ -13,6 +13,8 @@ from dsmoe_vl.errors import ConfigError
 
 MODEL_NAME = "model.json"
 DEFAULTS = "defaults"
+# Settings that the recipe may have otherwise. Whether the tokenizer at that path is the right one, its hash says.
+_OWN = ("tokenizer.path", "tokenizer.bos", "tokenizer.eos")
 
 
 def fill_in(table: dict[str, Any], place: str) -> list[str]:
@@ -37,6 +39,9 @@ def fill_in(table: dict[str, Any], place: str) -> list[str]:
             own = table.setdefault(section, {})
             if isinstance(own, dict):
                 own.setdefault(key, value)
+    tokenizer = found.get("tokenizer")
+    if isinstance(tokenizer, dict) and "path" in tokenizer:
+        tokenizer["path"] = str(file.parent / tokenizer["path"])
     return _merge(table, found, "", file, place)
 
 
@@ -49,6 +54,8 @@ def _merge(table: dict[str, Any], found: dict[str, Any], prefix: str, file: Path
             if not isinstance(inner, dict):
                 raise ConfigError(f"{name} in {place} must be a table: write [{name}]")
             keys += _merge(inner, value, f"{name}.", file, place)
+            continue
+        if name in _OWN and key in table:
             continue
         if table.get(key, value) != value:
             raise ConfigError(

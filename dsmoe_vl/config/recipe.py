@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_vl.config.bounds import bounded
+from dsmoe_vl.config.control_symbols import ControlsConfig
 from dsmoe_vl.config.task_table import TASKS, TaskSpec
 
 PIPE = "pipe:"  # prefix of a source path that is a shell command
@@ -230,10 +231,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The SentencePiece model."""
+    """A SentencePiece model or a tokenizer.json."""
 
-    path: str = ""  # a tokenizer.model file
+    path: str = ""  # a tokenizer.model or tokenizer.json file
     vocab_size: int = bounded(32000, least=1)  # rows of the embedding table; at least the tokenizer's size
+    # The following keys are for tokenizers of other makers; launch/import_hf.py fills them in.
+    bos: str = ""  # the piece at the beginning of every segment, such as "<s>"; empty: none
+    eos: str = ""  # the piece that ends a text; empty: the one that the file says
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
+    # of the pieces to which the rows of the weights of model.init_from belong; another tokenizer is refused
+    sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ Does not import torch: that takes seconds, and the data tools do not need it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -77,6 +78,24 @@ class Segment:
     @property
     def patch_count(self) -> int:
         return sum(len(picture.patches) for picture in self.pictures)
+
+    def after(self, begin: Sequence[int]) -> Segment:
+        """This segment after the text tokens `begin`, which have no targets; itself if there are none."""
+        if not begin:
+            return self
+        count = len(begin)
+
+        def shifted(picture: Picture) -> Picture:
+            frame = picture.frame_token + count if picture.frame_token >= 0 else -1
+            return replace(picture, cell_token=picture.cell_token + count, frame_token=frame)
+
+        return replace(
+            self,
+            tokens=np.concatenate((np.asarray(begin, dtype=np.int32), self.tokens)),
+            labels=np.concatenate((np.full(count, IGNORE, dtype=np.int32), self.labels)),
+            modality=np.concatenate((np.full(count, Modality.TEXT, dtype=np.int32), self.modality)),
+            pictures=[shifted(picture) for picture in self.pictures],
+        )
 
 
 @dataclass

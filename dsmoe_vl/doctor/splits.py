@@ -90,8 +90,7 @@ class Probe:
     def __init__(self, recipe: Recipe, deepspeed: dict[str, Any], ranks: Ranks, host: HostGroup) -> None:
         """Reads STEPS * PACKS packs of the recipe's own data. Raises DataError if there are none."""
         self.recipe, self.deepspeed, self.ranks, self.host = recipe, deepspeed, ranks, host
-        tokenizer = Tokenizer(recipe.tokenizer.path)
-        tokenizer.require_fit(recipe.tokenizer.vocab_size)
+        tokenizer = Tokenizer.of(recipe)
         self.tasks = build_tasks(recipe, tokenizer)
         vision = recipe.model.vision
         self.shape = PackShape(recipe.data.pack_length, recipe.data.pack_patches, vision.patch_size, vision.merge)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.manifest import require_content
-from dsmoe_vl.checkpoint.store import PLAN_NAME, TOKENIZER_NAME, require_newest
+from dsmoe_vl.checkpoint.store import PLAN_NAME, require_newest, tokenizer_in
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -56,14 +56,14 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     """
     place = _device(device)
     checkpoint, manifest = require_newest(run_dir)
-    plan_file, tokenizer_file = run_dir / PLAN_NAME, checkpoint / TOKENIZER_NAME
-    tokenizer = Tokenizer(tokenizer_file)
+    plan_file, tokenizer_file = run_dir / PLAN_NAME, tokenizer_in(checkpoint)
+    recipe = recipe_from_json(plan_file)
+    tokenizer = Tokenizer(tokenizer_file, recipe.tokenizer)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise CheckpointError(
             f"{tokenizer_file} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "
             f"checkpoint was trained with ({manifest.tokenizer_sha256[:12]}): restore that file"
         )
-    recipe = recipe_from_json(plan_file)
     recipe = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(tokenizer_file)))
     # If experts drop tokens, a token's output depends on later tokens and on the rest of its batch: a picture's caption
     # would change with the batch, and keys could not be cached. At inference no token is dropped.

@@ -127,7 +127,7 @@ def is_first_to_fail(ranks: Ranks) -> bool:
     """
     world = dist.group.WORLD
     if world is None:  # nothing connects the ranks yet
-        return ranks.rank == 0
+        return ranks.local_rank == 0  # hosts have files of their own
     try:
         return world.get_group_store().add(FAILURES, 1) == 1
     except RuntimeError:  # rank 0 is gone already

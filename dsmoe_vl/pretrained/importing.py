@@ -3,6 +3,7 @@
 DIR/
   model-*.safetensors and their index    in our names; a tensor at a time, so memory is that of the largest
   model.json      the recipe's settings that follow from the weights
+  tokenizer.model or tokenizer.json      of the language model, if its folder has one
   probe.safetensors   if asked for: what the makers' program answers, for the start of training
   origin.json     of each tensor: from which, and how; what was left out; what training fills with first values
 
@@ -12,6 +13,7 @@ errors that name it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -32,12 +34,14 @@ from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
 from dsmoe_vl.pretrained.mapping import Target
 from dsmoe_vl.pretrained.probe import make_probe
 from dsmoe_vl.pretrained.source import SourceFolder
+from dsmoe_vl.pretrained.tokenizer import FoundTokenizer, find_tokenizer
 from dsmoe_vl.pretrained.tower import Tower, read_tower
 from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
 from dsmoe_vl.tasks.registry import build_backbone
 
 ORIGIN_NAME = "origin.json"
 _OF_TOWER = ("vision.",)
+_ONE_ROW_A_PIECE = ("embedding.weight", "head.weight")
 _OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 _NEW = ("router.task_bias", "router.modality_bias")  # of ours alone: they start at zero
 _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
@@ -45,38 +49,43 @@ _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written: parameters by part, and what training will fill with first values."""
+    """What was written: parameters by part, what training will fill with first values, and the tokenizer, if any."""
 
     settings: dict[str, Any]
     parameters: dict[str, int]
     fresh: tuple[str, ...]
+    tokenizer: FoundTokenizer | None
 
 
 def import_models(
-    text: Path | None, vision: Path | None, output: Path, experts: Upcycling | None = None, probe: bool = False
+    text: Path | None,
+    vision: Path | None,
+    output: Path,
+    *,
+    experts: Upcycling | None = None,
+    controls: Mapping[str, str] | None = None,
+    probe: bool = False,
 ) -> Imported:
-    """Write the folder `output`. `experts`: what becomes of a dense language model, if it is not to stay one. `probe`:
-    ask transformers for what training compares at its start.
+    """Write the folder `output`.
 
-    Raises ConfigError, CheckpointError, OSError.
+    experts: what becomes of a dense language model, if it is not to stay one. controls: pieces of the tokenizer that
+    stand for our symbols, by the symbols' names in the recipe. probe: ask transformers for what training compares at
+    its start. Raises ConfigError, CheckpointError, OSError.
     """
-    if text is None and vision is None:
-        raise ConfigError("nothing to import: give --text DIR, --vision DIR or both")
-    if text is None and experts is not None:
-        raise ConfigError(f"--experts {experts.experts}: needs a language model to make them of: give --text DIR")
-    if probe and (text is None or (experts is not None and not experts.is_exact)):
-        raise ConfigError("--probe: needs --text DIR, and outputs that stay the same: no --noise, no --fresh-share")
+    _check(text, vision, experts, controls, probe)
     recipe, targets = Recipe(), dict[str, tuple[SourceFolder, Target]]()
     settings: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
     owned: tuple[str, ...] = ()
+    tokenizer: FoundTokenizer | None = None
     if text is not None:
         folder = SourceFolder(text)
         decoder = read_decoder(folder.config, folder.places, folder.place)
         if experts is not None:
             decoder = upcycled(decoder, experts, folder.place)
-        recipe, settings = _with_decoder(recipe, decoder)
-        left_out[str(text)] = _take(folder, decoder.targets(), _is_no_tensor, targets)
+        tokenizer = find_tokenizer(folder, decoder.vocab_size, controls or {})
+        recipe, settings = _with_decoder(recipe, decoder, tokenizer)
+        left_out[str(text)] = _take(folder, _grown(decoder.targets(), tokenizer), _is_no_tensor, targets)
         owned += _OF_DECODER
     if vision is not None:
         folder = SourceFolder(vision)
@@ -94,6 +103,8 @@ def import_models(
     make_new_folder(output)
     with writing(output):
         _write(output, targets, shapes)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer.tokenizer.path, output / tokenizer.settings.path)
         write_json(output / MODEL_NAME, settings)
         write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
         if probe and text is not None:
@@ -102,19 +113,39 @@ def import_models(
     for name in targets:
         size = torch.Size(shapes[name]).numel()
         parts[name.partition(".")[0]] = parts.get(name.partition(".")[0], 0) + size
-    return Imported(settings, parts, fresh)
+    return Imported(settings, parts, fresh, tokenizer)
+
+
+def _check(text: Path | None, vision: Path | None, experts: Upcycling | None, controls: Any, probe: bool) -> None:
+    """Options that need something else. Raises ConfigError."""
+    if text is None and vision is None:
+        raise ConfigError("nothing to import: give --text DIR, --vision DIR or both")
+    if text is None and experts is not None:
+        raise ConfigError(f"--experts {experts.experts}: needs a language model to make them of: give --text DIR")
+    if text is None and controls:
+        raise ConfigError("--controls names pieces of the tokenizer of --text DIR: give it too")
+    if probe and (text is None or (experts is not None and not experts.is_exact)):
+        raise ConfigError("--probe: needs --text DIR, and outputs that stay the same: no --noise, no --fresh-share")
 
 
 def _is_no_tensor(name: str) -> bool:
     return name.endswith(_NO_TENSOR)
 
 
-def _with_decoder(recipe: Recipe, decoder: Decoder) -> tuple[Recipe, dict[str, Any]]:
+def _grown(targets: Iterator[Target], tokenizer: FoundTokenizer | None) -> Iterator[Target]:
+    """With rows of the symbols that the folder has none for."""
+    for target in targets:
+        yield target if tokenizer is None or target.name not in _ONE_ROW_A_PIECE else tokenizer.grown(target)
+
+
+def _with_decoder(recipe: Recipe, decoder: Decoder, found: FoundTokenizer | None) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with its settings, and those settings as tables."""
     moe = decoder.moe or replace(recipe.moe, first_dense_layers=decoder.model.layers)
     model = replace(decoder.model, vision=recipe.model.vision)
-    changed = replace(recipe, model=model, moe=moe, tokenizer=TokenizerConfig(vocab_size=decoder.vocab_size))
-    tables: dict[str, Any] = {"model": _plain(decoder.model), "tokenizer": {"vocab_size": decoder.vocab_size}}
+    rows = decoder.vocab_size if found is None else found.rows
+    changed = replace(recipe, model=model, moe=moe, tokenizer=TokenizerConfig(vocab_size=rows))
+    tokenizer: dict[str, Any] = {"vocab_size": rows} if found is None else found.table()
+    tables: dict[str, Any] = {"model": _plain(decoder.model), "tokenizer": tokenizer}
     tables["moe"] = {"first_dense_layers": moe.first_dense_layers}
     if decoder.moe is not None:
         same = ("experts", "top_k", "ffn_width", "shared_ffn_width", "shared_gate", "renormalise", "first_dense_layers")

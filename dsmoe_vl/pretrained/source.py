@@ -27,8 +27,8 @@ class SourceFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._files = folder, TensorFiles(folder)
-        self.config = self._json("config.json", needed=True)
-        self.preprocessor = self._json("preprocessor_config.json", needed=False)
+        self.config = self.json("config.json", needed=True)
+        self.preprocessor = self.json("preprocessor_config.json", needed=False)
 
     @property
     def place(self) -> str:
@@ -39,7 +39,7 @@ class SourceFolder:
     def places(self) -> dict[str, str]:
         """The file of each tensor."""
         if (self.folder / _INDEX).is_file():
-            found = self._json(_INDEX, needed=True).get("weight_map")
+            found = self.json(_INDEX, needed=True).get("weight_map")
             if not isinstance(found, dict) or not all(Path(str(file)).name == file for file in found.values()):
                 raise CheckpointError(f"{self.folder / _INDEX} is not an index of weights: download the folder again")
             for file in sorted(set(found.values())):
@@ -82,7 +82,8 @@ class SourceFolder:
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{self.folder / file} cannot be read: {error}: download it again")
 
-    def _json(self, name: str, needed: bool) -> dict[str, Any]:
+    def json(self, name: str, needed: bool) -> dict[str, Any]:
+        """The object in a file; an empty one if it may be missing and is. Raises ConfigError."""
         path = self.folder / name
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

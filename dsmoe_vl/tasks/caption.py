@@ -62,7 +62,8 @@ class CaptionTask:
         """The prompt for generation: the segment up to and including the task token."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<caption>")
-        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        return segment.after(self.tokenizer.begin)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Cross entropy, summed over all caption targets."""

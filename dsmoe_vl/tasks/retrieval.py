@@ -56,12 +56,14 @@ class RetrievalTask:
         """Segment of the picture or video. Raises DataError."""
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<embed>")
-        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        return segment.after(self.tokenizer.begin)
 
     def text(self, text: str) -> Segment:
         """Segment of a text."""
         tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.control("<embed>")], dtype=np.int32)
-        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
+        segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
+        return segment.after(self.tokenizer.begin)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Contrastive loss of this rank's pairs against all pairs of the micro-step, summed.

@@ -44,7 +44,7 @@ class Task(Protocol):
         """The task's own modules, by their names in the model. They read hidden states of `width`."""
 
     def encode(self, sample: Sample) -> list[Segment]:
-        """Segments of one sample. Raises DataError for a sample that cannot be used."""
+        """Segments of one sample, each `after(tokenizer.begin)`. Raises DataError for a sample that cannot be used."""
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Loss sums from hidden states [T, D]. Runs inside the module that the engine wraps."""

@@ -78,7 +78,8 @@ class VideoSummaryTask:
             Picture(picture.patches, picture.grid, picture.time_seconds, picture.cell_token, vision_tokens + i)
             for i, picture in enumerate(pictures)
         ]
-        return Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, numbered)
+        segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, numbered)
+        return segment.after(self.tokenizer.begin)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Sums over summary targets (cross entropy), frames (squared error) and ranked pairs (logistic)."""

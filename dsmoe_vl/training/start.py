@@ -88,9 +88,15 @@ def missing_files(plan: RunPlan) -> Iterator[str]:
             if not is_remote(source.path) and not Path(source.path).is_dir():
                 yield f"{part}, {source.name}: {source.path}"
     if tokenizer.is_file():
-        Tokenizer(tokenizer).require_fit(plan.recipe.tokenizer.vocab_size)
+        Tokenizer.of(plan.recipe)
     else:
         yield f"tokenizer.path: {tokenizer}"
+
+
+def _check_tokenizer(plan: RunPlan) -> None:
+    """One that is not here yet is made or missed later."""
+    if Path(plan.recipe.tokenizer.path).is_file():
+        Tokenizer.of(plan.recipe)
 
 
 def train(
@@ -102,6 +108,7 @@ def train(
 ) -> None:
     """Start the process group and train, on every rank. `make_data` is called once on each host before data is read.
     `fresh`: begin anew; a run that is there is kept under another name."""
+    _check_tokenizer(plan)
     _quiet_deepspeed(ranks.rank)
     from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
 

@@ -47,8 +47,7 @@ class Trainer:
         self.watchdog.enter("start: data")
         self.device = use_device(plan.device, ranks)
         self.host = HostGroup()
-        self.tokenizer = Tokenizer(recipe.tokenizer.path)
-        self.tokenizer.require_fit(recipe.tokenizer.vocab_size)
+        self.tokenizer = Tokenizer.of(recipe)
         self.tasks = build_tasks(recipe, self.tokenizer)
         encode = Encoder(self.tasks)
         self.loader = Loader(

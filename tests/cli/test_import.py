@@ -6,13 +6,21 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_tools.synthetic.scenes import scene
 from dsmoe_vl.checkpoint.store import newest_complete
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
+from dsmoe_vl.config.recipe import SourceConfig
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.inference.generate import prompt_batch
+from dsmoe_vl.inference.load import load_run
+from dsmoe_vl.tasks.caption import CaptionTask
 from tests.support.runs import REPOSITORY, TRAIN, deepspeed_command, finish, python, start
+from tests.support.tokenizers import byte_level
 
 transformers = pytest.importorskip("transformers", reason="transformers: importing was not checked")
 
@@ -49,7 +57,7 @@ def both(folders, tmp_path_factory):
     result = imported(folders, output, "text", "vision")
     assert result.status == 0, result.err
     assert "parameters imported" in result.out and "connector" in result.out
-    assert "warning: the rows of its embedding are pieces of its own tokenizer" in result.out
+    assert f"warning: {folders / 'text'} has neither tokenizer.model nor tokenizer.json" in result.out
     return output
 
 
@@ -83,6 +91,74 @@ def test_training_starts_from_the_imported_weights(tiny, both, tmp_path, stage, 
     assert {name.partition(".")[0] for name in set(trained) - set(source)} == {"connector", "layers"}
     for name, value in source.items():
         torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """An import of a language model with its tokenizer, of which every text begins with a piece."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("speaking")
+    sizes = {key: value for key, value in DECODER.items() if "expert" not in key and "moe" not in key}
+    config = transformers.Qwen3Config(**sizes, tie_word_embeddings=True)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "text")
+    byte_level(folder / "text" / "tokenizer.json")
+    said = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    (folder / "text" / "tokenizer_config.json").write_text(json.dumps(said))
+    result = imported(folder, folder / "model", "text")
+    assert result.status == 0, result.err
+    assert "307 pieces of tokenizer.json, 8 symbols in rows after them; segments begin with <s>" in result.out
+    assert "warning" not in result.out
+    return folder / "model"
+
+
+def with_its_tokenizer(tiny, output, recipe):
+    """The tiny recipe with its vision encoder; decoder and tokenizer are those of the import."""
+    text = tiny.recipe.read_text()
+    seen = text[text.index("[model.vision]") : text.index("[moe]")]
+    data = text[text.index("[[data.sources]]") : text.index("[tokenizer]")]
+    recipe.write_text(f'[model]\ninit_from = "{output}"\n\n{seen}{data}{text[text.index("[run]") :]}')
+    return recipe
+
+
+def test_a_run_and_its_export_speak_with_the_imported_tokenizer(tiny, speaking, tmp_path):
+    recipe, run, export = with_its_tokenizer(tiny, speaking, tmp_path / "r.toml"), tmp_path / "run", tmp_path / "export"
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--run-dir", run, "run.steps=2"]
+    result = finish(start(python(TRAIN, *arguments, "data.workers=1")))
+    assert result.status == 0, result.out + result.err
+    result = finish(start(python(REPOSITORY / "launch" / "export.py", "--run", run, "--output", export)))
+    assert result.status == 0, result.err
+    found = newest_complete(run / "checkpoints")
+    assert found is not None
+    for folder in (found[0], export):
+        assert (folder / "tokenizer.json").read_bytes() == (speaking / "tokenizer.json").read_bytes()
+        assert not (folder / "tokenizer.model").exists()
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(scene(np.random.default_rng(0), True, 48, 2)[0])
+    generate = python(REPOSITORY / "launch" / "generate.py", "caption", "--run", export, "--image", picture)
+    result = finish(start(generate))
+    assert result.status == 0 and result.out.startswith(str(picture)), result.out + result.err
+    trained = load_run(run)
+    prompt = trained.task(CaptionTask).prompt(Sample("a", SourceConfig(), 0, picture.read_bytes(), "jpg", "", {}))
+    assert prompt.tokens[0] == trained.tokenizer.vocabulary.row("<s>")
+    assert prompt.pictures[0].cell_token[0] == 1 and prompt.tokens[1] == trained.tokenizer.control("<image>")
+    with torch.inference_mode():
+        hidden, _ = trained.model(prompt_batch(trained, [prompt]))
+    assert torch.isfinite(hidden).all()
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_refused(tiny, speaking, tmp_path):
+    recipe = with_its_tokenizer(tiny, speaking, tmp_path / "r.toml")
+    other = tiny.data / "tokenizer.model"
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--run-dir", tmp_path / "run"]
+    for more in ([], ["--dry-run"]):
+        result = finish(start(python(TRAIN, *arguments, *more, f"tokenizer.path={other}")))
+        assert result.status != 0
+        (line,) = [line for line in result.err.splitlines() if "is not that of the weights" in line]
+        assert str(other) in line and str(speaking) in line and line.count("(pieces ") == 2
+    (tmp_path / "bad.json").write_text("{")
+    bad = ["--dry-run", f"tokenizer.path={tmp_path / 'bad.json'}"]
+    result = finish(start(python(TRAIN, *arguments, *bad)))
+    assert result.status == 2 and "bad.json cannot be read by tokenizers" in result.err and result.err.count("\n") == 1
 
 
 def test_the_plan_shows_where_the_model_comes_from(tiny, both, tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -5,7 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import ConfigError
 
 
@@ -80,19 +82,31 @@ def test_hash_tells_vocabularies_apart(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"control_symbols": []}, "no control symbols <image>"),
-        ({"control_symbols": [], "user_defined_symbols": list(CONTROL_SYMBOLS)}, "no control symbols <image>"),
-        ({"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2}, "pad_id is -1, must be 0"),
+        {"control_symbols": []},
+        {"control_symbols": [], "user_defined_symbols": list(CONTROL_SYMBOLS)},
     ],
 )
-def test_refuses_a_model_of_another_kind(tmp_path: Path, options: dict[str, object], message: str) -> None:
-    path = train(tmp_path, **options)
-    with pytest.raises(ConfigError, match=message) as error:
-        Tokenizer(path)
-    assert str(path) in str(error.value)
-    assert "data_tools.tokenizer train" in str(error.value)
+def test_symbols_that_a_model_lacks_are_rows_after_it(tmp_path: Path, options: dict[str, object]) -> None:
+    tokenizer = Tokenizer(train(tmp_path, **options))
+    rows = [tokenizer.control(symbol) for symbol in CONTROL_SYMBOLS]
+    assert rows == list(tokenizer.new_rows) == list(range(tokenizer.vocabulary.size, tokenizer.size))
+    text = "".join(CONTROL_SYMBOLS)
+    assert tokenizer.decode(tokenizer.encode(text)) == text and not set(rows) & set(tokenizer.encode(text))
+
+
+def test_one_of_ours_means_what_it_always_did(model: Path) -> None:
+    """Ids, text and hash are those of SentencePiece, and of checkpoints of before."""
+    tokenizer, plain = Tokenizer(model), sentencepiece.SentencePieceProcessor(model_file=str(model))
+    digest = hashlib.sha256()
+    for row in range(plain.get_piece_size()):
+        kind = (plain.IsControl(row), plain.IsUnknown(row), plain.IsByte(row), plain.IsUnused(row))
+        digest.update(f"{kind}\t{plain.id_to_piece(row)}\n".encode())
+    assert tokenizer.sha256 == digest.hexdigest()
+    assert (tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.begin) == (0, 1, 2, 3, ())
+    assert tokenizer.size == plain.get_piece_size() and not tokenizer.new_rows
+    assert tokenizer.spoken == [row for row in range(plain.get_piece_size()) if not plain.IsControl(row)]
 
 
 def test_refuses_what_is_no_model(tmp_path: Path) -> None:

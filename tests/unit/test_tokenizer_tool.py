@@ -10,11 +10,12 @@ import pytest
 from data_tools.synthetic.generate import generate
 from data_tools.tokenizer.train import reservoir, train
 from data_tools.writer import ShardWriter
+from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS
 from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
-from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 
 

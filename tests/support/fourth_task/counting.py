@@ -41,7 +41,8 @@ class CountingTask:
     def prompt(self, sample):
         modality, pictures, vision_tokens = self.pictures.read(sample)
         tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<counting>")
-        return Segment(NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        segment = Segment(NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
+        return segment.after(self.tokenizer.begin)
 
     def loss(self, model, hidden, batch):
         rows = ((batch.labels != IGNORE) & (batch.task_ids == NUMBER)).nonzero().squeeze(1)

@@ -1,0 +1,25 @@
+"""The symbols by which the model knows media and tasks, and the pieces of a tokenizer that stand for them."""
+
+from __future__ import annotations
+
+from dataclasses import make_dataclass
+from typing import Any
+
+from dsmoe_vl.config.task_table import TASKS
+
+# By their names in the recipe. A task's is in its row of the task table.
+CONTROLS: dict[str, str] = {
+    "image": "<image>",
+    "video": "<video>",
+    "frame": "<frame>",
+    "embed": "<embed>",
+    **{spec.name: spec.symbol for spec in TASKS},
+}
+CONTROL_SYMBOLS = tuple(CONTROLS.values())
+
+_Pieces: Any = make_dataclass("_Pieces", [(name, str, "") for name in CONTROLS], frozen=True)
+
+
+class ControlsConfig(_Pieces):
+    """A piece of the tokenizer for each symbol: one that no text consists of. Empty: the piece with the symbol's name
+    if that is one, else a row after the last piece."""
