@@ -108,7 +108,7 @@ def import_models(
         write_json(output / MODEL_NAME, settings)
         write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
         if probe and text is not None:
-            make_probe(text, output)
+            make_probe(text, output, _pieces(recipe, tokenizer))
     parts: dict[str, int] = {}
     for name in targets:
         size = torch.Size(shapes[name]).numel()
@@ -126,6 +126,10 @@ def _check(text: Path | None, vision: Path | None, experts: Upcycling | None, co
         raise ConfigError("--controls names pieces of the tokenizer of --text DIR: give it too")
     if probe and (text is None or (experts is not None and not experts.is_exact)):
         raise ConfigError("--probe: needs --text DIR, and outputs that stay the same: no --noise, no --fresh-share")
+
+
+def _pieces(recipe: Recipe, found: FoundTokenizer | None) -> int:
+    return recipe.tokenizer.vocab_size if found is None else min(found.old_rows, found.tokenizer.vocabulary.size)
 
 
 def _is_no_tensor(name: str) -> bool:

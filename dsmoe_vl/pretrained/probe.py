@@ -51,8 +51,9 @@ class Probe:
         return torch.tensor(self.lengths).cumsum(0) - 1
 
 
-def make_probe(text: Path, output: Path) -> None:
-    """Ask transformers' model of the folder `text`, in fp32 on the CPU. Raises ConfigError, OSError."""
+def make_probe(text: Path, output: Path, pieces: int) -> None:
+    """Ask transformers' model of the folder `text`, in fp32 on the CPU, about the first `pieces` of its vocabulary, V:
+    rows behind them may be given to our symbols. Raises ConfigError, OSError."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -62,9 +63,9 @@ def make_probe(text: Path, output: Path) -> None:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"--probe: transformers cannot open {text}: {' '.join(str(error).split())[:300]}") from None
     generator = torch.Generator().manual_seed(_SEED)
-    texts = [torch.randint(0, model.config.vocab_size, (length,), generator=generator) for length in _LENGTHS]
+    texts = [torch.randint(0, pieces, (length,), generator=generator) for length in _LENGTHS]
     with torch.no_grad():
-        logits = torch.stack([model(tokens[None]).logits[0, -1].float() for tokens in texts])
+        logits = torch.stack([model(tokens[None]).logits[0, -1, :pieces].float() for tokens in texts])
     tensors = {"tokens": torch.cat(texts), "lengths": torch.tensor(_LENGTHS), "logits": logits}
     save_file(tensors, output / PROBE_NAME)
 
