@@ -24,7 +24,7 @@ from torch import Tensor
 from dsmoe_vl.checkpoint import optimizer_files
 from dsmoe_vl.checkpoint.manifest import Manifest, Topology, entries
 from dsmoe_vl.checkpoint.optimizer_files import OptimizerFiles, Piece, optimizer_name, own_pieces
-from dsmoe_vl.checkpoint.optimizer_state import after_loading, make_moments, ranges, updates
+from dsmoe_vl.checkpoint.optimizer_state import MASTER, after_loading, frozen, make_moments, ranges
 from dsmoe_vl.checkpoint.store import (
     CHECKPOINTS_NAME,
     DATA_NAME,
@@ -115,7 +115,6 @@ class Saver:
         trainer = {
             "step": step,
             "load_fraction": None if load_fraction is None else load_fraction.tolist(),
-            "updates": updates(engine),
             "schedule": None if schedule is None else schedule.state_dict(),
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
         }
@@ -232,6 +231,12 @@ def _named(error: Exception, folder: Path) -> BaseException:
     return CheckpointError(f"{folder} could not be written: {type(error).__name__}: {error}")
 
 
+def optimizer_updates(folder: Path) -> dict[str, int]:
+    """How many updates the moments of each tensor have seen, without those that were frozen. Raises CheckpointError."""
+    with _reading(folder):
+        return OptimizerFiles(folder).updates
+
+
 def data_states(folder: Path) -> list[dict[str, Any]]:
     """The positions in the data of the ranks that wrote a checkpoint. Raises CheckpointError."""
     with _reading(folder):
@@ -250,10 +255,14 @@ def restore(
     """
     with _reading(folder):
         trainer = json.loads((folder / TRAINER_NAME).read_text())
-        make_moments(engine, trainer["updates"])
         files = OptimizerFiles(folder)
+        make_moments(engine, files.updates)
         for found in ranges(engine):
             files.fill(found)
+        for found, memory in frozen(engine):
+            values = torch.empty(len(memory))
+            files.fill(found._replace(values={MASTER: values}))
+            memory.copy_(values)
         after_loading(engine)
         load_buffers(engine.module, folder)
         for name in _COUNTERS:

@@ -136,17 +136,15 @@ class L1Config:
 
 
 @dataclass(frozen=True)
-class LearningRateConfig:
-    """Factors of the DeepSpeed JSON's learning rate, by part of the model. With other factors than 1 the scheduler must
-    be WarmupCosineLR, WarmupLR without warmup_max_lr, or none."""
+class PartConfig:
+    """How some parameters train. A key that is absent is as an earlier table has it, else as the DeepSpeed JSON has it.
 
-    vision: float = bounded(1.0, above=0)  # the vision encoder and the connector
-    embedding: float = bounded(1.0, above=0)  # tokens
-    attention: float = bounded(1.0, above=0)  # the decoder's, with the norm before it, as for all below
-    feed_forward: float = bounded(1.0, above=0)  # dense ones, and shared experts
-    experts: float = bounded(1.0, above=0)  # routed ones
-    router: float = bounded(1.0, above=0)
-    heads: float = bounded(1.0, above=0)  # output projection and those of the tasks
+    With a rate factor other than 1 the scheduler must be WarmupCosineLR, WarmupLR without warmup_max_lr, or none.
+    """
+
+    freeze: bool | None = None  # true: the values stay as they are; no gradient, no optimizer state
+    lr_scale: float | None = bounded(None, above=0)  # factor of the JSON's learning rate
+    weight_decay: float | None = bounded(None, least=0)  # instead of the JSON's; norms and biases have none
 
 
 @dataclass(frozen=True)
@@ -270,7 +268,9 @@ class Recipe:
     moe: MoEConfig = field(default_factory=MoEConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    # By part (`config/parts.py: PARTS`), or by a pattern of parameters' names, such as "layers.0.*" or "*". Of two
+    # tables that set a key of a parameter, the later one in the recipe counts.
+    train: dict[str, PartConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dsmoe_vl.config.bounds import shown_key
 from dsmoe_vl.config.checks import check_recipe
 from dsmoe_vl.config.deepspeed_json import check_deepspeed, setting
 from dsmoe_vl.config.recipe import Recipe, RunConfig
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
-from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
+from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.trained import check_train, count_trained
 
 _OUR_SECTIONS = ("expert_parallel", "tensorboard")  # handled here; the engine must not see them
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -56,6 +59,7 @@ def resolve(
         raise ConfigError(f"world size {world_size} must be at least 1")
     check_deepspeed(deepspeed, deepspeed_file)
     check_recipe(recipe, world_size, recipe_file)
+    check_train(recipe, recipe_file)
     notes = _Notes(strict)
     engine = _without_nulls({key: value for key, value in deepspeed.items() if key not in _OUR_SECTIONS})
     micro_batch, accumulation = _batch(engine, world_size, deepspeed_file)
@@ -69,7 +73,7 @@ def resolve(
     packs = micro_batch * accumulation * world_size
     run_dir = Path(recipe.run.directory) / recipe.run.name
     zero_stage = setting(engine, "zero_optimization.stage", 0)
-    parameters = count_parameters(recipe)
+    parameters, trained = count_parameters(recipe), count_trained(recipe)
     flops = estimate_flops(recipe)
     return RunPlan(
         recipe=recipe,
@@ -89,10 +93,12 @@ def resolve(
         tensorboard_enabled=setting(deepspeed, "tensorboard.enabled", False),
         tensorboard_dir=_tensorboard_dir(deepspeed, run_dir),
         parameters=parameters,
+        trained=trained,
         flops=flops,
         flops_per_step=full_step_flops(recipe, flops, packs),
         memory=estimate_memory(
             parameters,
+            trained,
             zero_stage=zero_stage,
             world_size=world_size,
             ep_size=ep_size,
@@ -202,10 +208,14 @@ def _check_rates(engine: dict[str, Any], recipe: Recipe, file: str, recipe_file:
     keeps = kind == "WarmupCosineLR" or (
         kind == "WarmupLR" and setting(engine, "scheduler.params.warmup_max_lr", None) is None
     )
-    others = [f"{part} = {factor:g}" for part, factor in asdict(recipe.learning_rate).items() if factor != 1]
+    others = [
+        f"train.{shown_key(key)}.lr_scale = {part.lr_scale:g}"
+        for key, part in recipe.train.items()
+        if part.lr_scale not in (None, 1)
+    ]
     if others and not keeps:
         raise ConfigError(
-            f"learning_rate.{', '.join(others)} in {recipe_file}: scheduler.type = {json.dumps(kind)} in {file} gives "
+            f"{', '.join(others)} in {recipe_file}: scheduler.type = {json.dumps(kind)} in {file} gives "
             'all parts the same rate. Set it to "WarmupCosineLR", or remove the factors.'
         )
 

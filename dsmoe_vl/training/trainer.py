@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dsmoe_vl.checkpoint.choice import newest_sound
 from dsmoe_vl.checkpoint.manifest import Manifest
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, prune, require_tokenizer
-from dsmoe_vl.checkpoint.training_state import Saver, data_states, restore, topology_of
+from dsmoe_vl.checkpoint.training_state import Saver, data_states, optimizer_updates, restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
@@ -25,6 +25,7 @@ from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.trained import changed_parts
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.held_out import HeldOut
@@ -74,7 +75,8 @@ class Trainer:
         self.watchdog.enter("start: held-out samples")
         self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
         self.watchdog.enter("start: engine")
-        self.engine = build_engine(plan, ranks, self.tasks)
+        updates = optimizer_updates(found[0]) if found is not None else {}
+        self.engine = build_engine(plan, ranks, self.tasks, updates)
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.take_step.clock.entered = self.watchdog.enter
         self.skipped = SkippedSteps(plan)
@@ -253,6 +255,8 @@ class Trainer:
         now = topology_of(self.plan)
         if manifest.topology != now and self.ranks.rank == 0:
             print(f"note: {folder} was written with {manifest.topology}; it is read into {now}", flush=True)
+        if (changed := changed_parts(self.plan.recipe, optimizer_updates(folder))) and self.ranks.rank == 0:
+            print(f"note: since {folder.name}, {changed}", flush=True)
         self.loader.load_state_dict(data_states(folder))
         return found
 
