@@ -37,6 +37,7 @@ from dsmoe_vl.checkpoint.store import (
 from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
 from dsmoe_vl.checkpoint.weights import load_buffers, own_weights
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile, shard_name
+from dsmoe_vl.config.recipe import first_step
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_atomically, write_json, writing
@@ -79,11 +80,13 @@ class _Save:
 class Saver:
     """Writes the checkpoints of a run, one at a time."""
 
-    def __init__(self, plan: RunPlan, ranks: Ranks, host: HostGroup, tokenizer: Tokenizer) -> None:
+    def __init__(self, plan: RunPlan, ranks: Ranks, host: HostGroup, tokenizer: Tokenizer, first_step: int = 0) -> None:
+        """first_step: the one after which the schedule has begun, 0 unless the run has stages."""
         self._plan, self._ranks, self._host, self._tokenizer = plan, ranks, host, tokenizer
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
         self._has_told = False  # that training waits
+        self._first_step = first_step
 
     @property
     def in_flight(self) -> bool:
@@ -116,6 +119,7 @@ class Saver:
             "step": step,
             "load_fraction": None if load_fraction is None else load_fraction.tolist(),
             "schedule": None if schedule is None else schedule.state_dict(),
+            "first_step": self._first_step,
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
         }
         rank, ranks = self._ranks.rank, self._ranks.world_size
@@ -267,7 +271,9 @@ def restore(
         load_buffers(engine.module, folder)
         for name in _COUNTERS:
             setattr(engine, name, trainer["engine"][name])
-        if engine.lr_scheduler is not None and trainer["schedule"] is not None:
+        begun = first_step(plan.recipe)
+        if engine.lr_scheduler is not None and trainer["schedule"] is not None and trainer["step"] > begun:
+            trainer["schedule"]["last_batch_iteration"] += trainer["first_step"] - begun  # if stages have been changed
             engine.lr_scheduler.load_state_dict(trainer["schedule"])
             engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # gives the groups their rates
         if manifest.topology.world_size == ranks.world_size:

@@ -34,7 +34,7 @@ def out_of_bounds(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, s
             yield from out_of_bounds(value, f"{key}.")
         elif isinstance(value, dict):
             for name, one in value.items():
-                yield from out_of_bounds(one, f"{key}.{shown_key(name)}.")
+                yield from out_of_bounds(one, f"{key}.{shown_key(name)}.") if is_dataclass(one) else ()
         elif isinstance(value, tuple) and value and is_dataclass(value[0]):
             for number, one in enumerate(value):
                 yield from out_of_bounds(one, f"{key}[{number}].")

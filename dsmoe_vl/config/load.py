@@ -103,9 +103,7 @@ def _value(kind: Any, value: Any, path: str, place: str) -> Any:
         return None if value is None else _value(get_args(kind)[0], value, path, place)
     if get_origin(kind) is dict:
         if not isinstance(value, dict):
-            raise ConfigError(
-                f"{path} in {place} is {_shown(value)}; it must be a table of tables: write [{path}.NAME]"
-            )
+            raise ConfigError(f"{path} in {place} is {_shown(value)}; it must be a table: write [{path}]")
         inner = get_args(kind)[1]
         return {key: _value(inner, item, f"{path}.{shown_key(key)}", place) for key, item in value.items()}
     if get_origin(kind) is tuple:

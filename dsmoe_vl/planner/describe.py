@@ -7,10 +7,11 @@ from dataclasses import asdict
 
 from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.config.parts import part_of
-from dsmoe_vl.config.recipe import AugmentConfig, L1Config
+from dsmoe_vl.config.recipe import AugmentConfig, L1Config, first_step
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.stages import stage_plans
 from dsmoe_vl.planner.trained import Rule, Trained, rules
 
 _SHOWN_GROUPS = 4
@@ -22,10 +23,10 @@ def describe(plan: RunPlan) -> str:
     sections = (
         ("run", _run(plan)),
         ("parameters", _parameters(plan)),
-        ("what trains", _trains(plan)),
+        *_stages(plan),
         ("step", _step(plan)),
         ("cost", _cost(plan)),
-        ("memory per rank", _memory(plan)),
+        *([] if plan.recipe.stages else [("memory per rank", _memory(plan))]),
         ("groups", _groups(plan)),
     )
     lines: list[str] = []
@@ -90,6 +91,25 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
         ("norms", _count(counts.norms)),
         ("task heads", _count(counts.heads)),
     ]
+
+
+def _stages(plan: RunPlan) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """What trains, and with stages what each of them needs."""
+    if not plan.recipe.stages:
+        yield "what trains", _trains(plan)
+        return
+    for number, stage in enumerate(stage_plans(plan), 1):
+        (settings,) = stage.recipe.stages
+        factors = ", ".join(f"{name} x {factor:g}" for name, factor in settings.tasks.items())
+        yield (
+            f"stage {number}: steps {first_step(stage.recipe) + 1:,} to {stage.recipe.run.steps:,}",
+            [
+                *_trains(stage),
+                ("learning rate", f"{float(stage.deepspeed['optimizer']['params']['lr']):g} at its peak"),
+                *([("weights of tasks", factors)] if factors else []),
+                *_memory(stage),
+            ],
+        )
 
 
 def _trains(plan: RunPlan) -> list[tuple[str, str]]:

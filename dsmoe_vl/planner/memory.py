@@ -8,6 +8,7 @@ buckets are not counted. Frozen parameters have a weight only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dsmoe_vl.planner.counts import ParameterCounts
 from dsmoe_vl.planner.trained import Trained
@@ -57,6 +58,23 @@ def estimate_memory(
         host += weights
         weights = 0.0
     return MemoryEstimate(weights, gradients, optimizer, host)
+
+
+def memory_for(
+    deepspeed: dict[str, Any], parameters: ParameterCounts, trained: Trained, world_size: int, ep_size: int, bf16: bool
+) -> MemoryEstimate:
+    """The estimate for the ZeRO stage and offloading of a DeepSpeed config."""
+    zero = deepspeed.get("zero_optimization", {})
+    return estimate_memory(
+        parameters,
+        trained,
+        zero_stage=zero.get("stage", 0),
+        world_size=world_size,
+        ep_size=ep_size,
+        bf16=bf16,
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
+        offload_param=zero.get("offload_param", {}).get("device", "none") == "cpu",
+    )
 
 
 def _of_rank(total: int, experts: int, world_size: int, ep_size: int) -> tuple[float, float]:

@@ -56,10 +56,20 @@ def matches(key: str, name: str) -> bool:
     return part_of(name) == key if key in PARTS else fnmatchcase(name, key)
 
 
+def _tables(recipe: Recipe, stage: int = 0) -> list[tuple[str, str, PartConfig]]:
+    """What a message calls each table, its key and the table: the recipe's, then those of its only stage."""
+    found = [(f"train.{shown_key(key)}", key, part) for key, part in recipe.train.items()]
+    if len(recipe.stages) == 1:
+        found += [
+            (f"stages[{stage}].train.{shown_key(key)}", key, part) for key, part in recipe.stages[0].train.items()
+        ]
+    return found
+
+
 def rules(recipe: Recipe) -> dict[str, Rule]:
-    """The rule of every parameter, by its name in the one-process model."""
+    """The rule of every parameter, by its name in the one-process model; of several stages, without theirs."""
     found = dict.fromkeys(tensors(recipe), Rule())
-    for key, part in recipe.train.items():
+    for _, key, part in _tables(recipe):
         found |= {name: rule.then(part) for name, rule in found.items() if matches(key, name)}
     return found
 
@@ -88,12 +98,12 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"{counts[part]} tensor{'s' * (counts[part] > 1)} of {part}" for part in PARTS if counts[part])
 
 
-def check_train(recipe: Recipe, file: str) -> None:
-    """Raises ConfigError for a table that is about nothing or has no effect, and for a model that does not train."""
+def check_train(recipe: Recipe, file: str, stage: int = 0) -> None:
+    """Raises ConfigError for a table that is about nothing or has no effect, and for a model that does not train.
+    `stage`: the index of the only one that the recipe has."""
     shapes, found = tensors(recipe), rules(recipe)
     parts = ", ".join(_parts(recipe))
-    for key, part in recipe.train.items():
-        shown = f"train.{shown_key(key)}"
+    for shown, key, part in _tables(recipe, stage):
         names = [name for name in shapes if matches(key, name)]
         if not names:
             near = did_you_mean(key, [*_parts(recipe), *shapes])
@@ -102,6 +112,8 @@ def check_train(recipe: Recipe, file: str) -> None:
                 f"{shown} in {file} is about no parameter of this model. {hint}Its parts are {parts}; a pattern is "
                 f"compared with names such as {next(iter(shapes))}"
             )
+        if recipe.stages and shown.startswith("train."):  # it may count in another stage
+            continue
         moving = [name for name in names if not found[name].freeze]
         for setting, value in (("lr_scale", part.lr_scale), ("weight_decay", part.weight_decay)):
             if value is not None and not moving:

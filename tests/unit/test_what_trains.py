@@ -125,7 +125,7 @@ def test_tables_without_a_sense(train, message):
         ({"a.*": {"freeze": 1}}, r'^train\."a\.\*"\.freeze in my\.toml is 1; it must be true or false'),
         ({"vision": {"lr_scale": "0.1"}}, r"^train\.vision\.lr_scale in my\.toml is '0\.1'; it must be a number"),
         ({"vision": 3}, r"^train\.vision in my\.toml is 3; it must be a table: write \[train\.vision\]"),
-        (3, r"^train in my\.toml is 3; it must be a table of tables: write \[train\.NAME\]"),
+        (3, r"^train in my\.toml is 3; it must be a table: write \[train\]"),
     ],
 )
 def test_wrong_keys_and_values(train, message):
