@@ -82,7 +82,7 @@ def shrink(recipe: Recipe) -> Recipe:
             **(_WITHOUT_CHANCE if moe.backend == "capacity" else {}),
         ),
         data=replace(recipe.data, workers=0),
-        train={},
+        train={}, stages=(),
     )  # fmt: skip
 
 
