@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_vl.config.parts import PARTS, part_of
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.model import attention, vision
 from dsmoe_vl.model.vlm import VisionLanguageModel
-from dsmoe_vl.optim.parameter_groups import PARTS, part_of
 from dsmoe_vl.tasks import retrieval_head
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.training import engine, step

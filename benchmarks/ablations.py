@@ -43,7 +43,7 @@ BASE = "baseline: retrieval alone, rate 3e-4"
 
 
 def _rates(factor: float, *parts: str) -> tuple[str, ...]:
-    return tuple(f"learning_rate.{part}={factor}" for part in parts)
+    return tuple(f"train.{part}.lr_scale={factor}" for part in parts)
 
 
 _AUGMENT = ("data.augment.zoom=0.06", "data.augment.shift=0.03")
@@ -60,13 +60,13 @@ ABLATIONS = {
     "warm-up of 10 steps": Ablation("schedule", deepspeed={_SCHEDULER + "warmup_num_steps": 10}),
     "warm-up of 150 steps": Ablation("schedule", deepspeed={_SCHEDULER + "warmup_num_steps": 150}),
     "constant after the warm-up": Ablation("schedule", deepspeed={_SCHEDULER + "cos_min_ratio": 1.0}),
-    "rate 2e-3, vision 3e-4": Ablation("rate by part", _rates(0.15, "vision"), rate=2e-3),
+    "rate 2e-3, vision 3e-4": Ablation("rate by part", _rates(0.15, "vision", "connector"), rate=2e-3),
     "rate 2e-3, attention 3e-4": Ablation("rate by part", _rates(0.15, "attention"), rate=2e-3),
     "rate 2e-3, all but embedding and heads 3e-4": Ablation(
-        "rate by part", _rates(0.15, "vision", "attention", "feed_forward", "experts", "router"), rate=2e-3
+        "rate by part", _rates(0.15, "vision", "connector", "attention", "feed_forward", "experts", "router"), rate=2e-3
     ),
     "embedding 3e-3": Ablation("rate by part", _rates(10, "embedding")),
-    "vision 1e-3": Ablation("rate by part", _rates(3.3, "vision")),
+    "vision 1e-3": Ablation("rate by part", _rates(3.3, "vision", "connector")),
     "experts 1e-3": Ablation("rate by part", _rates(3.3, "experts")),
     "router 1e-4": Ablation("rate by part", _rates(0.33, "router")),
     "no clipping": Ablation("clipping", deepspeed={_CLIP: 0.0}),

@@ -4,7 +4,7 @@
 
 Three rates: of the body (vision, attention, feed-forwards, experts, router), which is the DeepSpeed JSON's; of the
 embedding, which is also the output projection; and of the heads (the last norm, retrieval, importance). The latter two
-are factors of the first in the recipe's [learning_rate]. Each choice trains compare.py's scenes (three tasks; held-out
+are factors of the first in the recipe's [train]. Each choice trains compare.py's scenes (three tasks; held-out
 loss) and learning.py's pictures (captions and retrieval together), one seed. Runs are kept in runs/rates; those that
 are there are not trained again. Writes benchmarks/results/rates.json.
 """
@@ -26,7 +26,7 @@ from record import RESULTS, ROOT, Result
 from run import DEEPSPEED, Run
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
-from dsmoe_vl.optim.parameter_groups import PARTS
+from dsmoe_vl.config.parts import PARTS
 
 PAIRS = 24_000  # of pictures and texts
 Rates = tuple[float, float, float]  # of body, embedding and heads
@@ -40,7 +40,7 @@ RATES: tuple[Rates, ...] = (
 def by_part(body: float, embedding: float, heads: float) -> tuple[str, ...]:
     """Overrides of a recipe, for a DeepSpeed JSON with the body's rate."""
     factors = dict.fromkeys(PARTS, 1.0) | {"embedding": embedding / body, "heads": heads / body}
-    return tuple(f"learning_rate.{part}={factor:.6g}" for part, factor in factors.items())
+    return tuple(f"train.{part}.lr_scale={factor:.6g}" for part, factor in factors.items())
 
 
 def scenes(rates: Rates, folder: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from record import ROOT, Result
 
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.planner.parameters import count_parameters
+from dsmoe_vl.planner.counts import count_parameters
 
 
 def main() -> int:

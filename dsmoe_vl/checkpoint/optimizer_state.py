@@ -7,7 +7,7 @@ What is read of the engine: `tests/unit/test_deepspeed_contract.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class Range(NamedTuple):
     """Elements `start` to `stop` of the tensor `name`, flattened, that this rank updates.
 
     `values`: views into the engine's memory, fp32 [stop - start], by MASTER and MOMENTS; without moments before the
-    first update. `placed`: the parameter that they are part of.
+    first update. `placed`: the parameter that they are part of. `updates`: Adam's count of them.
     """
 
     name: str
@@ -31,11 +31,12 @@ class Range(NamedTuple):
     stop: int
     values: dict[str, Tensor]
     placed: Placed
+    updates: int = 0
 
 
 def ranges(engine: Any) -> Iterator[Range]:
     """All that this rank updates. At ZeRO-0, where ranks update the same, each has a part of it."""
-    copies = _fp32_copies(engine)
+    copies, updates = _fp32_copies(engine), dict[nn.Parameter, int]()
     for where in placed(engine.module):
         found = _local(engine, where, copies)
         if found is None:
@@ -45,7 +46,9 @@ def ranges(engine: Any) -> Iterator[Range]:
         whole = {MASTER: flat.detach(), **{name: state[name] for name in MOMENTS if name in state}}
         values = {name: value.view(-1)[offset : offset + count] for name, value in whole.items()}
         first = where.first + start
-        yield Range(where.name, first, first + count, values, where)
+        if flat not in updates:  # on a GPU, reading a number waits for it
+            updates[flat] = int(state.get("step", 0))
+        yield Range(where.name, first, first + count, values, where, updates[flat])
 
 
 def own_share(found: Range) -> Range:
@@ -56,18 +59,35 @@ def own_share(found: Range) -> Range:
         return found
     begin, end = (count * number // where.copy_count for number in (where.copy_number, where.copy_number + 1))
     values = {name: value[begin:end] for name, value in found.values.items()}
-    return Range(found.name, found.start + begin, found.start + end, values, where)
+    return found._replace(start=found.start + begin, stop=found.start + end, values=values)
 
 
-def updates(engine: Any) -> int:
-    """Adam's count of updates."""
-    return max((int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0)
+def frozen(engine: Any) -> Iterator[tuple[Range, Tensor]]:
+    """All that this rank keeps and nobody updates: a range without values, and the model's memory for it."""
+    for where in placed(engine.module):
+        if not where.parameter.requires_grad:
+            kept, start = where.parameter.data.view(-1), 0
+            if hasattr(where.parameter, "ds_id"):  # ZeRO-3; its last part is longer than the values
+                kept = where.parameter.ds_tensor.data.view(-1)
+                start = where.parameter.ds_zero_partition_rank * len(kept)
+                kept = kept[: max(where.numel - start, 0)]
+            first = where.first + start
+            yield Range(where.name, first, first + len(kept), {}, where), kept
 
 
-def make_moments(engine: Any, count: int) -> None:
-    """Create the state that the optimizer would create in its first update, as after `count` updates."""
+def make_moments(engine: Any, updates: Mapping[str, int]) -> None:
+    """Create the state that the optimizer would create in its first update, as after so many `updates` of the tensors
+    with these names; 0 of those that are not there."""
     optimizer = engine.basic_optimizer
+    copies, counts = _fp32_copies(engine), dict[nn.Parameter, int]()
+    for where in placed(engine.module):
+        found = _local(engine, where, copies)
+        if found is not None:
+            count = updates.get(where.name, 0)
+            known = counts.setdefault(found[0], count)
+            assert known == count, f"{where.name} shares its count of updates with a tensor of another"
     for flat in dict.fromkeys(_flats(engine)):
+        count = counts.get(flat, 0)
         state = optimizer.state[flat]
         for name in MOMENTS:
             if name not in state:
@@ -85,8 +105,9 @@ def after_loading(engine: Any) -> None:
         if hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         copies = _fp32_copies(engine)
-        for where in placed(engine.module) if copies else ():
-            where.parameter.data.copy_(copies[id(where.parameter)].data)
+        for where in placed(engine.module):
+            if id(where.parameter) in copies:
+                where.parameter.data.copy_(copies[id(where.parameter)].data)
         return  # in fp32 at ZeRO-0 the optimizer updates the model's parameters themselves
     for found in ranges(engine):
         partition = found.placed.parameter.ds_tensor
@@ -109,6 +130,8 @@ def _local(engine: Any, where: Placed, copies: dict[int, nn.Parameter]) -> tuple
     """The optimizer's tensor with a parameter's elements, their place in it, the place of the first one in the
     parameter, and how many they are; None if this rank updates none of them."""
     parameter = where.parameter
+    if not parameter.requires_grad:
+        return None
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         optimizer = engine.optimizer
         group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]

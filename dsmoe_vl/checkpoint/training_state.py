@@ -26,7 +26,7 @@ from torch import Tensor
 from dsmoe_vl.checkpoint import optimizer_files
 from dsmoe_vl.checkpoint.manifest import Manifest, Topology, entries
 from dsmoe_vl.checkpoint.optimizer_files import OptimizerFiles, Piece, optimizer_name, own_pieces
-from dsmoe_vl.checkpoint.optimizer_state import after_loading, make_moments, ranges, updates
+from dsmoe_vl.checkpoint.optimizer_state import MASTER, after_loading, frozen, make_moments, ranges
 from dsmoe_vl.checkpoint.store import (
     CHECKPOINTS_NAME,
     DATA_NAME,
@@ -38,6 +38,7 @@ from dsmoe_vl.checkpoint.store import (
 from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
 from dsmoe_vl.checkpoint.weights import load_buffers, own_weights
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile, shard_name
+from dsmoe_vl.config.recipe import first_step
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_atomically, write_json, writing
@@ -82,12 +83,14 @@ class _Save:
 class Saver:
     """Writes the checkpoints of a run, one at a time."""
 
-    def __init__(self, plan: RunPlan, ranks: Ranks, host: HostGroup, tokenizer: Tokenizer) -> None:
+    def __init__(self, plan: RunPlan, ranks: Ranks, host: HostGroup, tokenizer: Tokenizer, first_step: int = 0) -> None:
+        """first_step: the one after which the schedule has begun, 0 unless the run has stages."""
         self._plan, self._ranks, self._host, self._tokenizer = plan, ranks, host, tokenizer
         self._copier = ThreadPoolExecutor(1, "checkpoint_copy")
         self._writer = ThreadPoolExecutor(1, "checkpoint_write", initializer=_give_way)
         self._save: _Save | None = None
         self._has_told = False  # that training waits
+        self._first_step = first_step
 
     @property
     def in_flight(self) -> bool:
@@ -119,8 +122,8 @@ class Saver:
         trainer = {
             "step": step,
             "load_fraction": None if load_fraction is None else load_fraction.tolist(),
-            "updates": updates(engine),
             "schedule": None if schedule is None else schedule.state_dict(),
+            "first_step": self._first_step,
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
         }
         rank, ranks = self._ranks.rank, self._ranks.world_size
@@ -268,6 +271,12 @@ def _named(error: Exception, folder: Path) -> BaseException:
     return CheckpointError(f"{folder} could not be written: {type(error).__name__}: {error}")
 
 
+def optimizer_updates(folder: Path) -> dict[str, int]:
+    """How many updates the moments of each tensor have seen, without those that were frozen. Raises CheckpointError."""
+    with _reading(folder):
+        return OptimizerFiles(folder).updates
+
+
 def data_states(folder: Path) -> list[dict[str, Any]]:
     """The positions in the data of the ranks that wrote a checkpoint. Raises CheckpointError."""
     with _reading(folder):
@@ -286,15 +295,21 @@ def restore(
     """
     with _reading(folder):
         trainer = json.loads((folder / TRAINER_NAME).read_text())
-        make_moments(engine, trainer["updates"])
         files = OptimizerFiles(folder)
+        make_moments(engine, files.updates)
         for found in ranges(engine):
             files.fill(found)
+        for found, memory in frozen(engine):
+            values = torch.empty(len(memory))
+            files.fill(found._replace(values={MASTER: values}))
+            memory.copy_(values)
         after_loading(engine)
         load_buffers(engine.module, folder)
         for name in _COUNTERS:
             setattr(engine, name, trainer["engine"][name])
-        if engine.lr_scheduler is not None and trainer["schedule"] is not None:
+        begun = first_step(plan.recipe)
+        if engine.lr_scheduler is not None and trainer["schedule"] is not None and trainer["step"] > begun:
+            trainer["schedule"]["last_batch_iteration"] += trainer["first_step"] - begun  # if stages have been changed
             engine.lr_scheduler.load_state_dict(trainer["schedule"])
             engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)  # gives the groups their rates
         if manifest.topology.world_size == ranks.world_size:

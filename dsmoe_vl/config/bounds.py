@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from typing import Any, TypeVar
@@ -25,11 +26,15 @@ def bounded(
 
 
 def out_of_bounds(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Dotted key, value and rule of every setting out of bounds, also in nested dataclasses and tuples of them."""
+    """Dotted key, value and rule of every setting out of bounds, also in nested dataclasses, and in tuples and
+    dicts of them."""
     for item in fields(settings):
         key, value = f"{prefix}{item.name}", getattr(settings, item.name)
         if is_dataclass(value):
             yield from out_of_bounds(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, one in value.items():
+                yield from out_of_bounds(one, f"{key}.{shown_key(name)}.") if is_dataclass(one) else ()
         elif isinstance(value, tuple) and value and is_dataclass(value[0]):
             for number, one in enumerate(value):
                 yield from out_of_bounds(one, f"{key}[{number}].")
@@ -37,7 +42,14 @@ def out_of_bounds(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, s
             yield key, value, rule
 
 
+def shown_key(name: str) -> str:
+    """A key as TOML writes it: in quotes if it is no plain word."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else f'"{name}"'
+
+
 def _broken_rule(value: Any, bounds: dict[str, Any]) -> str:
+    if value is None:  # not set
+        return ""
     least, most, above = (bounds.get(name) for name in ("least", "most", "above"))
     if least is not None and value < least:
         return "must not be negative" if least == 0 else f"must be at least {least}"

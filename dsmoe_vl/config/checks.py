@@ -7,6 +7,7 @@ from functools import reduce
 
 from dsmoe_vl.config.bounds import out_of_bounds
 from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
 
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
             if not satisfied:
                 raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
     learned = tuple(spec.name for spec in learned_tasks(recipe))
+    _check_stages(recipe, learned, file)
     for key in ("data.sources", "data.evaluation"):
         _check_sources(recipe.data, key, learned, file)
 
@@ -208,6 +210,21 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
     first = f"tasks.{TASKS[0].name}.weight"
     yield bool(learned_tasks(recipe)), first, "the weights of all tasks are 0: set one of them above 0"
     yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model or tokenizer.json file"
+
+
+def _check_stages(recipe: Recipe, learned: tuple[str, ...], file: str) -> None:
+    total = sum(stage.steps for stage in recipe.stages)
+    if recipe.stages and total != recipe.run.steps:
+        raise ConfigError(f"run.steps = {recipe.run.steps} in {file}: its stages have {total} steps: set it to that")
+    for index, stage in enumerate(recipe.stages):
+        place = f"stages[{index}].tasks in {file}"
+        for name, factor in stage.tasks.items():
+            if name not in learned:
+                raise ConfigError(f"{place} names {name}. {did_you_mean(name, learned)}")
+            if not factor >= 0:
+                raise ConfigError(f"{place}: {name} = {factor} must not be negative")
+        if all(stage.tasks.get(name, 1.0) == 0 for name in learned):
+            raise ConfigError(f"{place}: the weights of all tasks are 0: set one of them above 0")
 
 
 def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: str) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from dsmoe_vl.config.bounds import shown_key
 from dsmoe_vl.config.deepspeed_keys import TOP_LEVEL
 from dsmoe_vl.config.imported import MODEL_NAME, fill_in
 from dsmoe_vl.config.recipe import Recipe
@@ -21,6 +24,7 @@ from dsmoe_vl.files import require_regular
 _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 # Keys of files and folders, whose ~ is the home folder. `data.cache` is expanded where it is used: its default has one.
 _PLACES = ("path", "directory", "init_from")
+_KEY = re.compile(r'(?:^|\.)((?:"[^"]*"|[^".])*)')  # between the dots of an override
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -60,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _apply(table: dict[str, Any], override: str) -> None:
     """Apply one override to `table`, in place."""
     dotted, equals, text = override.partition("=")
-    parts = dotted.strip().split(".")
+    parts = [part.strip('"') for part in _KEY.findall(dotted.strip())]  # of train."layers.0.*".freeze: three
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, as in run.steps=200")
     for part in parts[:-1]:
@@ -95,6 +99,13 @@ def _value(kind: Any, value: Any, path: str, place: str) -> Any:
     if is_dataclass(kind):
         assert isinstance(kind, type)
         return _dataclass(kind, value, path, place)
+    if get_origin(kind) is UnionType:  # `float | None`: None comes from plan.json only, as TOML has none
+        return None if value is None else _value(get_args(kind)[0], value, path, place)
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} in {place} is {_shown(value)}; it must be a table: write [{path}]")
+        inner = get_args(kind)[1]
+        return {key: _value(inner, item, f"{path}.{shown_key(key)}", place) for key, item in value.items()}
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             examples = {str: 'strings, such as ["caption"]', int: "whole numbers, such as [4, 8]"}

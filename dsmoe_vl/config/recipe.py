@@ -6,7 +6,8 @@ field's comment gives its unit. Bounds of one field are in its declaration, cons
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +138,25 @@ class L1Config:
 
 
 @dataclass(frozen=True)
-class LearningRateConfig:
-    """Factors of the DeepSpeed JSON's learning rate, by part of the model. With other factors than 1 the scheduler must
-    be WarmupCosineLR, WarmupLR without warmup_max_lr, or none."""
+class PartConfig:
+    """How some parameters train. A key that is absent is as an earlier table has it, else as the DeepSpeed JSON has it.
 
-    vision: float = bounded(1.0, above=0)  # the vision encoder and the connector
-    embedding: float = bounded(1.0, above=0)  # tokens
-    attention: float = bounded(1.0, above=0)  # the decoder's, with the norm before it, as for all below
-    feed_forward: float = bounded(1.0, above=0)  # dense ones, and shared experts
-    experts: float = bounded(1.0, above=0)  # routed ones
-    router: float = bounded(1.0, above=0)
-    heads: float = bounded(1.0, above=0)  # output projection and those of the tasks
+    With a rate factor other than 1 the scheduler must be WarmupCosineLR, WarmupLR without warmup_max_lr, or none.
+    """
+
+    freeze: bool | None = None  # true: the values stay as they are; no gradient, no optimizer state
+    lr_scale: float | None = bounded(None, above=0)  # factor of the JSON's learning rate
+    weight_decay: float | None = bounded(None, least=0)  # instead of the JSON's; norms and biases have none
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Some steps of a run that train other parts, or weigh the tasks otherwise, than the steps before and after."""
+
+    steps: int = bounded(0, least=1)  # optimizer steps; those of all stages are run.steps
+    lr_scale: float = bounded(1.0, above=0)  # factor of the JSON's learning rate for all parts
+    train: dict[str, PartConfig] = field(default_factory=dict)  # tables after those of the recipe's [train]
+    tasks: dict[str, float] = field(default_factory=dict)  # factors of the tasks' weights; 0: nothing of it is learned
 
 
 @dataclass(frozen=True)
@@ -277,10 +286,30 @@ class Recipe:
     moe: MoEConfig = field(default_factory=MoEConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    # By part (`config/parts.py: PARTS`), or by a pattern of parameters' names, such as "layers.0.*" or "*". Of two
+    # tables that set a key of a parameter, the later one in the recipe counts.
+    train: dict[str, PartConfig] = field(default_factory=dict)
+    # One after the other; each has a schedule of its own, as a run. A recipe of one stage is that stage of a run, which
+    # ends with run.steps.
+    stages: tuple[StageConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def each_stage(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipes of a run's stages, whose run.steps are the end of each; the recipe itself without stages."""
+    end = 0
+    for stage in recipe.stages:
+        end += stage.steps
+        yield replace(recipe, stages=(stage,), run=replace(recipe.run, steps=end))
+    if not recipe.stages:
+        yield recipe
+
+
+def first_step(recipe: Recipe) -> int:
+    """The step after which a recipe of one stage begins; 0 without stages."""
+    return recipe.run.steps - recipe.stages[0].steps if len(recipe.stages) == 1 else 0
 
 
 def learned_tasks(recipe: Recipe) -> tuple[TaskSpec, ...]:
@@ -289,5 +318,10 @@ def learned_tasks(recipe: Recipe) -> tuple[TaskSpec, ...]:
 
 
 def term_weights(recipe: Recipe) -> dict[str, float]:
-    """The weight w_i of each loss term of every task."""
-    return {term.name: getattr(getattr(recipe.tasks, spec.name), term.weight) for spec in TASKS for term in spec.terms}
+    """The weight w_i of each loss term of every task, in this stage."""
+    factors = recipe.stages[0].tasks if len(recipe.stages) == 1 else {}
+    return {
+        term.name: factors.get(spec.name, 1.0) * getattr(getattr(recipe.tasks, spec.name), term.weight)
+        for spec in TASKS
+        for term in spec.terms
+    }

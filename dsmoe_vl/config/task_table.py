@@ -60,8 +60,16 @@ class Term:
     weight: str = "weight"  # the field of the task's settings with its weight
 
 
-def _no_heads(settings: Any, width: int) -> int:
-    return 0
+def _no_heads(settings: Any, width: int) -> dict[str, tuple[int, ...]]:
+    return {}
+
+
+def _retrieval_heads(settings: RetrievalConfig, width: int) -> dict[str, tuple[int, ...]]:
+    projection = (settings.embedding_width, width)
+    return {
+        "retrieval.log_scale": (1,), "retrieval.bias": (1,),
+        "retrieval.media.weight": projection, "retrieval.text.weight": projection,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,8 @@ class TaskSpec:
     qualifies: Callable[[str, Sequence[str], Mapping[str, Any]], bool]
     task: str  # "module:class" of its `tasks.task.Task`
     evaluation: str  # "module:class" of its `evaluation.task_evaluation.TaskEvaluation`
-    # Number of parameters of its heads, from its settings and the decoder width.
-    head_parameters: Callable[[Any, int], int] = field(default=_no_heads)
+    # The shapes of its heads' parameters by their names in the model, from its settings and the decoder width.
+    head_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]] = field(default=_no_heads)
 
 
 def _has_captions(kind: str, captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
@@ -112,8 +120,7 @@ TASKS: list[TaskSpec] = [
         qualifies=_has_captions,
         task="dsmoe_vl.tasks.retrieval:RetrievalTask",
         evaluation="dsmoe_vl.evaluation.retrieval:RetrievalEvaluation",
-        # Two projections, a scale and a bias.
-        head_parameters=lambda settings, width: 2 * width * settings.embedding_width + 2,
+        head_shapes=_retrieval_heads,
     ),
     TaskSpec(
         name="summary",
@@ -128,7 +135,8 @@ TASKS: list[TaskSpec] = [
         qualifies=_has_summary,
         task="dsmoe_vl.tasks.video_summary:VideoSummaryTask",
         evaluation="dsmoe_vl.evaluation.summaries:SummaryEvaluation",
-        head_parameters=lambda settings, width: width + 1,  # one linear score of frames
+        # One linear score of frames.
+        head_shapes=lambda settings, width: {"importance.score.weight": (1, width), "importance.score.bias": (1,)},
     ),
 ]
 

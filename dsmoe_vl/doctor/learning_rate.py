@@ -134,7 +134,7 @@ class Race:
     def __init__(self, recipe: Recipe, deepspeed: dict[str, Any], steps: int) -> None:
         """Starts the process group and reads the held-out packs. Raises ConfigError, DataError, FetchError."""
         self.ranks, self.steps = Ranks(0, 1, 0), steps
-        self.recipe = replace(recipe, run=replace(recipe.run, steps=steps))
+        self.recipe = replace(recipe, stages=(), run=replace(recipe.run, steps=steps))
         self.deepspeed, device = deepspeed, device_name()
         self.bf16_unit = has_bf16_unit(device)
         plan = self.plan(float(deepspeed["optimizer"]["params"]["lr"]))
@@ -309,6 +309,8 @@ def find_rate(
     race = Race(recipe, of_world(deepspeed, recipe, world_size), steps)
     packs = race.plan(now).packs_per_step
     print(f"steps at each rate: {steps}, each with {packs} packs, the batch of --world-size {world_size}")
+    if recipe.stages:
+        print("the recipe's stages are left out: all steps train what its [train] says")
     print(f"warm-up of {steps // _PART} steps, then a cosine to a tenth; the same first values and batches for all")
     if not race.has_held_out:
         print(

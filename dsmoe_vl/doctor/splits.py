@@ -61,7 +61,8 @@ class Split:
 def shrink(recipe: Recipe) -> Recipe:
     """The same recipe with a small, fast model: narrow, two sparse layers, at most eight experts.
 
-    Without routing noise and token dropping, which depend on the split by design.
+    Without routing noise and token dropping, which depend on the split by design. All of it trains: patterns of names
+    need not be about the small model.
     """
     model, moe, vision = recipe.model, recipe.moe, recipe.model.vision
     ratio = model.heads // model.kv_heads
@@ -81,6 +82,7 @@ def shrink(recipe: Recipe) -> Recipe:
             **(_WITHOUT_CHANCE if moe.backend == "capacity" else {}),
         ),
         data=replace(recipe.data, workers=0),
+        train={}, stages=(),
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from torch.utils.tensorboard.summary import hparams
 
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.files import writing
-from dsmoe_vl.optim.parameter_groups import PARTS
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
@@ -111,7 +110,7 @@ def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
             "learning rate": lines("lr"),
             "gradient norm": lines("grad_norm"),
             "skipped steps": lines("skipped_steps"),
-            "gradient norm by part": lines(*(f"grad_norm_{part}" for part in PARTS)),
+            "gradient norm by part": lines(*(f"grad_norm_{part}" for part in plan.trained.parts)),
         },
         "is it fast": {
             "tokens a second": lines("tokens_per_second"),

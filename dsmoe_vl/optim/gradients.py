@@ -8,18 +8,21 @@ import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-from dsmoe_vl.optim.parameter_groups import PARTS, part_of
+from dsmoe_vl.config.parts import PARTS, part_of
 
 
 @torch.no_grad()
 def local_squares(model: nn.Module, ep_size: int, rank: int, device: torch.device) -> Tensor:
     """This rank's share of each part's squared gradient norm, float32 [len(PARTS)]; sum it over ranks.
 
-    Call it between the last backward of a step and its update: gradients are averaged, but not yet clipped.
+    Frozen parts have 0. Call it between the last backward of a step and its update: gradients are averaged, but not yet
+    clipped.
     """
     squares = torch.zeros(len(PARTS), device=device)
     by_part: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part = part_of(name)
         shard = _shard(parameter, ep_size if part == "experts" else 1, rank)
         if shard is not None and shard.numel():

@@ -134,6 +134,11 @@ def is_first_to_fail(ranks: Ranks) -> bool:
         return False
 
 
+def end_process_group() -> None:
+    """End it, and all groups of ranks. Collective."""
+    dist.destroy_process_group()
+
+
 def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
     """Print the error, unless another rank failed first, and end the process at once: other ranks may wait for this one
     in a collective. Exit status 2 for a user error, else 1."""

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from dsmoe_vl.config.deepspeed_json import setting
-from dsmoe_vl.config.recipe import AugmentConfig, L1Config
+from dsmoe_vl.config.parts import part_of
+from dsmoe_vl.config.recipe import AugmentConfig, L1Config, first_step
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.stages import stage_plans
+from dsmoe_vl.planner.trained import Rule, Trained, rules
 
 _SHOWN_GROUPS = 4
 _SHOWN_RANKS = 4
 
 
 def describe(plan: RunPlan) -> str:
-    """Several lines: model, batch, schedule, cost, memory, groups, notes."""
+    """Several lines: model, what trains, batch, schedule, cost, memory, groups, notes."""
     sections = (
         ("run", _run(plan)),
         ("parameters", _parameters(plan)),
+        *_stages(plan),
         ("step", _step(plan)),
         ("cost", _cost(plan)),
-        ("memory per rank", _memory(plan)),
+        *([] if plan.recipe.stages else [("memory per rank", _memory(plan))]),
         ("groups", _groups(plan)),
     )
     lines: list[str] = []
@@ -81,12 +85,57 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
         ("routers", _count(counts.routers)),
         ("dense feed-forwards", f"{_count(counts.dense_ffn)} in {moe.first_dense_layers} of {model.layers} layers"),
         ("attention", _count(counts.attention)),
-        ("embedding", f"{_count(counts.embedding)}, tied with the output"),
+        ("embedding", f"{_count(counts.embedding)}, {'tied with' if model.tied else 'and'} the output"),
         ("vision encoder", _count(counts.vision)),
         ("connector", _count(counts.connector)),
         ("norms", _count(counts.norms)),
         ("task heads", _count(counts.heads)),
     ]
+
+
+def _stages(plan: RunPlan) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """What trains, and with stages what each of them needs."""
+    if not plan.recipe.stages:
+        yield "what trains", _trains(plan)
+        return
+    for number, stage in enumerate(stage_plans(plan), 1):
+        (settings,) = stage.recipe.stages
+        factors = ", ".join(f"{name} x {factor:g}" for name, factor in settings.tasks.items())
+        yield (
+            f"stage {number}: steps {first_step(stage.recipe) + 1:,} to {stage.recipe.run.steps:,}",
+            [
+                *_trains(stage),
+                ("learning rate", f"{float(stage.deepspeed['optimizer']['params']['lr']):g} at its peak"),
+                *([("weights of tasks", factors)] if factors else []),
+                *_memory(stage),
+            ],
+        )
+
+
+def _trains(plan: RunPlan) -> list[tuple[str, str]]:
+    """Part by part; what the recipe's [train] says of it, if anything."""
+    by_part: dict[str, set[Rule]] = {}
+    for name, rule in rules(plan.recipe).items():
+        if not rule.freeze:
+            by_part.setdefault(part_of(name), set()).add(rule)
+    rate = float(plan.deepspeed["optimizer"]["params"]["lr"])
+    return [
+        (part, ", ".join(_of_part(plan.trained, part, sorted(by_part.get(part, ()), key=str), rate)))
+        for part in plan.trained.trained
+    ]
+
+
+def _of_part(trained: Trained, part: str, found: list[Rule], rate: float) -> Iterator[str]:
+    moving, still = trained.trained[part], trained.frozen[part]
+    if moving:
+        yield f"{_count(moving)} trained" if still else _count(moving)
+    if still:
+        yield f"{_count(still)} frozen"
+    if any(rule.lr_scale != 1 for rule in found):
+        yield "rate " + " and ".join(dict.fromkeys(f"{rate * rule.lr_scale:g}" for rule in found))
+    if any(rule.weight_decay is not None for rule in found):
+        decays = ["the JSON's" if rule.weight_decay is None else f"{rule.weight_decay:g}" for rule in found]
+        yield "weight decay " + " and ".join(dict.fromkeys(decays))
 
 
 def _step(plan: RunPlan) -> list[tuple[str, str]]:
@@ -102,7 +151,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
             f"at most {patches}, {data.pack_patches} per pack = {cells} tokens",
         ),
         ("steps", f"{run.steps:,} = {_count(run.steps * plan.tokens_per_step)} tokens"),
-        ("learning rate", _rates(plan)),
+        ("learning rate", f"{float(plan.deepspeed['optimizer']['params']['lr']):g} at its peak"),
         ("schedule", _schedule(plan)),
         ("gradient clipping", f"{setting(plan.deepspeed, 'gradient_clipping', 1.0)}"),
         *_l1(plan.recipe.objective.l1),
@@ -129,15 +178,6 @@ def _l1(l1: L1Config) -> list[tuple[str, str]]:
     return [("L1 term", f"{l1.weight:g} x ({omega}), by a proximal step after each update")]
 
 
-def _rates(plan: RunPlan) -> str:
-    rate = float(plan.deepspeed["optimizer"]["params"]["lr"])
-    parts: dict[float, list[str]] = {}
-    for part, factor in asdict(plan.recipe.learning_rate).items():
-        parts.setdefault(factor, []).append(part)
-    others = [f"{rate * factor:g} for {', '.join(names)}" for factor, names in parts.items() if factor != 1]
-    return "; ".join([f"{rate:g} at its peak", *others])
-
-
 def _schedule(plan: RunPlan) -> str:
     scheduler = plan.deepspeed.get("scheduler")
     if scheduler is None:
@@ -150,6 +190,7 @@ def _cost(plan: RunPlan) -> list[tuple[str, str]]:
     share = (
         f"{data.pack_length} tokens, {data.pack_patches} patches, {labels_of_full_pack(plan.recipe)} labels per pack"
     )
+    spared = ", less where weights are frozen" if any(plan.trained.frozen.values()) else ""
     return [
         ("forward per token", f"{_flops(flops.per_token)}, attending to {flops.token_context:g} on average"),
         (
@@ -157,17 +198,18 @@ def _cost(plan: RunPlan) -> list[tuple[str, str]]:
             f"{_flops(flops.per_patch)}, attending to {flops.patch_context:g}",
         ),
         ("forward per label", f"{_flops(flops.per_label)}, the output projection, only at positions with a label"),
-        ("training per step", f"{_flops(plan.flops_per_step)} = 3 x forward of {share}"),
+        ("training per step", f"{_flops(plan.flops_per_step)} = 3 x forward of {share}{spared}"),
         ("training per rank", f"{_flops(plan.flops_per_step / plan.world_size)} per step"),
     ]
 
 
 def _memory(plan: RunPlan) -> list[tuple[str, str]]:
     memory = plan.memory
+    what = f" of the {_count(plan.trained.total)} that train" if any(plan.trained.frozen.values()) else ""
     rows = [
         ("weights", _bytes(memory.weights)),
-        ("gradients", _bytes(memory.gradients)),
-        ("optimizer", _bytes(memory.optimizer)),
+        ("gradients", _bytes(memory.gradients) + what),
+        ("optimizer", _bytes(memory.optimizer) + what),
         ("on the device", f"{_bytes(memory.device)}, activations and communication buckets not counted"),
     ]
     return rows + ([("on the host", _bytes(memory.host))] if memory.host else [])

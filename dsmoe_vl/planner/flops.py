@@ -3,15 +3,19 @@
 A matrix product costs 2 per parameter and row. Attention costs 4 D per visible position: 2 D for the scores, 2 D for
 their product with the values. Norms, softmax, rotations, gathers and the router's biases are not counted. Training
 costs three forwards: the backward pass needs one for input gradients and one for weight gradients (Kaplan et al. 2020,
-section 2.1).
+section 2.1). Frozen weights need no gradient of their own, and a vision encoder that is frozen as a whole no backward
+pass; elsewhere the gradient still passes through to what trains below.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers, sparse_layers
+from dsmoe_vl.config.parts import is_matrix, part_of
+from dsmoe_vl.config.recipe import Recipe, VisionConfig
+from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers, sparse_layers, tensors
+from dsmoe_vl.planner.trained import rules
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,15 @@ class Flops:
     per_patch: float  # one patch through the encoder, with its share of the connector
     token_context: float  # positions that an average token attends to
     patch_context: float  # patches that an average patch attends to
+    spared_token: float = 0.0  # of the backward pass, because weights are frozen; likewise below
+    spared_label: float = 0.0
+    spared_patch: float = 0.0
 
     def training(self, tokens: float, patches: float, labels: float) -> float:
         """Cost of the forward and backward pass for these numbers of tokens, patches and labels."""
-        return 3 * (tokens * self.per_token + patches * self.per_patch + labels * self.per_label)
+        forward = tokens * self.per_token + patches * self.per_patch + labels * self.per_label
+        spared = tokens * self.spared_token + patches * self.spared_patch + labels * self.spared_label
+        return 3 * forward - spared
 
 
 def estimate_flops(recipe: Recipe, token_context: float | None = None, patch_context: float | None = None) -> Flops:
@@ -40,7 +49,11 @@ def estimate_flops(recipe: Recipe, token_context: float | None = None, patch_con
         patch_context = float(data.image_max_patches)
     if token_context is None:
         token_context = min(data.image_max_patches / merge**2, data.pack_length) / 2
+    spared_token, spared_label, spared_patch = _spared(recipe, patch_context)
     return Flops(
+        spared_token=spared_token,
+        spared_label=spared_label,
+        spared_patch=spared_patch,
         per_token=_per_token(recipe, token_context),
         per_label=2.0 * recipe.model.width * recipe.tokenizer.vocab_size,
         per_patch=_per_patch(recipe, patch_context),
@@ -73,10 +86,32 @@ def _per_token(recipe: Recipe, context: float) -> float:
     return 2 * products + model.layers * 4 * model.heads * model.width_of_head * context
 
 
+def _spared(recipe: Recipe, patch_context: float) -> tuple[float, float, float]:
+    """What a token, a label and a patch cost less in the backward pass."""
+    model, moe, shapes = recipe.model, recipe.moe, tensors(recipe)
+    frozen = {name for name, rule in rules(recipe).items() if rule.freeze}
+    products = {name: 2.0 * math.prod(shapes[name]) for name in frozen if is_matrix(name, shapes[name])}
+    projection = "embedding.weight" if model.tied else "head.weight"
+    token = sum(
+        product * (moe.top_k / shapes[name][0] if part_of(name) == "experts" else 1)
+        for name, product in products.items()
+        if name.startswith("layers.")
+    )
+    cell = sum(product for name, product in products.items() if name.startswith("connector."))
+    encoder = sum(product for name, product in products.items() if name.startswith("vision.layers."))
+    if frozen.issuperset(name for name in shapes if name.startswith("vision.")):
+        encoder = 2 * _per_patch_encoder(model.vision, patch_context)
+    return token, products.get(projection, 0.0), encoder + cell / model.vision.merge**2
+
+
 def _per_patch(recipe: Recipe, context: float) -> float:
     vision, width = recipe.model.vision, recipe.model.width
-    layer = 4 * vision.width**2 + (3 if vision.ffn == "swiglu" else 2) * vision.width * vision.ffn_width
     cell = vision.merge**2 * vision.width * width + width * width
     cell += PLACE_AND_TIME_FEATURES * width * vision.place_and_time
-    products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer + cell / vision.merge**2
+    return _per_patch_encoder(vision, context) + 2 * cell / vision.merge**2
+
+
+def _per_patch_encoder(vision: VisionConfig, context: float) -> float:
+    layer = 4 * vision.width**2 + (3 if vision.ffn == "swiglu" else 2) * vision.width * vision.ffn_width
+    products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer
     return 2 * products + vision.layers * 4 * vision.width * context

@@ -1,11 +1,11 @@
-"""Parameter counts of a recipe's model, by part.
+"""Every parameter of a recipe's model, without building it.
 
-Symbols: D decoder width, H heads, Hkv key/value heads, d = D / H, E experts, K experts per token.
+Symbols: D decoder width, H heads, G key/value heads, d width of a head, E experts, F hidden width of an expert.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe, VisionConfig, learned_tasks
 from dsmoe_vl.config.task_table import TASKS
@@ -13,45 +13,8 @@ from dsmoe_vl.config.task_table import TASKS
 PLACE_AND_TIME_FEATURES = 64  # sinusoids of a cell's place and time, inputs of the connector
 _MODALITIES = 3  # rows of the router's modality bias; its task bias has one row per task
 
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Trainable parameters of each part. The output projection is the token embedding and counts once."""
-
-    vision: int
-    connector: int
-    embedding: int
-    attention: int  # of the decoder, QK-norms included
-    dense_ffn: int  # the dense decoder layers' feed-forwards
-    routers: int
-    experts: int  # all routed experts
-    shared_experts: int
-    residual_experts: int  # PR-MoE: one more expert and its mixing weights per layer
-    norms: int  # of the decoder
-    heads: int  # of the tasks
-    active_experts: int  # the part of `experts` that one token uses: K of E
-
-    @property
-    def total(self) -> int:
-        """Every trainable parameter."""
-        return (
-            self.vision
-            + self.connector
-            + self.embedding
-            + self.attention
-            + self.dense_ffn
-            + self.routers
-            + self.experts
-            + self.shared_experts
-            + self.residual_experts
-            + self.norms
-            + self.heads
-        )
-
-    @property
-    def active(self) -> int:
-        """Parameters used by one token: K instead of E experts per layer."""
-        return self.total - self.experts + self.active_experts
+Shape = tuple[int, ...]
+Named = Iterator[tuple[str, Shape]]
 
 
 def sparse_layers(recipe: Recipe) -> int:
@@ -64,56 +27,126 @@ def experts_of_layers(recipe: Recipe) -> tuple[int, ...]:
     return recipe.moe.experts_per_layer or (recipe.moe.experts,) * sparse_layers(recipe)
 
 
-def count_parameters(recipe: Recipe) -> ParameterCounts:
-    """The parameters of the model that `recipe` describes."""
+def tensors(recipe: Recipe) -> dict[str, Shape]:
+    """The shapes of all parameters by their names in the one-process model, in its order. An output projection that is
+    the token embedding counts once; experts of a layer are one tensor [E, ...]."""
+    return dict(_all(recipe))
+
+
+def _all(recipe: Recipe) -> Named:
     model, moe = recipe.model, recipe.moe
-    width, sparse, all_experts = model.width, sparse_layers(recipe), sum(experts_of_layers(recipe))
-    return ParameterCounts(
-        vision=_vision(model.vision),
-        connector=_connector(model.vision, width),
-        embedding=recipe.tokenizer.vocab_size * width * (1 if model.tied else 2),
-        attention=model.layers * _decoder_attention(model),
-        dense_ffn=moe.first_dense_layers * _swiglu(width, model.ffn_width),
-        routers=all_experts * (width + len(TASKS) + _MODALITIES),
-        experts=_experts(moe, width, all_experts),
-        shared_experts=sparse * (_swiglu(width, moe.shared_ffn_width) + width * moe.shared_gate),
-        residual_experts=sparse * (_experts(moe, width, 1) + 2 * width + 2) if moe.residual else 0,
-        norms=(2 * model.layers + 1) * width,
-        heads=sum(spec.head_parameters(getattr(recipe.tasks, spec.name), width) for spec in learned_tasks(recipe)),
-        active_experts=_experts(moe, width, sparse * moe.top_k),
-    )
+    width, vocabulary = model.width, recipe.tokenizer.vocab_size
+    yield from _under("vision", _vision(model.vision))
+    yield from _under("connector", _connector(model.vision, width))
+    yield "embedding.weight", (vocabulary, width)
+    experts = experts_of_layers(recipe)
+    for index in range(model.layers):
+        sparse = index - moe.first_dense_layers
+        inner = _swiglu(width, model.ffn_width) if sparse < 0 else _sparse(moe, width, experts[sparse])
+        yield from _under(f"layers.{index}", _decoder_layer(model, inner))
+    yield "norm.weight", (width,)
+    if not model.tied:
+        yield "head.weight", (vocabulary, width)
+    for spec in learned_tasks(recipe):
+        yield from spec.head_shapes(getattr(recipe.tasks, spec.name), width).items()
 
 
-def _swiglu(width: int, hidden: int) -> int:
-    return 3 * width * hidden
+def _under(prefix: str, named: Named) -> Named:
+    return ((f"{prefix}.{name}", shape) for name, shape in named)
 
 
-def _experts(moe: MoEConfig, width: int, experts: int) -> int:
-    return experts * _swiglu(width, moe.ffn_width)
+def _linear(rows: int, columns: int, bias: bool) -> Named:
+    yield "weight", (rows, columns)
+    if bias:
+        yield "bias", (rows,)
 
 
-def _decoder_attention(model: ModelConfig) -> int:
+def _norm(width: int, bias: bool) -> Named:
+    yield "weight", (width,)
+    if bias:
+        yield "bias", (width,)
+
+
+def _swiglu(width: int, hidden: int) -> Named:
+    yield "gate_up.weight", (2 * hidden, width)
+    yield "down.weight", (width, hidden)
+
+
+def _decoder_layer(model: ModelConfig, feed_forward: Named) -> Named:
     """q and o: D x (H d); k and v: D x (G d); biases of q, k and v; weights of the QK-norm."""
     queries, keys = (heads * model.width_of_head for heads in (model.heads, model.kv_heads))
-    norms = {"head": 2 * model.width_of_head, "width": queries + keys, "none": 0}[model.qk_norm]
-    return 2 * model.width * (queries + keys) + (queries + 2 * keys) * model.qkv_bias + norms
+    norms = {"head": (model.width_of_head,) * 2, "width": (queries, keys), "none": ()}[model.qk_norm]
+    yield "attention_norm.weight", (model.width,)
+    yield from _under("attention.qkv", _linear(queries + 2 * keys, model.width, model.qkv_bias))
+    for name, width in zip(("q_norm", "k_norm"), norms, strict=False):
+        yield f"attention.{name}.weight", (width,)
+    yield "attention.out.weight", (model.width, queries)
+    yield "feed_forward_norm.weight", (model.width,)
+    yield from _under("feed_forward", feed_forward)
 
 
-def _vision(vision: VisionConfig) -> int:
-    width = vision.width
-    patch_embedding = 3 * vision.patch_size**2 * width + width
-    norm = width if vision.norm == "rms" else 2 * width
-    attention = 4 * width**2 + 4 * width * vision.bias + 2 * (width // vision.heads) * vision.qk_norm
-    feed_forward = _swiglu(width, vision.ffn_width)
-    if vision.ffn != "swiglu":
-        feed_forward = 2 * width * vision.ffn_width + vision.ffn_width + width
-    layer = 2 * norm + attention + feed_forward + 2 * width * vision.layer_scale
-    table = (vision.position_grid**2 if "learned" in vision.positions else 0) + vision.prefix_tokens
-    return patch_embedding + vision.layers * layer + (vision.pre_norm + vision.final_norm) * norm + table * width
+def _expert(width: int, hidden: int, stacked: Shape = ()) -> Named:
+    for name, shape in (("w1", (hidden, width)), ("w2", (width, hidden)), ("w3", (hidden, width))):
+        yield name, (*stacked, *shape)
 
 
-def _connector(vision: VisionConfig, width: int) -> int:
+def _sparse(moe: MoEConfig, width: int, experts: int) -> Named:
+    yield "router.weight", (experts, width)
+    yield "router.task_bias", (len(TASKS), experts)
+    yield "router.modality_bias", (_MODALITIES, experts)
+    yield from _under("experts", _expert(width, moe.ffn_width, (experts,)))
+    if moe.shared_ffn_width:
+        yield from _under("shared", _swiglu(width, moe.shared_ffn_width))
+        if moe.shared_gate:
+            yield "shared.gate.weight", (1, width)
+    if moe.residual:  # PR-MoE: one more expert, and the weights that mix it in
+        yield from _under("mlp", _expert(width, moe.ffn_width))
+        yield from _under("coefficient", _linear(2, width, bias=True))
+
+
+def _vision(vision: VisionConfig) -> Named:
+    width, bias = vision.width, vision.norm == "layer"
+    if vision.prefix_tokens:
+        yield "prefix", (vision.prefix_tokens, width)
+    yield from _under("patch_embedding", _linear(width, 3 * vision.patch_size**2, bias=True))
+    if "learned" in vision.positions:
+        yield "position.weight", (vision.position_grid**2, width)
+    if vision.pre_norm:
+        yield from _under("embedding_norm", _norm(width, bias))
+    for index in range(vision.layers):
+        yield from _under(f"layers.{index}", _vision_layer(vision))
+    if vision.final_norm:
+        yield from _under("norm", _norm(width, bias))
+
+
+def _vision_layer(vision: VisionConfig) -> Named:
+    width, bias = vision.width, vision.norm == "layer"
+    yield from _under("attention_norm", _norm(width, bias))
+    yield from _under("attention.qkv", _linear(3 * width, width, vision.bias))
+    if vision.qk_norm:
+        yield "attention.q_norm.weight", (width // vision.heads,)
+        yield "attention.k_norm.weight", (width // vision.heads,)
+    yield from _under("attention.out", _linear(width, width, vision.bias))
+    if vision.layer_scale:
+        yield "attention_scale.weight", (width,)
+    yield from _under("feed_forward_norm", _norm(width, bias))
+    if vision.ffn == "swiglu":
+        yield from _under("feed_forward", _swiglu(width, vision.ffn_width))
+    else:
+        yield from _under("feed_forward.up", _linear(vision.ffn_width, width, bias=True))
+        yield from _under("feed_forward.down", _linear(width, vision.ffn_width, bias=True))
+    if vision.layer_scale:
+        yield "feed_forward_scale.weight", (width,)
+
+
+def _connector(vision: VisionConfig, width: int) -> Named:
     cell = vision.merge**2 * vision.width
-    norm = {"none": 0, "patch": 2 * vision.width, "joined": 2 * cell}[vision.connector_norm]
-    place_and_time = PLACE_AND_TIME_FEATURES * width if vision.place_and_time else 0
-    return norm + (cell * width + width) + (width * width + width) + place_and_time
+    if vision.connector_norm == "patch":
+        yield from _under("patch_norm", _norm(vision.width, bias=True))
+    elif vision.connector_norm == "joined":
+        yield from _under("cell_norm", _norm(cell, bias=True))
+    yield from _under("up", _linear(width, cell, bias=True))
+    yield from _under("down", _linear(width, width, bias=True))
+    if vision.place_and_time:
+        yield "place.weight", (width, PLACE_AND_TIME_FEATURES // 2)
+        yield "time.weight", (width, PLACE_AND_TIME_FEATURES // 2)

@@ -12,9 +12,10 @@ from dsmoe_vl.config.load import recipe_from_table
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import require_regular
+from dsmoe_vl.planner.counts import ParameterCounts
 from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.memory import MemoryEstimate
-from dsmoe_vl.planner.parameters import ParameterCounts
+from dsmoe_vl.planner.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RunPlan:
     tensorboard_enabled: bool
     tensorboard_dir: Path  # of the event files
     parameters: ParameterCounts
+    trained: Trained
     flops: Flops
     flops_per_step: float  # training, over all ranks, for packs with the maximum number of patches
     memory: MemoryEstimate  # of one rank
@@ -85,7 +87,8 @@ def _differences(before: Any, now: Any, name: str, both: bool) -> Iterator[str]:
         for key in dict.fromkeys((*before, *now)):
             inner = f"{name}.{key}" if name else key
             if key in before and key in now:
-                yield from _differences(before[key], now[key], inner, both)
+                # The tables in [train] are named by the user.
+                yield from _differences(before[key], now[key], inner, both and inner != "train")
             elif not both:
                 yield f"{inner} {_or_absent(before, key)} -> {_or_absent(now, key)}"
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dsmoe_vl.config.bounds import shown_key
 from dsmoe_vl.config.checks import check_recipe
 from dsmoe_vl.config.deepspeed_json import check_deepspeed, setting
-from dsmoe_vl.config.recipe import Recipe, RunConfig
+from dsmoe_vl.config.recipe import Recipe, each_stage
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
-from dsmoe_vl.planner.memory import estimate_memory
-from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
+from dsmoe_vl.planner.memory import memory_for
+from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.trained import check_train, count_trained
 
 _OUR_SECTIONS = ("expert_parallel", "tensorboard")  # handled here; the engine must not see them
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -56,12 +59,14 @@ def resolve(
         raise ConfigError(f"world size {world_size} must be at least 1")
     check_deepspeed(deepspeed, deepspeed_file)
     check_recipe(recipe, world_size, recipe_file)
+    for index, stage in enumerate(each_stage(recipe)):
+        check_train(stage, recipe_file, index)
     notes = _Notes(strict)
     engine = _without_nulls({key: value for key, value in deepspeed.items() if key not in _OUR_SECTIONS})
     micro_batch, accumulation = _batch(engine, world_size, deepspeed_file)
     ep_size = _ep_size(recipe, deepspeed, world_size, deepspeed_file, notes)
     precision = _precision(engine, device, bf16_unit, deepspeed_file, notes)
-    _fill_schedule(engine, recipe.run, deepspeed_file, notes)
+    _fill_schedule(engine, recipe, deepspeed_file, notes)
     _check_rates(engine, recipe, deepspeed_file, recipe_file)
     _check_one_optimizer(engine, recipe, deepspeed_file)
     _check_backend(engine, recipe, deepspeed_file, recipe_file)
@@ -69,7 +74,7 @@ def resolve(
     packs = micro_batch * accumulation * world_size
     run_dir = Path(recipe.run.directory) / recipe.run.name
     zero_stage = setting(engine, "zero_optimization.stage", 0)
-    parameters = count_parameters(recipe)
+    parameters, trained = count_parameters(recipe), count_trained(recipe)
     flops = estimate_flops(recipe)
     return RunPlan(
         recipe=recipe,
@@ -89,17 +94,10 @@ def resolve(
         tensorboard_enabled=setting(deepspeed, "tensorboard.enabled", False),
         tensorboard_dir=_tensorboard_dir(deepspeed, run_dir),
         parameters=parameters,
+        trained=trained,
         flops=flops,
         flops_per_step=full_step_flops(recipe, flops, packs),
-        memory=estimate_memory(
-            parameters,
-            zero_stage=zero_stage,
-            world_size=world_size,
-            ep_size=ep_size,
-            bf16=precision == "bf16",
-            offload_optimizer=setting(engine, "zero_optimization.offload_optimizer.device", "none") == "cpu",
-            offload_param=setting(engine, "zero_optimization.offload_param.device", "none") == "cpu",
-        ),
+        memory=memory_for(engine, parameters, trained, world_size, ep_size, precision == "bf16"),
         notes=tuple(notes.lines),
     )
 
@@ -171,8 +169,9 @@ def _precision(
     return "bf16"
 
 
-def _fill_schedule(engine: dict[str, Any], run: RunConfig, file: str, notes: _Notes) -> None:
+def _fill_schedule(engine: dict[str, Any], recipe: Recipe, file: str, notes: _Notes) -> None:
     """Fill in missing scheduler parameters from run.steps and the optimizer's learning rate."""
+    run = recipe.run
     if "scheduler" not in engine:
         return
     params = engine["scheduler"].setdefault("params", {})
@@ -185,11 +184,13 @@ def _fill_schedule(engine: dict[str, Any], run: RunConfig, file: str, notes: _No
                 "Remove total_num_steps: it is filled in from run.steps.",
             )
         warmup = params.get("warmup_num_steps", 1000)
-        if warmup >= total:
+        shortest = min((stage.steps for stage in recipe.stages), default=total)
+        if warmup >= shortest:
+            what = f"{shortest} steps of a stage" if recipe.stages else f"total of {shortest} steps"
             notes.add(
-                f"scheduler.params.warmup_num_steps = {warmup} in {file} is not below the total of {total} steps",
+                f"scheduler.params.warmup_num_steps = {warmup} in {file} is not below the {what}",
                 "the learning rate does not reach its peak",
-                f"Set it below {total}.",
+                f"Set it below {shortest}.",
             )
     if engine["scheduler"]["type"] == "WarmupDecayLR":
         # DeepSpeed's default is 0.001 and ignores optimizer.params.lr.
@@ -202,10 +203,22 @@ def _check_rates(engine: dict[str, Any], recipe: Recipe, file: str, recipe_file:
     keeps = kind == "WarmupCosineLR" or (
         kind == "WarmupLR" and setting(engine, "scheduler.params.warmup_max_lr", None) is None
     )
-    others = [f"{part} = {factor:g}" for part, factor in asdict(recipe.learning_rate).items() if factor != 1]
+    tables = [("train", recipe.train)]
+    tables += [(f"stages[{index}].train", stage.train) for index, stage in enumerate(recipe.stages)]
+    others = [
+        f"{name}.{shown_key(key)}.lr_scale = {part.lr_scale:g}"
+        for name, table in tables
+        for key, part in table.items()
+        if part.lr_scale not in (None, 1)
+    ]
+    others += [
+        f"stages[{index}].lr_scale = {stage.lr_scale:g}"
+        for index, stage in enumerate(recipe.stages)
+        if stage.lr_scale != 1
+    ]
     if others and not keeps:
         raise ConfigError(
-            f"learning_rate.{', '.join(others)} in {recipe_file}: scheduler.type = {json.dumps(kind)} in {file} gives "
+            f"{', '.join(others)} in {recipe_file}: scheduler.type = {json.dumps(kind)} in {file} gives "
             'all parts the same rate. Set it to "WarmupCosineLR", or remove the factors.'
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups, safe_get_full_grad
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,14 +27,20 @@ from dsmoe_vl.optim.overflow import add_overflow
 from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.trained import rules
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
 
+_NEW: Mapping[str, int] = MappingProxyType({})
 
-def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: bool = True) -> Any:
-    """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks. `imports`: with the
-    weights of `model.init_from`, which a run that goes on does not need."""
-    engine = wrap(plan, build_model(plan, ranks, tasks, imports))
+
+def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], updates: Mapping[str, int] | None = None) -> Any:
+    """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks.
+
+    `updates`: those of a checkpoint that will be read into it, as `OptimizerFiles.updates` has them. Without, it begins
+    with the weights of `model.init_from`.
+    """
+    engine = wrap(plan, build_model(plan, ranks, tasks, imports=updates is None), updates or {})
     torch.manual_seed(plan.recipe.run.seed * 2**20 + ranks.rank)  # for routing noise: a different seed on every rank
     return engine
 
@@ -39,18 +48,21 @@ def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: 
 def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: bool = True) -> MultiTaskModel:
     """The module that the engine wraps, with this rank's experts only, and at ZeRO-3 this rank's partitions.
 
-    It is described without memory, and made real one parameter at a time, in the plan's precision. Collective at
-    ZeRO-3.
+    It is described without memory, and made real one parameter at a time, in the plan's precision. What the recipe
+    freezes requires no gradient. Collective at ZeRO-3.
     """
     with torch.device("meta"):
         backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan, ranks.rank % plan.ep_size)
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    rule_of = rules(plan.recipe)
     fill = first_values(backbone, plan.recipe.run.seed)
     imported = imported_values(plan.recipe.model.init_from if imports else "")
     partition = _partitioner(plan, model) if plan.zero_stage == 3 else None
     for where in list(placed(model)):
+        assert where.name in rule_of, f"{where.name} is in no task's head_shapes"
+        where.parameter.requires_grad_(not rule_of[where.name].freeze)
         _make_real(where.parameter)
         if not imported(where):
             fill(where)
@@ -126,15 +138,19 @@ def _engine_config(plan: RunPlan) -> dict[str, Any]:
     return {key: value for key, value in plan.deepspeed.items() if key not in ours}
 
 
-def wrap(plan: RunPlan, model: nn.Module) -> Any:
+def wrap(plan: RunPlan, model: nn.Module, updates: Mapping[str, int] = _NEW) -> Any:
     """`deepspeed.initialize` with our optimizer. No expert_parallel section: the expert layers are already built."""
     rate = float(plan.deepspeed["optimizer"]["params"]["lr"])
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, rate, plan.recipe.learning_rate),
-        optimizer=optimizer_builder(plan),
-        config=_engine_config(plan),
-    )
+    rule_of = rules(plan.recipe)
+    names = {own: where.name for (own, _), where in zip(model.named_parameters(), placed(model), strict=True)}
+    found = parameter_groups(model, rate, lambda name: rule_of[names[name]], lambda name: updates.get(names[name], 0))
+    trains_experts = any(group.get("moe") for group in found)
+    with nullcontext() if trains_experts else _without_expert_gradients():
+        engine, _, _, _ = deepspeed.initialize(
+            model=model, model_parameters=found, optimizer=optimizer_builder(plan), config=_engine_config(plan)
+        )
+    if not trains_experts:
+        engine.has_moe_layers = False  # which the engine could not set
     if engine.optimizer is engine.basic_optimizer:  # ZeRO-0 in fp32
         add_overflow(engine.basic_optimizer)
     # Not earlier: at ZeRO-0 in bf16, initialize takes a step without gradients to create the optimizer state.
@@ -150,11 +166,27 @@ def full_value(parameter: nn.Parameter) -> Tensor:
         return parameter.detach().clone()
 
 
+@contextmanager
+def _without_expert_gradients() -> Iterator[None]:
+    """While an engine is made whose experts are all frozen: it then has no expert layers, as far as gradients go.
+
+    DeepSpeed asserts that a model with expert layers has groups of expert parameters. Its engine sets an attribute on
+    itself if there are such layers; all that follows from it is how gradients are reduced and their norm is taken.
+    """
+    DeepSpeedEngine.has_moe_layers = property(lambda engine: False, lambda *_: None)
+    try:
+        yield
+    finally:
+        del DeepSpeedEngine.has_moe_layers
+
+
 def full_gradient(parameter: nn.Parameter) -> Tensor:
     """The full gradient of a parameter that ZeRO partitions, between the last backward of a step and the update.
 
-    For an expert: the gradient of this rank's slice. Collective.
+    For an expert: the gradient of this rank's slice. Of a frozen parameter: zeros. Collective.
     """
+    if not parameter.requires_grad:
+        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=parameter.device)
     gradient = safe_get_full_grad(parameter)
     assert gradient is not None, "a parameter has no gradient"
     return gradient

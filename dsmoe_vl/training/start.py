@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -110,7 +111,7 @@ def train(
     `fresh`: begin anew; a run that is there is kept under another name."""
     _check_tokenizer(plan)
     _quiet_deepspeed(ranks.rank)
-    from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
+    from dsmoe_vl.parallel.process_group import HostGroup, end_process_group, start_process_group
 
     start_process_group(ranks, plan.device, plan.recipe.run.stall_seconds)
     if make_data is not None:
@@ -136,11 +137,17 @@ def train(
 
     from dsmoe_vl.training.trainer import Trainer
 
-    trainer = Trainer(plan, ranks, stop)
-    if ranks.rank == 0 and trainer.step < plan.recipe.run.steps:
-        write_atomically(plan.run_dir / PLAN_NAME, plan_to_json(plan))
-    trainer.fit()
-    trainer.close()
+    is_over = False
+    while not is_over:  # a stage each time, from the checkpoint of the one before
+        trainer = Trainer(plan, ranks, stop)
+        if ranks.rank == 0 and trainer.step < plan.recipe.run.steps:
+            write_atomically(plan.run_dir / PLAN_NAME, plan_to_json(plan))
+        trainer.fit()
+        trainer.close()
+        is_over = trainer.is_stopped or trainer.step >= plan.recipe.run.steps
+        del trainer
+        gc.collect()  # the engine, before the next one is made
+    end_process_group()
     if ranks.rank == 0:
         lock.close()
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsmoe_vl.config.parts import PARTS
 from dsmoe_vl.config.recipe import learned_tasks
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.batch import Batch
@@ -22,7 +23,7 @@ from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
 from dsmoe_vl.optim.gradients import local_squares
 from dsmoe_vl.optim.overflow import measure_gradient
-from dsmoe_vl.optim.parameter_groups import PARTS, rate_of
+from dsmoe_vl.optim.parameter_groups import rate_of
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
@@ -49,8 +50,8 @@ class Shared(NamedTuple):
 @dataclass(frozen=True)
 class StepResult:
     """Results of a step over all ranks: loss terms (scalars), routing (None without MoE layers), counts, the learning
-    rate and gradient norm of the update, and, if requested, the norm by part of the model. `skipped`: why nothing was
-    updated, None otherwise.
+    rate and gradient norm of the update, and, if requested, the norm by part of the model that trains. `skipped`: why
+    nothing was updated, None otherwise.
     """
 
     terms: dict[str, Tensor]
@@ -139,7 +140,8 @@ class OptimizerStep:
         if part_norms:
             terms |= zip(PARTS, squares.unbind(), strict=True)
         terms, routing = self.reduce(terms, layer_stats)
-        norms = {part: terms.pop(part).sqrt() for part in PARTS} if part_norms else {}
+        squared = {part: terms.pop(part) for part in PARTS} if part_norms else {}
+        norms = {part: squared[part].sqrt() for part in self.plan.trained.parts} if part_norms else {}
         if routing is not None and not self._has_skipped:
             self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
             self._move_selection_bias(routing.load.sum((1, 2)))
@@ -173,6 +175,8 @@ class OptimizerStep:
         if not self.moe.bias_rate:
             return
         for router, of_layer in zip(self.routers, load, strict=True):
+            if not any(parameter.requires_grad for parameter in router.parameters()):
+                continue  # it is frozen
             router.move_selection_bias(of_layer[: len(router.selection_bias)], self.moe.bias_rate)
 
     def reduce(

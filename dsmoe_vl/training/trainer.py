@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from dsmoe_vl.checkpoint.choice import newest_sound
 from dsmoe_vl.checkpoint.manifest import Manifest
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, prune, require_tokenizer
-from dsmoe_vl.checkpoint.training_state import Saver, data_states, restore, topology_of
+from dsmoe_vl.checkpoint.training_state import Saver, data_states, optimizer_updates, restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
+from dsmoe_vl.config.recipe import first_step
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.shards.verify import ShardVerifier
@@ -25,6 +24,8 @@ from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.stages import stage_after
+from dsmoe_vl.planner.trained import changed_parts
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.held_out import HeldOut
@@ -37,7 +38,8 @@ from dsmoe_vl.training.window import Window
 
 
 class Trainer:
-    """One run on one rank. Needs a process group, which `start.py` creates."""
+    """One run on one rank, or the stage of it that follows its newest checkpoint. Needs a process group, which
+    `start.py` creates."""
 
     def __init__(self, plan: RunPlan, ranks: Ranks, stop: StopRequest) -> None:
         self.plan, self.ranks = plan, ranks
@@ -63,18 +65,20 @@ class Trainer:
             accumulation=plan.accumulation,
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
         )
-        self.saver = Saver(plan, ranks, self.host, self.tokenizer)
         self.step = 0
         self.begun = self.saved = 0  # the steps of the newest checkpoint and of the newest that is complete
         self.has_older = False  # checkpoints that the newest replaces
         self.watchdog.enter("start: checkpoint")
         found = self._checkpoint()
         self.batches = iter(self.loader) if self.step < recipe.run.steps else iter(())  # workers before the engine
+        whole, (self.stage, plan) = plan, stage_after(plan, self.step)
+        self.plan = plan
+        self.saver = Saver(whole, ranks, self.host, self.tokenizer, first_step(plan.recipe))
         as_they_are = Encoder(build_tasks(recipe, self.tokenizer, training=False))
         self.watchdog.enter("start: held-out samples")
-        self.held_out = HeldOut(plan, ranks, as_they_are, self.host)
+        self.held_out = HeldOut(whole, ranks, as_they_are, self.host)
         self.watchdog.enter("start: engine")
-        self.engine = build_engine(plan, ranks, self.tasks, imports=found is None)
+        self.engine = build_engine(plan, ranks, self.tasks, None if found is None else optimizer_updates(found[0]))
         said = check_probe(self.engine, plan, self.device) if found is None else None
         if said is not None and ranks.rank == 0:
             print(f"note: starts from {recipe.model.init_from} as its makers' program computes it: {said}", flush=True)
@@ -89,7 +93,10 @@ class Trainer:
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
         self.verifier = ShardVerifier(verified, recipe.data.verify_mib_per_second)
         self._read = self.loader.report()  # empty in a new run; in a resumed run, the epochs so far
-        self.log = RunLog(plan, ranks.rank, self.step)
+        self.log = RunLog(whole, ranks.rank, self.step)
+        if whole.recipe.stages:
+            ends = f"stage {self.stage} of {len(whole.recipe.stages)} ends at step {plan.recipe.run.steps}"
+            self.log.say(f"{ends}; it trains {', '.join(plan.trained.parts)}")
         peak = peak_flops(self.device, plan.precision)
         self.window = Window(plan, None if peak is None else peak * ranks.world_size)
         self.profiler = StepProfiler(plan.run_dir, recipe.run.profile_steps if ranks.rank == 0 else (), ranks.rank)
@@ -164,7 +171,7 @@ class Trainer:
                 self._prune()
         self.log.attempt("the trace", lambda: self._tell_of_trace(self.profiler.close()))
         if self.step < run.steps:
-            self.log.say(f"stopped at step {self.step} of {run.steps}; the same command continues from here")
+            self.log.say(f"stopped at step {self.step} of {self.log.steps}; the same command continues from here")
 
     def _log_interval(self) -> None:
         """Log the values of the interval that ends here. Collective."""
@@ -187,6 +194,11 @@ class Trainer:
     def _tell_of_trace(self, path: Path | None) -> None:
         if path is not None:
             self.log.say(f"wrote {path}: open it in https://ui.perfetto.dev")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `fit` ended before the end of its stage."""
+        return self.step < self.plan.recipe.run.steps
 
     def evaluate(self) -> None:
         """Log held-out losses. Collective."""
@@ -230,7 +242,7 @@ class Trainer:
         self.has_older = False
 
     def close(self) -> None:
-        """End loader processes, writers and the process group."""
+        """End loader processes, writers and the engine."""
         self.saver.close()
         self.watchdog.enter("end")
         self.verifier.close()
@@ -239,7 +251,6 @@ class Trainer:
         self.engine.destroy()
         self.host.barrier()
         self.watchdog.close()
-        dist.destroy_process_group()
 
     def _checkpoint(self) -> tuple[Path, Manifest] | None:
         """The checkpoint to continue from, if any; sets the step and the position in the data. Collective."""
@@ -257,6 +268,9 @@ class Trainer:
         now = topology_of(self.plan)
         if manifest.topology != now and self.ranks.rank == 0:
             print(f"note: {folder} was written with {manifest.topology}; it is read into {now}", flush=True)
+        recipe = stage_after(self.plan, self.step)[1].recipe
+        if (changed := changed_parts(recipe, optimizer_updates(folder))) and self.ranks.rank == 0:
+            print(f"note: since {folder.name}, {changed}", flush=True)
         self.loader.load_state_dict(data_states(folder))
         return found
 

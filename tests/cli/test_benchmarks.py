@@ -169,7 +169,8 @@ def test_rates(tiny, tmp_path):
     (row,) = measured(command, tmp_path, "run.samples_every=0").figures["rates"]
     assert row["rates"] == [1e-3, 2e-3, 1e-3] and row["scenes"]["eval_loss"] > 0 and row["pictures"]["caption_loss"] > 0
     plan = json.loads((tmp_path / "runs/0.001_0.002_0.001/plan.json").read_text())
-    assert plan["recipe"]["learning_rate"] | {"embedding": 2.0, "heads": 1.0} == plan["recipe"]["learning_rate"]
+    factors = {part: table["lr_scale"] for part, table in plan["recipe"]["train"].items()}
+    assert factors | {"vision": 1.0, "embedding": 2.0, "heads": 1.0} == factors
 
 
 def test_the_gpu_script_is_valid():

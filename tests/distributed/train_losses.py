@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.manifest import read_manifest
-from dsmoe_vl.checkpoint.training_state import Saver, restore
+from dsmoe_vl.checkpoint.training_state import Saver, optimizer_updates, restore
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import (
     DataConfig,
-    LearningRateConfig,
     ModelConfig,
     MoEConfig,
+    PartConfig,
     Recipe,
     SourceConfig,
     TasksConfig,
@@ -56,7 +56,10 @@ RECIPE = Recipe(
         vision=VisionConfig(patch_size=SHAPE.patch_size, merge=2, width=16, layers=2, heads=2, ffn_width=24),
     ),
     moe=MoEConfig(experts=4, top_k=2, ffn_width=16, shared_ffn_width=8, first_dense_layers=1),
-    learning_rate=LearningRateConfig(vision=0.5, experts=0.5, heads=0.25),
+    train={
+        "vision": PartConfig(lr_scale=0.5), "connector": PartConfig(lr_scale=0.5), "experts": PartConfig(lr_scale=0.5),
+        "heads": PartConfig(lr_scale=0.25),
+    },
     tasks=TasksConfig(retrieval=RetrievalConfig(1.0, embedding_width=16), summary=SummaryConfig(1.0)),
     data=DataConfig(
         sources=(SourceConfig("test", "unused"),), pack_length=SHAPE.length, pack_patches=SHAPE.patches,
@@ -93,6 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--as-others", action="store_true", help="a model with AS_OTHERS")
     parser.add_argument("--routing", default="token")
     parser.add_argument("--moe", type=json.loads, default={}, help="more settings of [moe], as JSON")
+    parser.add_argument("--train", type=json.loads, help="the recipe's [train], as JSON")
     parser.add_argument("--reload", type=Path, help="write the weights there and read them without the engine")
     parser.add_argument("--resume", type=Path, help="a checkpoint that --save wrote")
     parser.add_argument("--save", type=Path, metavar="RUN", help="write a checkpoint of the last step there")
@@ -141,6 +145,8 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     retrieval = replace(RECIPE.tasks.retrieval, loss=args.contrast, gradient_cache=args.gradient_cache)
     tasks = TasksConfig() if args.caption_only else replace(RECIPE.tasks, retrieval=retrieval)
     recipe = replace(RECIPE, moe=moe, tasks=tasks)
+    if args.train is not None:
+        recipe = replace(recipe, train={key: PartConfig(**table) for key, table in args.train.items()})
     if args.as_others:
         recipe = replace(recipe, model=AS_OTHERS, moe=replace(moe, **MOE_AS_OTHERS))
     if args.save:
@@ -148,9 +154,12 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         recipe = replace(recipe, run=run, tokenizer=replace(recipe.tokenizer, path=__file__))
     plan = resolve(recipe, deepspeed, ranks.world_size, device=device.type, bf16_unit=True)
     assert plan.ep_size == args.ep
-    engine = build_engine(plan, ranks, build_tasks(recipe, None))  # losses need no tokenizer
+    updates = optimizer_updates(args.resume) if args.resume else {}
+    engine = build_engine(plan, ranks, build_tasks(recipe, None), updates)  # losses need no tokenizer
     take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
     terms, norms, dropped = [], [], []
+    seen: list[bool] = []
+    engine.module.backbone.vision.register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
     first = 0
     if args.resume:
         manifest = read_manifest(args.resume)
@@ -168,7 +177,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         terms.append({name: float(value) for name, value in result.terms.items()})
         norms.append(result.grad_norm)
         dropped.append(float(result.routing.dropped.sum()))
-    found = {"terms": terms, "norms": norms, "dropped": dropped}
+    found = {"terms": terms, "norms": norms, "dropped": dropped, "through_vision": any(seen)}
     if args.save:
         saver = Saver(plan, ranks, HostGroup(), SimpleNamespace(sha256="pieces"))  # type: ignore[arg-type]
         saver.begin(engine, first + args.steps, take_step.load_fraction, {})

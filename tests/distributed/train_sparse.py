@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dsmoe_vl.config.recipe import L1Config, LearningRateConfig, ObjectiveConfig
+from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
 from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.process_group import start_process_group
@@ -37,7 +37,7 @@ def main() -> None:
     ranks = Ranks.discover()
     device = use_device("cpu", ranks)
     start_process_group(ranks, "cpu")
-    recipe = replace(RECIPE, objective=ObjectiveConfig(L1), learning_rate=LearningRateConfig())
+    recipe = replace(RECIPE, objective=ObjectiveConfig(L1), train={})
     found = {}
     for stage in args.zero:
         deepspeed = {

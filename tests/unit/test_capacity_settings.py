@@ -7,9 +7,10 @@ import torch
 
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.objective.objective import load_fractions, uniform_load
+from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.flops import estimate_flops
-from dsmoe_vl.planner.parameters import count_parameters, experts_of_layers
+from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.tasks.registry import build_backbone
 from tests.unit.test_resolve import moe, plan, quickstart
 

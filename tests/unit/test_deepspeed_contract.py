@@ -46,6 +46,18 @@ def test_attributes_that_the_l1_term_reads():
     assert hasattr(fragments.tensor_fragment, "get_hp_fragment")
 
 
+def test_attributes_that_frozen_experts_need():
+    """`training/engine.py: _without_expert_gradients` answers for the engine whether it has expert layers."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "self.has_moe_layers = True" in inspect.getsource(DeepSpeedEngine._configure_distributed_model)
+    assert "has_moe_layers=self.has_moe_layers" in inspect.getsource(DeepSpeedEngine._configure_zero_optimizer)
+    assert "None of the param groups are marked as MoE" in inspect.getsource(
+        DeepSpeedZeroOptimizer._configure_moe_settings
+    )
+
+
 def test_signatures_of_the_expert_parallel_layer():
     from deepspeed.module_inject import auto_ep_layer
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec

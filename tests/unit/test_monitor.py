@@ -11,12 +11,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsmoe_vl.config.parts import PARTS, part_of
 from dsmoe_vl.config.recipe import DataConfig, Recipe, RunConfig, SourceConfig, TokenizerConfig
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.monitor import run_log as monitoring
 from dsmoe_vl.monitor.board import tag
 from dsmoe_vl.monitor.run_log import RunLog
-from dsmoe_vl.optim.parameter_groups import PARTS, part_of
 from dsmoe_vl.parallel.device import memory_gib, peak_flops
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.training.clock import PhaseClock
@@ -108,7 +108,8 @@ def test_tags():
 
 def test_every_parameter_has_its_part():
     names = {
-        "vision": ("backbone.vision.layers.0.attention.qkv.weight", "backbone.connector.cell.weight"),
+        "vision": ("backbone.vision.layers.0.attention.qkv.weight", "vision.prefix"),
+        "connector": ("backbone.connector.up.weight", "connector.cell_norm.bias"),
         "embedding": ("backbone.embedding.weight",),
         "attention": ("backbone.layers.0.attention.q.weight", "backbone.layers.0.attention_norm.weight"),
         "feed_forward": (

@@ -10,9 +10,11 @@ import torch
 
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import DataConfig, ModelConfig, MoEConfig, Recipe, RunConfig, TokenizerConfig, VisionConfig
+from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
-from dsmoe_vl.planner.parameters import count_parameters
+from dsmoe_vl.planner.parameters import tensors
+from dsmoe_vl.planner.trained import count_trained
 from dsmoe_vl.tasks.registry import build_backbone
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml"))
@@ -53,6 +55,7 @@ SWITCHED = [
                                            position_grid=3, prefix_tokens=5, layer_scale=True, connector_norm="patch")),
     tiny("tower like CLIP", vision=tower(norm="layer", bias=True, qk_norm=False, ffn="quick_gelu", pre_norm=True,
                                          positions="learned+rotary", position_grid=2, final_norm=False)),
+    tiny("residual", moe={"backend": "capacity", "residual": True}),
     tiny("shared gate", moe={"shared_gate": True, "renormalise": False}),
 ]  # fmt: skip
 
@@ -63,6 +66,7 @@ SWITCHED = [
 def test_parts_add_up_to_the_model(recipe):
     with torch.device("meta"):
         model = build_backbone(recipe)
+    assert list(tensors(recipe).items()) == [(name, tuple(value.shape)) for name, value in model.named_parameters()]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     counts = count_parameters(recipe)
 
@@ -115,7 +119,7 @@ def test_full_step_has_labels_where_no_vision_token_stands():
 
 def memory(**settings):
     given = {"zero_stage": 2, "world_size": 4, "ep_size": 2, "bf16": True, "offload_optimizer": False}
-    return estimate_memory(count_parameters(TINY), **{**given, "offload_param": False, **settings})
+    return estimate_memory(count_parameters(TINY), count_trained(TINY), **{**given, "offload_param": False, **settings})
 
 
 def test_memory_by_hand():

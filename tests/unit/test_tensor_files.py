@@ -135,9 +135,10 @@ def test_pieces_of_any_cut(tmp_path):
     cuts = {"one": (0, 10), "two": (10, 24)}
     for file, (start, stop) in cuts.items():
         write_tensors(tmp_path / file, Share.of({f"exp_avg/layer.weight/{start}": moment.view(-1)[start:stop]}))
-    write_index(tmp_path, {file: [Piece("layer.weight", *cut)] for file, cut in cuts.items()})
+    write_index(tmp_path, {file: [Piece("layer.weight", *cut, 7)] for file, cut in cuts.items()})
     WeightsFile(tmp_path).save({"layer.weight": weight})
     files = OptimizerFiles(tmp_path)
+    assert files.updates == {"layer.weight": 7}
     for start, stop in [(0, 24), (3, 7), (8, 12), (10, 24), (23, 24)]:
         views = {"master": torch.zeros(stop - start), "exp_avg": torch.zeros(stop - start)}
         files.fill(Range("layer.weight", start, stop, views, None))

@@ -26,6 +26,6 @@ register(
         qualifies=lambda kind, captions, meta: kind == "image" and bool(meta.get("attributes")),
         task="tests.support.fourth_task.counting:CountingTask",
         evaluation="tests.support.fourth_task.counting:CountingEvaluation",
-        head_parameters=lambda settings, width: width + 1,
+        head_shapes=lambda settings, width: {"parity.weight": (1, width), "parity.bias": (1,)},
     )
 )
