@@ -71,7 +71,7 @@ def import_models(text: Path | None, vision: Path | None, output: Path) -> Impor
         settings.setdefault("model", {})["vision"] = _vision_settings(tower)
         left_out[str(vision)] = _take(folder, tower.targets(), tower.leaves_out, targets)
         owned += _OF_TOWER
-    shapes = _shapes(recipe)
+    shapes = stored_shapes(recipe)
     fresh = tuple(name for name in shapes if not name.startswith(owned) or name.endswith(_NEW))
     unfilled = sorted(set(shapes) - set(fresh) - set(targets))
     if unfilled:
@@ -137,7 +137,7 @@ def _take(
     return rest
 
 
-def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+def stored_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Of every stored tensor of the recipe's model; each expert is one."""
     with torch.device("meta"):
         model = build_backbone(recipe)
