@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ def write_companions(
     spoken = {*tokenizer.spoken, tokenizer.eos}
     silent = [row for row in range(recipe.tokenizer.vocab_size) if row not in spoken]
     _write(output / "generation_config.json", ids | {"suppress_tokens": silent})
-    more = write_tokenizer(Path(tokenizer.path), output, recipe.data.pack_length, form.tower is not None)
+    # With a processor of pictures "<image>" in a text is the control symbol; else it is ordinary text, as in training.
+    settings: dict[str, Any] = {"model_max_length": recipe.data.pack_length, "split_special_tokens": form.tower is None}
+    if form.kind == "lfm2_vl":  # its processor asks here: nothing stands around a picture
+        settings["use_image_special_tokens"] = False
+    more = write_tokenizer(Path(tokenizer.path), output, settings)
     if form.tower is not None:
         write_atomically(output / "chat_template.jinja", _TEMPLATE)
         pictures, processor = _pictures(form, recipe)
@@ -52,12 +57,9 @@ def write_companions(
     return more
 
 
-def write_tokenizer(path: Path, output: Path, longest: int, controls_in_text: bool) -> tuple[str, ...]:
-    """Copy the run's SentencePiece model, and write what it does as a tokenizer.json. Returns what was lost, in words.
-
-    controls_in_text: "<image>" in a text is the control symbol, as processors of pictures need it; else it is ordinary
-    text, as in training.
-    """
+def write_tokenizer(path: Path, output: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Copy the run's SentencePiece model, and write what it does as a tokenizer.json, for PreTrainedTokenizerFast.
+    `settings`: keys of tokenizer_config.json. Returns what was lost, in words."""
     shutil.copyfile(path, output / path.name)
     model = SentencePieceProcessor(model_file=str(path))
     written = json.dumps(_tokenizer_json(model), ensure_ascii=False)
@@ -70,8 +72,7 @@ def write_tokenizer(path: Path, output: Path, longest: int, controls_in_text: bo
     _write(
         output / "tokenizer_config.json",
         {
-            "tokenizer_class": "PreTrainedTokenizerFast", **names, "model_max_length": longest,
-            "split_special_tokens": not controls_in_text, "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names, **settings,
         },
     )  # fmt: skip
     return ()
@@ -135,7 +136,7 @@ def _pictures(form: ExportClass, recipe: Recipe) -> tuple[dict[str, Any], dict[s
     }  # fmt: skip
     if form.kind == "llava":
         side = vision.position_grid * vision.patch_size
-        size = {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
+        size: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
         more = {
             "processor_class": "LlavaProcessor", "patch_size": vision.patch_size,
             "vision_feature_select_strategy": "full", "image_token": "<image>", "num_additional_image_tokens": 0,
@@ -146,7 +147,7 @@ def _pictures(form: ExportClass, recipe: Recipe) -> tuple[dict[str, Any], dict[s
         "downsample_factor": vision.merge, "do_image_splitting": False, "use_thumbnail": False, "min_image_tokens": 1,
         "max_image_tokens": data.image_max_patches // vision.merge**2,
     }  # fmt: skip
-    return pixels | size, {"processor_class": "Lfm2VlProcessor", "use_image_special_tokens": False}
+    return pixels | size, {"processor_class": "Lfm2VlProcessor"}
 
 
 def _readme(form: ExportClass, recipe: Recipe, lost: tuple[str, ...]) -> str:
@@ -165,6 +166,7 @@ def _readme(form: ExportClass, recipe: Recipe, lost: tuple[str, ...]) -> str:
             "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
             'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")',
             'processor = AutoProcessor.from_pretrained("THIS_FOLDER")  # needs Pillow and torchvision',
+            *(["processor.use_image_special_tokens = False"] if form.kind == "lfm2_vl" else []),
             'chat = [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}]}]',
             "inputs = processor.apply_chat_template(",
             '    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"', ")",

@@ -117,8 +117,8 @@ class Decoder:
             yield Target(f"{ours}qkv.{kind}", sources, qkv(width) if turn else joined, order, undo)
         yield Target(f"{ours}out.weight", (f"{theirs}o_proj.weight",))
         for part in "qk" if model.qk_norm != "none" else "":
-            names = f"{ours}{part}_norm.weight", (f"{theirs}{part}_norm.weight",)
-            yield Target(*names, turned(width), "rotary pairs side by side", turned_back(width))
+            name, sources = f"{ours}{part}_norm.weight", (f"{theirs}{part}_norm.weight",)
+            yield Target(name, sources, turned(width), "rotary pairs side by side", turned_back(width))
 
     def _sparse(self, theirs: str, ours: str) -> Iterator[Target]:
         assert self.moe is not None
@@ -127,8 +127,8 @@ class Decoder:
             names = [f"{theirs}experts.{number}.{name}.weight" for name in self.family.expert_names]
             yield from expert_targets(f"{ours}experts", number, (names[0], names[1], names[2]))
         if self.family.selection_bias:
-            names = f"{ours}router.selection_bias", (f"{theirs}{self.family.selection_bias}",)
-            yield Target(*names, only_row, "its only row", one_row)
+            sources = (f"{theirs}{self.family.selection_bias}",)
+            yield Target(f"{ours}router.selection_bias", sources, only_row, "its only row", one_row)
         if self.family.shared and self.moe.shared_ffn_width:
             yield from _swiglu(f"{theirs}{self.family.shared}.", f"{ours}shared.")
         if self.family.shared_gate:

@@ -82,7 +82,7 @@ def export_hf(run_dir: Path, output: Path, text_only: bool = False, drop_routing
     checkpoint, manifest = require_newest(run_dir)
     recipe = recipe_from_json(run_dir / PLAN_NAME)
     weights, tokenizer = WeightsFile(checkpoint), Tokenizer(checkpoint / TOKENIZER_NAME)
-    require_content(checkpoint, manifest, (weights.path.name, *sorted(set(weights.places.values()))))
+    require_content(checkpoint, manifest, (weights.path.name, TOKENIZER_NAME, *sorted(set(weights.places.values()))))
     biases = routing_biases(weights)
     form = export_class(recipe, () if drop_routing_bias else biases, text_only)
     used = BIASES if recipe.moe.routing == "token" else ("selection_bias",)

@@ -39,6 +39,7 @@ CASES = {
     "qwen3_moe": (["model.tied=false", "moe.first_dense_layers=0"], False),
     "qwen3_moe, a dense layer, gates as they are": (["moe.renormalise=false"], False),
     "qwen3_moe, one expert": (["moe.top_k=1"], False),
+    "qwen3_moe, trained with capacity": (['moe.backend="capacity"', "moe.drop_tokens=false"], False),
     "qwen3": ([DENSE], False),
     "qwen2": ([DENSE, NO_NORM, "model.qkv_bias=true"], False),
     "llama": ([DENSE, NO_NORM, "model.tied=false"], False),

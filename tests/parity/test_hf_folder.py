@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,7 +25,7 @@ from dsmoe_vl.pretrained.exporting import export_hf, write_weights
 from dsmoe_vl.pretrained.importing import import_models
 from dsmoe_vl.pretrained.tower import read_tower, siglip_tower
 from tests.parity import test_hf_decoder, test_hf_tower
-from tests.parity.test_hf_export import LFM2, NO_NORM, loaded, made, some_texts, text_logits
+from tests.parity.test_hf_export import LFM2, LLAVA, NO_NORM, loaded, made, some_texts, text_logits
 
 transformers = pytest.importorskip("transformers", reason="transformers: exported folders were not loaded")
 
@@ -138,6 +140,27 @@ def test_the_tokenizer_gives_the_same_ids(tiny, tmp_path):
     told = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a dog"}]
     ids = theirs.apply_chat_template(told, return_dict=True)["input_ids"]
     assert ids == [ours.control("<image>"), ours.control("<caption>"), *ours.encode("a dog"), ours.eos]
+
+
+@pytest.mark.parametrize("settings", [LLAVA, LFM2], ids=["llava", "lfm2_vl"])
+def test_the_processor_makes_what_the_model_was_trained_on(settings, tiny, tmp_path):
+    if settings is LFM2:
+        pytest.importorskip("torchvision", reason="torchvision: LFM2-VL's processor was not tried")
+    run, _ = made(tiny, tmp_path / "run", settings)
+    export_hf(run, tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    chat = [{"role": "user", "content": [{"type": "image", "image": Image.fromarray(pixels)}]}]
+    made_of = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    found = processor.apply_chat_template(chat, **made_of)
+    ours = Tokenizer(tiny.data / "tokenizer.model")
+    cells = 36 if settings is LLAVA else 9
+    assert found["input_ids"].tolist() == [[ours.control("<image>")] * cells + [ours.control("<caption>")]]
+    expected = pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+    if settings is LFM2:
+        expected = expected.reshape(3, 6, 4, 6, 4).transpose(1, 3, 2, 4, 0).reshape(36, 48)
+        assert found["spatial_shapes"].tolist() == [[6, 6]]
+    np.testing.assert_allclose(found["pixel_values"][0].numpy(), expected, atol=1e-6)
 
 
 def _biases(model):
