@@ -3,7 +3,8 @@
 Writes the weights, tokenizer and plan of the newest checkpoint to DIR, which the other programs accept as `--run DIR`.
 Experts that the L1 term has reduced to zero output are left out; the model's outputs do not change.
 
-With `--format hf` DIR is a folder that transformers loads with one of its own classes, or the reason why none fits.
+With `--format hf` DIR is a folder that transformers loads with one of its own classes, or the reason why none fits;
+with `--own-code` as well, it has the code of a class that fits every model.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--drop-routing-bias", action="store_true", help="with hf: leave the routers' biases out; tokens change experts"
     )
+    parser.add_argument(
+        "--own-code", action="store_true", help="with hf: a class of ours in the folder, for trust_remote_code"
+    )
     args = parser.parse_args()
-    if args.format != "hf" and (args.part != "all" or args.drop_routing_bias):
-        parser.error("--part and --drop-routing-bias need --format hf")
+    changed = args.part != "all" or args.drop_routing_bias
+    if args.format != "hf" and (changed or args.own_code):
+        parser.error("--part, --drop-routing-bias and --own-code need --format hf")
+    if changed and args.own_code:
+        parser.error("--own-code leaves nothing out: give it without --part and --drop-routing-bias")
     return args
 
 
@@ -54,7 +61,7 @@ def export(run_dir: Path, output: Path) -> int:
 
 def export_for_transformers(args: argparse.Namespace) -> int:
     """As `export`, in the form of one of transformers' classes."""
-    done = export_hf(args.run, args.output, args.part == "text", args.drop_routing_bias)
+    done = export_hf(args.run, args.output, args.part == "text", args.drop_routing_bias, args.own_code)
     print(f"{done.checkpoint}")
     for what in done.lost:
         print(f"  lost: {what}")

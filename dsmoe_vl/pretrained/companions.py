@@ -14,7 +14,9 @@ from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
 from dsmoe_vl.files import write_atomically
 from dsmoe_vl.pretrained.export_classes import ExportClass
+from dsmoe_vl.pretrained.own_class import OwnClass, write_code
 
+_LFM2_PROCESSOR = ("lfm2_vl", "dsmoe_vl")  # classes that take what LFM2-VL's processor makes
 _NASTY = ("", " ", "  two  spaces ", "line\nbreak\ttab", "naïve café", "日本語 🦊", "\u2581 x", "aaaaaaa bbbbbbb")
 _TEMPLATE = """\
 {%- for message in messages -%}
@@ -32,7 +34,7 @@ _TEMPLATE = """\
 
 
 def write_companions(
-    form: ExportClass, recipe: Recipe, tokenizer: Tokenizer, dtype: str, lost: tuple[str, ...], output: Path
+    form: ExportClass | OwnClass, recipe: Recipe, tokenizer: Tokenizer, dtype: str, lost: tuple[str, ...], output: Path
 ) -> tuple[str, ...]:
     """Write all files but the weights. Returns what else was lost, in words. `dtype`: of the weights."""
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
@@ -44,11 +46,13 @@ def write_companions(
     silent = [row for row in range(recipe.tokenizer.vocab_size) if row not in spoken]
     _write(output / "generation_config.json", ids | {"suppress_tokens": silent})
     # With a processor of pictures "<image>" in a text is the control symbol; else it is ordinary text, as in training.
-    settings: dict[str, Any] = {"model_max_length": recipe.data.pack_length, "split_special_tokens": form.tower is None}
-    if form.kind == "lfm2_vl":  # its processor asks here: nothing stands around a picture
+    settings: dict[str, Any] = {"model_max_length": recipe.data.pack_length, "split_special_tokens": not form.is_whole}
+    if form.kind in _LFM2_PROCESSOR:  # it asks here: nothing stands around a picture
         settings["use_image_special_tokens"] = False
     more = write_tokenizer(Path(tokenizer.path), output, settings)
-    if form.tower is not None:
+    if isinstance(form, OwnClass):
+        write_code(output)
+    if form.is_whole:
         write_atomically(output / "chat_template.jinja", _TEMPLATE)
         pictures, processor = _pictures(form, recipe)
         _write(output / "preprocessor_config.json", pictures)
@@ -127,7 +131,7 @@ def _first_difference(model: SentencePieceProcessor, written: str) -> str | None
     return None
 
 
-def _pictures(form: ExportClass, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def _pictures(form: ExportClass | OwnClass, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """preprocessor_config.json and processor_config.json: pixels from -1 to 1, bicubic, as in training."""
     vision, data = form.recipe.model.vision, recipe.data
     pixels = {
@@ -150,10 +154,10 @@ def _pictures(form: ExportClass, recipe: Recipe) -> tuple[dict[str, Any], dict[s
     return pixels | size, {"processor_class": "Lfm2VlProcessor"}
 
 
-def _readme(form: ExportClass, recipe: Recipe, lost: tuple[str, ...]) -> str:
+def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...]) -> str:
     lines = ["---", "library_name: transformers", "---", "", f"# {recipe.run.name}", ""]
     lines += [f"Trained with dsmoe_vl, exported as `{form.architecture}`.", "", "```python"]
-    if form.tower is None:
+    if not form.is_whole:
         lines += [
             "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
             'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
@@ -162,11 +166,12 @@ def _readme(form: ExportClass, recipe: Recipe, lost: tuple[str, ...]) -> str:
             "`tokenizer.convert_tokens_to_ids(\"<caption>\")` and likewise.",
         ]  # fmt: skip
     else:
+        trust = ", trust_remote_code=True" if isinstance(form, OwnClass) else ""
         lines += [
             "from transformers import AutoModelForImageTextToText, AutoProcessor", "",
-            'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")',
+            f'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER"{trust})',
             'processor = AutoProcessor.from_pretrained("THIS_FOLDER")  # needs Pillow and torchvision',
-            *(["processor.use_image_special_tokens = False"] if form.kind == "lfm2_vl" else []),
+            *(["processor.use_image_special_tokens = False"] if form.kind in _LFM2_PROCESSOR else []),
             'chat = [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}]}]',
             "inputs = processor.apply_chat_template(",
             '    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"', ")",

@@ -20,7 +20,7 @@ from dsmoe_vl.pretrained.mapping import Target
 from dsmoe_vl.pretrained.tower import Tower, connector_targets, siglip_tower
 
 BIASES = ("task_bias", "modality_bias", "selection_bias")  # of a router
-_DROP = "or give --drop-routing-bias, which changes what the model computes"
+_DROP = "or give --own-code, or --drop-routing-bias, which changes what the model computes"
 _PREFIXES = {  # on disk, as every version of transformers reads them: tower, connector, decoder, output projection
     "lfm2_vl": (
         "model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.language_model.", "lm_head.weight",
@@ -46,6 +46,16 @@ class ExportClass:
     decoder: Decoder
     tower: Tower | None = None  # None: the decoder alone
     changes: Mapping[str, float] = field(default_factory=dict)  # factors
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it sees pictures."""
+        return self.tower is not None
+
+    @property
+    def replaces_placeholder(self) -> bool:
+        """Whether a cell takes the place of the placeholder's row of the embedding; ours is added to it."""
+        return self.is_whole
 
     @property
     def architecture(self) -> str:
@@ -222,5 +232,5 @@ def _whole_kind(vision: VisionConfig) -> str:
                          for key, value in wrong[nearest].items())  # fmt: skip
     raise ConfigError(
         f"no class has this vision encoder and connector; the nearest, {nearest}, needs in [model.vision]: {settings}. "
-        "Train with them, or export the decoder alone with --part text"
+        "Train with them, or give --own-code, or --part text for the decoder alone"
     )

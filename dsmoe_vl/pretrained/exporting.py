@@ -1,10 +1,11 @@
-"""A trained model as a folder that transformers loads with a class of its own, without code from us.
+"""A trained model as a folder that transformers loads, with a class of its own where one fits.
 
 DIR/
   model.safetensors    in the class's names, or several files of at most 5 GB and their index; each expert is a tensor
   config.json  generation_config.json
   tokenizer.model  tokenizer.json  tokenizer_config.json
   chat_template.jinja  preprocessor_config.json  processor_config.json    of whole models
+  modeling_dsmoe_vl.py vision_dsmoe_vl.py    where no class fits, if the user wants code of ours
   README.md            how to load it, and what was lost
 
 A tensor at a time, so memory is that of the largest. Both lists are closed: a tensor of the checkpoint that no rule
@@ -35,6 +36,7 @@ from dsmoe_vl.pretrained.companions import write_companions
 from dsmoe_vl.pretrained.export_classes import BIASES, ExportClass, export_class
 from dsmoe_vl.pretrained.importing import stored_shapes
 from dsmoe_vl.pretrained.mapping import Target
+from dsmoe_vl.pretrained.own_class import OwnClass
 
 _SHARD_BYTES = 5 * 10**9
 _METADATA = {"format": "pt"}  # without it transformers refuses the file
@@ -72,19 +74,22 @@ class _Outgoing:
         return torch.full(self.spec.shape, fill, dtype=self.spec.dtype)
 
 
-def export_hf(run_dir: Path, output: Path, text_only: bool = False, drop_routing_bias: bool = False) -> Exported:
+def export_hf(
+    run_dir: Path, output: Path, text_only: bool = False, drop_routing_bias: bool = False, own_code: bool = False
+) -> Exported:
     """Write the newest complete checkpoint of a run to the new folder `output`.
 
     text_only: the decoder without the vision encoder and the connector. drop_routing_bias: leave out the routers'
-    biases, which changes what the model computes. Raises ConfigError if no class fits, CheckpointError if the
-    checkpoint cannot be read, OSError if a file cannot be written; then `output` is left empty.
+    biases, which changes what the model computes. own_code: with a class of ours, which fits every model, in place of
+    one of transformers'. Raises ConfigError if no class fits, CheckpointError if the checkpoint cannot be read, OSError
+    if a file cannot be written; then `output` is left empty.
     """
     checkpoint, manifest = require_newest(run_dir)
     recipe = recipe_from_json(run_dir / PLAN_NAME)
     weights, tokenizer = WeightsFile(checkpoint), Tokenizer(checkpoint / TOKENIZER_NAME)
     require_content(checkpoint, manifest, (weights.path.name, TOKENIZER_NAME, *sorted(set(weights.places.values()))))
     biases = routing_biases(weights)
-    form = export_class(recipe, () if drop_routing_bias else biases, text_only)
+    form = OwnClass(recipe) if own_code else export_class(recipe, () if drop_routing_bias else biases, text_only)
     used = BIASES if recipe.moe.routing == "token" else ("selection_bias",)
     lost = _lost(recipe, weights, form, tuple(name for name in biases if name in used and drop_routing_bias))
     make_new_folder(output)
@@ -108,7 +113,12 @@ def routing_biases(weights: WeightsFile) -> tuple[str, ...]:
 
 
 def write_weights(
-    weights: WeightsFile, recipe: Recipe, form: ExportClass, image_token: int, output: Path, limit: int = _SHARD_BYTES
+    weights: WeightsFile,
+    recipe: Recipe,
+    form: ExportClass | OwnClass,
+    image_token: int,
+    output: Path,
+    limit: int = _SHARD_BYTES,
 ) -> int:
     """Write the files, of at most `limit` bytes each, and their index: bytes of all. Raises CheckpointError.
 
@@ -123,7 +133,7 @@ def write_weights(
         shards[-1].append(item)
         filled += item.spec.size
     row = None
-    if form.tower is not None:  # theirs replaces the placeholder's row by the cell, ours adds the cell to it
+    if form.replaces_placeholder:
         width = form.recipe.model.width
         row = weights.flat("embedding.weight", image_token * width, (image_token + 1) * width)
 
@@ -152,14 +162,13 @@ def write_weights(
     return total
 
 
-def _outgoing(weights: WeightsFile, recipe: Recipe, form: ExportClass) -> Iterator[_Outgoing]:
+def _outgoing(weights: WeightsFile, recipe: Recipe, form: ExportClass | OwnClass) -> Iterator[_Outgoing]:
     """All targets of the class. Raises CheckpointError for one that nothing fills, or that has another shape."""
     ours, theirs = stored_shapes(recipe), stored_shapes(form.recipe)
     dtype = weights.spec("embedding.weight").dtype
     for target in form.targets():
         name = target.name
-        is_parameter = not name.endswith("selection_bias")
-        shape = theirs[name] if is_parameter else (form.recipe.moe.experts,)
+        shape = theirs[name] if name in theirs else theirs[name.replace("selection_bias", "weight")][:1]
         if name in weights.places:
             spec = weights.spec(name)
             if spec.shape != shape:
@@ -179,7 +188,9 @@ def _is_null_expert(name: str, weights: WeightsFile) -> bool:
     return bool(is_one) and f"{experts}.experts.kept" in weights.places
 
 
-def _lost(recipe: Recipe, weights: WeightsFile, form: ExportClass, dropped: tuple[str, ...]) -> tuple[str, ...]:
+def _lost(
+    recipe: Recipe, weights: WeightsFile, form: ExportClass | OwnClass, dropped: tuple[str, ...]
+) -> tuple[str, ...]:
     """What the folder lacks, in words. Raises CheckpointError for a tensor that no rule knows."""
     used = {target.name for target in form.targets()}
     known = stored_shapes(recipe)
@@ -195,6 +206,6 @@ def _lost(recipe: Recipe, weights: WeightsFile, form: ExportClass, dropped: tupl
     words = {"vision": "the vision encoder", "connector": "the connector"}
     lost = [f"{words.get(part, f'the head of {part}')} ({count} tensors)" for part, count in parts.items()]
     lost += [f"the routers' {name}, so tokens may go to other experts" for name in dropped]
-    if form.tower is not None:
+    if form.is_whole:
         lost.append("videos: the class reads still images, without frame tokens and their times")
     return tuple(lost)

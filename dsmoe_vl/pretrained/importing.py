@@ -34,8 +34,8 @@ from dsmoe_vl.pretrained.tower import Tower, read_tower
 from dsmoe_vl.tasks.registry import build_backbone
 
 ORIGIN_NAME = "origin.json"
-_OF_TOWER = ("vision.",)
-_OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
+OF_TOWER = ("vision.",)
+OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 _NEW = ("router.task_bias", "router.modality_bias")  # of ours alone: they start at zero
 _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
@@ -62,7 +62,7 @@ def import_models(text: Path | None, vision: Path | None, output: Path) -> Impor
         decoder = read_decoder(folder.config, folder.places, folder.place)
         recipe, settings = _with_decoder(recipe, decoder)
         left_out[str(text)] = _take(folder, decoder.targets(), _is_no_tensor, targets)
-        owned += _OF_DECODER
+        owned += OF_DECODER
     if vision is not None:
         folder = SourceFolder(vision)
         tower = read_tower(folder.config, folder.preprocessor, folder.places, folder.place)
@@ -70,7 +70,7 @@ def import_models(text: Path | None, vision: Path | None, output: Path) -> Impor
         recipe = replace(recipe, model=replace(recipe.model, vision=seen))
         settings.setdefault("model", {})["vision"] = _vision_settings(tower)
         left_out[str(vision)] = _take(folder, tower.targets(), tower.leaves_out, targets)
-        owned += _OF_TOWER
+        owned += OF_TOWER
     shapes = stored_shapes(recipe)
     fresh = tuple(name for name in shapes if not name.startswith(owned) or name.endswith(_NEW))
     unfilled = sorted(set(shapes) - set(fresh) - set(targets))

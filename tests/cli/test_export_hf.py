@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from dsmoe_vl.data.pack import grid_positions
 from dsmoe_vl.inference.generate import caption_task, generate
 from dsmoe_vl.inference.load import load_run
-from tests.support.runs import REPOSITORY, deepspeed_command, finish, python, start
+from tests.support.runs import REPOSITORY, TRAIN, finish, python, start
 from tests.unit.test_caption_task import sample
 
 transformers = pytest.importorskip("transformers", reason="transformers: exported runs were not loaded")
@@ -32,9 +34,9 @@ def exported(run, output, *options):
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """Trained by two ranks at ZeRO-3, in the form that a class of transformers has."""
+    """Trained in the form that a class of transformers has."""
     run = tmp_path_factory.mktemp("runs") / "lfm2"
-    result = finish(start(deepspeed_command(tiny.arguments(run, *FOR_LFM2, stage=3))))
+    result = finish(start(python(TRAIN, *tiny.arguments(run, *FOR_LFM2))))
     assert result.status == 0, result.out + result.err
     return run
 
@@ -60,8 +62,12 @@ def test_the_captions_are_the_same(run, tmp_path):
     assert result.status == 0, result.err
     assert "for transformers: Lfm2VlForConditionalGeneration" in result.out
     assert "  lost: videos: the class reads still images" in result.out and result.err.count("\n") <= 1
+    assert_same_captions(run, tmp_path / "hf")
+
+
+def assert_same_captions(run, folder, **options):
     kind = transformers.AutoModelForImageTextToText
-    theirs, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
     trained = load_run(run)
     vision = trained.recipe.model.vision
@@ -74,9 +80,19 @@ def test_the_captions_are_the_same(run, tmp_path):
     assert any(ours)
 
 
+def test_a_run_by_default_leaves_with_code_of_its_own(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    result = exported(trained, tmp_path / "hf", "--own-code")
+    assert result.status == 0, result.err
+    assert "for transformers: DsmoeVLForConditionalGeneration" in result.out
+    assert_same_captions(trained, tmp_path / "hf", trust_remote_code=True)
+
+
 def test_what_does_not_fit_is_said_with_the_way_out(trained, tmp_path):
     result = exported(trained, tmp_path / "hf")
-    assert result.status == 2 and result.err.count("\n") == 1 and "--part text" in result.err
+    assert result.status == 2 and result.err.count("\n") == 1
+    assert "or give --own-code, or --part text for the decoder alone" in result.err
     result = exported(trained, tmp_path / "hf", "--part", "text")
     assert result.status == 2 and "--drop-routing-bias" in result.err and not (tmp_path / "hf").exists()
     result = exported(trained, tmp_path / "hf", "--part", "text", "--drop-routing-bias")
@@ -85,5 +101,7 @@ def test_what_does_not_fit_is_said_with_the_way_out(trained, tmp_path):
     assert any("the vision encoder" in line for line in lines) and any("task_bias" in line for line in lines)
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info.values()), info
+    result = exported(trained, tmp_path / "other", "--part", "text", "--own-code")
+    assert result.status == 2 and "--own-code leaves nothing out" in result.err
     result = finish(start(python(EXPORT, "--run", trained, "--output", tmp_path / "other", "--part", "text")))
     assert result.status == 2 and "need --format hf" in result.err

@@ -215,7 +215,7 @@ def test_a_whole_model_without_a_class_is_refused(settings, message, tiny, tmp_p
     run, _ = made(tiny, tmp_path / "run", settings)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         export_hf(run, tmp_path / "hf")
-    assert str(caught.value).endswith("or export the decoder alone with --part text")
+    assert str(caught.value).endswith("or give --own-code, or --part text for the decoder alone")
 
 
 @torch.no_grad()
