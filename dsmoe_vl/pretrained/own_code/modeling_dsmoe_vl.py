@@ -201,6 +201,8 @@ class DsmoeVLForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         x, length = self.embedding(input_ids), input_ids.shape[1]
         is_cell = input_ids == self.config.image_token_id
         if pixel_values is not None:
+            if spatial_shapes is None:
+                raise ValueError("pixel_values need spatial_shapes: the rows and columns of each picture's patches")
             cells = self.image_features(pixel_values, spatial_shapes)
             if len(cells) != int(is_cell.sum()):
                 raise ValueError(f"{int(is_cell.sum())} image tokens, but the pictures have {len(cells)} cells")
