@@ -1,7 +1,10 @@
-"""Export a trained model: `python launch/export.py --run runs/NAME --output DIR`.
+"""Export a trained model: `python launch/export.py --run runs/NAME --output DIR [--format hf]`.
 
 Writes the weights, tokenizer and plan of the newest checkpoint to DIR, which the other programs accept as `--run DIR`.
 Experts that the L1 term has reduced to zero output are left out; the model's outputs do not change.
+
+With `--format hf` DIR is a folder that transformers loads with one of its own classes, or the reason why none fits;
+with `--own-code` as well, it has the code of a class that fits every model.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from pathlib import Path
 
 from dsmoe_vl.checkpoint.export import export_run
 from dsmoe_vl.command import run
+from dsmoe_vl.pretrained.exporting import export_hf
 
 
 def parse() -> argparse.Namespace:
@@ -19,13 +23,29 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a trained model for use.")
     parser.add_argument("--run", type=Path, required=True, help="a run directory, such as runs/quickstart")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    return parser.parse_args()
+    parser.add_argument(
+        "--format", choices=("dsmoe_vl", "hf"), default="dsmoe_vl", help="for these programs, or for transformers"
+    )
+    parser.add_argument("--part", choices=("all", "text"), default="all", help="with hf: text is the decoder alone")
+    parser.add_argument(
+        "--drop-routing-bias", action="store_true", help="with hf: leave the routers' biases out; tokens change experts"
+    )
+    parser.add_argument(
+        "--own-code", action="store_true", help="with hf: a class of ours in the folder, for trust_remote_code"
+    )
+    args = parser.parse_args()
+    changed = args.part != "all" or args.drop_routing_bias
+    if args.format != "hf" and (changed or args.own_code):
+        parser.error("--part, --drop-routing-bias and --own-code need --format hf")
+    if changed and args.own_code:
+        parser.error("--own-code leaves nothing out: give it without --part and --drop-routing-bias")
+    return args
 
 
 def main() -> int:
     """Print the dropped experts and the sizes. Exit status 2 if the run or the folder cannot be used."""
     args = parse()
-    return run(lambda: export(args.run, args.output))
+    return run(lambda: export_for_transformers(args) if args.format == "hf" else export(args.run, args.output))
 
 
 def export(run_dir: Path, output: Path) -> int:
@@ -36,6 +56,17 @@ def export(run_dir: Path, output: Path) -> int:
         print(f"  layer {layer.layer}: {layer.dropped} of {layer.experts} experts are null and dropped")
     print(f"  weights: {done.before_bytes:,} bytes before, {done.after_bytes:,} bytes after")
     print(f"wrote {output}")
+    return 0
+
+
+def export_for_transformers(args: argparse.Namespace) -> int:
+    """As `export`, in the form of one of transformers' classes."""
+    done = export_hf(args.run, args.output, args.part == "text", args.drop_routing_bias, args.own_code)
+    print(f"{done.checkpoint}")
+    for what in done.lost:
+        print(f"  lost: {what}")
+    print(f"  weights: {done.size_bytes:,} bytes")
+    print(f"wrote {args.output} for transformers: {done.architecture}")
     return 0
 
 

@@ -88,12 +88,12 @@ class Written(NamedTuple):
     broken: str | None
 
 
-def write_tensors(path: Path, share: Share) -> Written:
-    """Write a new file, and wait until it is on disk.
+def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None = None) -> Written:
+    """Write a new file, and wait until it is on disk. `metadata`: what its header says of the whole file.
 
     Raises OSError, but makes all tensors also then: making one may be a collective.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     place = 0
     for name, spec in share.specs.items():
         span = [place, place + spec.size]

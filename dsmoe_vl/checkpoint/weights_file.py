@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
+from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, Spec, TensorFiles, write_tensors
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_json
 from dsmoe_vl.moe.placement import expert_name, is_of_experts
@@ -84,18 +84,22 @@ class WeightsFile:
         return found
 
     def _shape(self, stored: str) -> list[int]:
-        return list(self._files.spec(self.places[stored], stored).shape)
+        return list(self.spec(stored).shape)
+
+    def spec(self, stored: str) -> Spec:
+        """Type and shape of a stored tensor, without reading it."""
+        return self._files.spec(self.places[stored], stored)
+
+    def read(self, stored: str) -> Tensor:
+        """A stored tensor."""
+        tensor: Tensor = self._files.file(self.places[stored]).get_tensor(stored)
+        return tensor
 
     def load(self, device: str = "cpu") -> dict[str, Tensor]:
         """All tensors of the one-process model, on `device`."""
-
-        def read(stored: str) -> Tensor:
-            tensor: Tensor = self._files.file(self.places[stored]).get_tensor(stored)
-            return tensor.to(device)
-
-        found = {name: read(name) for name in self.places if not _EXPERT.fullmatch(name)}
+        found = {name: self.read(name).to(device) for name in self.places if not _EXPERT.fullmatch(name)}
         for name, numbers in self._experts.items():
-            found[name] = torch.stack([read(expert_name(name, number)) for number in numbers])
+            found[name] = torch.stack([self.read(expert_name(name, number)).to(device) for number in numbers])
         return found
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -123,8 +127,7 @@ class WeightsFile:
         """Names and bytes of all tensors, to hash them: the same whichever files they are in."""
         for stored in sorted(self.places):
             yield stored.encode()
-            tensor: Tensor = self._files.file(self.places[stored]).get_tensor(stored)
-            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            yield self.read(stored).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
     def save(self, weights: Mapping[str, Tensor]) -> dict[str, FileEntry]:
         """Write the tensors of a whole one-process model, which lie on the CPU, in one file and an index."""

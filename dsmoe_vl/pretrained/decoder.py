@@ -1,7 +1,8 @@
-"""Language models of other makers: what their config.json means, and which of their tensors ours are made of.
+"""Language models of other makers: what their config.json means, and which of their tensors ours are made of. Both are
+read in both directions, to import and to export.
 
 Read: Qwen3 and Qwen3-MoE, Qwen2, Qwen2.5 and Qwen2-MoE, Llama and what has its form (TinyLlama, SmolLM), Mistral,
-Mixtral, OLMoE. The names of tensors are those on disk.
+Mixtral, OLMoE. Ernie 4.5 MoE is written only. The names of tensors are those on disk.
 """
 
 from __future__ import annotations
@@ -12,32 +13,58 @@ from typing import Any
 
 from dsmoe_vl.config.recipe import ModelConfig, MoEConfig
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.pretrained.mapping import Target, expert_targets, joined, qkv, turned
+from dsmoe_vl.pretrained.mapping import (
+    Target,
+    expert_targets,
+    halved,
+    joined,
+    one_row,
+    only_row,
+    qkv,
+    split_qkv,
+    turned,
+    turned_back,
+)
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What a model type has in common, beside the numbers of its config.json."""
+    """What a model type has in common, beside the numbers of its config.json. `architecture`: transformers' class."""
 
+    architecture: str
     qk_norm: str = "none"
     qkv_bias: bool = False
     sparse: bool = False
     renormalise: bool | None = None  # None: config.json says it
     experts_in: str = "mlp"  # the module of router and experts
     expert_names: tuple[str, str, str] = ("gate_proj", "down_proj", "up_proj")
-    shared: bool = False  # a shared expert with a gate
+    shared: str = ""  # the module of a shared expert
+    shared_gate: bool = False
+    selection_bias: str = ""  # added to the probabilities for the choice of experts
+    pairs: bool = False  # rotary pairs are side by side, as ours
 
 
 FAMILIES = {
-    "qwen3": _Family(qk_norm="head"),
-    "qwen3_moe": _Family(qk_norm="head", sparse=True),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen2_moe": _Family(qkv_bias=True, sparse=True, shared=True),
-    "llama": _Family(),
-    "mistral": _Family(),
-    "mixtral": _Family(sparse=True, renormalise=True, experts_in="block_sparse_moe", expert_names=("w1", "w2", "w3")),
-    "olmoe": _Family(qk_norm="width", sparse=True),
-}
+    "qwen3": _Family("Qwen3ForCausalLM", qk_norm="head"),
+    "qwen3_moe": _Family("Qwen3MoeForCausalLM", qk_norm="head", sparse=True),
+    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen2_moe": _Family(
+        "Qwen2MoeForCausalLM", qkv_bias=True, sparse=True, shared="shared_expert", shared_gate=True
+    ),
+    "llama": _Family("LlamaForCausalLM"),
+    "mistral": _Family("MistralForCausalLM"),
+    "mixtral": _Family(
+        "MixtralForCausalLM", sparse=True, renormalise=True, experts_in="block_sparse_moe",
+        expert_names=("w1", "w2", "w3"),
+    ),
+    "olmoe": _Family("OlmoeForCausalLM", qk_norm="width", sparse=True),
+}  # fmt: skip
+WRITTEN_ONLY = {
+    "ernie4_5_moe": _Family(
+        "Ernie4_5_MoeForCausalLM", sparse=True, renormalise=True, shared="shared_experts",
+        selection_bias="moe_statics.e_score_correction_bias", pairs=True,
+    ),
+}  # fmt: skip
 _ALWAYS_WINDOWED = ("mistral", "mixtral")  # others say it with use_sliding_window
 _NEAREST = {
     "qwen2_5": "qwen2",
@@ -56,14 +83,20 @@ class Decoder:
     moe: MoEConfig | None  # None: all layers are dense
     vocab_size: int
     first_dense_layers: int
-    family: _Family
+    kind: str  # the model_type of config.json
     prefix: str = "model."
+    head: str = "lm_head.weight"
+
+    @property
+    def family(self) -> _Family:
+        """What the kind has in common."""
+        return (FAMILIES | WRITTEN_ONLY)[self.kind]
 
     def targets(self) -> Iterator[Target]:
         """The tensors of our decoder, with embedding and output projection."""
         yield Target("embedding.weight", (f"{self.prefix}embed_tokens.weight",))
         if not self.model.tied:
-            yield Target("head.weight", ("lm_head.weight",))
+            yield Target("head.weight", (self.head,))
         yield Target("norm.weight", (f"{self.prefix}norm.weight",))
         for index in range(self.model.layers):
             theirs, ours = f"{self.prefix}layers.{index}.", f"layers.{index}."
@@ -76,15 +109,16 @@ class Decoder:
                 yield from self.sparse(f"{theirs}{self.family.experts_in}.", f"{ours}feed_forward.")
 
     def _attention(self, theirs: str, ours: str) -> Iterator[Target]:
-        width = self.model.width_of_head
+        model, width, turn = self.model, self.model.width_of_head, not self.family.pairs
         order = "queries, keys and values; rotary pairs side by side"
-        for kind in ("weight", "bias")[: 1 + self.model.qkv_bias]:
+        undo = split_qkv(width, model.heads, model.kv_heads, turn)
+        for kind in ("weight", "bias")[: 1 + model.qkv_bias]:
             sources = tuple(f"{theirs}{part}_proj.{kind}" for part in "qkv")
-            yield Target(f"{ours}qkv.{kind}", sources, qkv(width), order)
+            yield Target(f"{ours}qkv.{kind}", sources, qkv(width) if turn else joined, order, undo)
         yield Target(f"{ours}out.weight", (f"{theirs}o_proj.weight",))
-        for part in "qk" if self.model.qk_norm != "none" else "":
-            source = (f"{theirs}{part}_norm.weight",)
-            yield Target(f"{ours}{part}_norm.weight", source, turned(width), "rotary pairs side by side")
+        for part in "qk" if model.qk_norm != "none" else "":
+            name, sources = f"{ours}{part}_norm.weight", (f"{theirs}{part}_norm.weight",)
+            yield Target(name, sources, turned(width), "rotary pairs side by side", turned_back(width))
 
     def sparse(self, theirs: str, ours: str) -> Iterator[Target]:
         """Of one layer with experts: the tensors under `ours`, from those under `theirs`."""
@@ -93,14 +127,56 @@ class Decoder:
         for number in range(self.moe.experts):
             names = [f"{theirs}experts.{number}.{name}.weight" for name in self.family.expert_names]
             yield from expert_targets(f"{ours}experts", number, (names[0], names[1], names[2]))
+        if self.family.selection_bias:
+            sources = (f"{theirs}{self.family.selection_bias}",)
+            yield Target(f"{ours}router.selection_bias", sources, only_row, "its only row", one_row)
+        if self.family.shared and self.moe.shared_ffn_width:
+            yield from _swiglu(f"{theirs}{self.family.shared}.", f"{ours}shared.")
+        if self.family.shared_gate:
+            yield Target(f"{ours}shared.gate.weight", (f"{theirs}{self.family.shared}_gate.weight",))
+
+    def config(self, positions: int) -> dict[str, Any]:
+        """The keys of config.json that say these settings, for transformers 4 and 5; `read_decoder` reads them back.
+
+        positions: the longest sequence that the model was trained on.
+        """
+        model, moe = self.model, self.moe
+        found: dict[str, Any] = {
+            "architectures": [self.family.architecture], "model_type": self.kind, "hidden_size": model.width,
+            "intermediate_size": model.ffn_width, "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
+            "head_dim": model.width_of_head, "hidden_act": "silu", "max_position_embeddings": positions,
+            "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_base,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+            "tie_word_embeddings": model.tied, "vocab_size": self.vocab_size,
+        }  # fmt: skip
+        if moe is None:
+            return found
+        dense = self.first_dense_layers
+        if self.kind == "ernie4_5_moe":
+            return found | {
+                "moe_num_experts": moe.experts, "moe_k": moe.top_k, "moe_intermediate_size": moe.ffn_width,
+                "moe_num_shared_experts": moe.shared_ffn_width // moe.ffn_width, "moe_layer_start_index": dense,
+                "moe_layer_end_index": model.layers - 1, "moe_layer_interval": 1, "use_bias": False,
+                "router_aux_loss_coef": moe.balance_weight,
+            }  # fmt: skip
+        found |= {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": moe.balance_weight}
+        if self.kind == "mixtral":
+            return found | {
+                "num_local_experts": moe.experts, "intermediate_size": moe.ffn_width, "sliding_window": None,
+            }  # fmt: skip
+        found |= {"num_experts": moe.experts, "norm_topk_prob": moe.renormalise}
+        if self.kind == "olmoe":
+            return found | {"intermediate_size": moe.ffn_width, "clip_qkv": None}
+        found |= {"moe_intermediate_size": moe.ffn_width, "decoder_sparse_step": 1}
         if self.family.shared:
-            yield from _swiglu(f"{theirs}shared_expert.", f"{ours}shared.")
-            yield Target(f"{ours}shared.gate.weight", (f"{theirs}shared_expert_gate.weight",))
+            found["shared_expert_intermediate_size"] = moe.shared_ffn_width
+        return found | {"mlp_only_layers": list(range(dense))}
 
 
 def _swiglu(theirs: str, ours: str) -> Iterator[Target]:
     both = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
-    yield Target(f"{ours}gate_up.weight", both, joined, "gate and up")
+    yield Target(f"{ours}gate_up.weight", both, joined, "gate and up", halved)
     yield Target(f"{ours}down.weight", (f"{theirs}down_proj.weight",))
 
 
@@ -130,16 +206,16 @@ def read_decoder(config: Mapping[str, Any], names: Collection[str], place: str) 
         tied="lm_head.weight" not in names,
     )  # fmt: skip
     if not family.sparse:
-        return Decoder(model, None, need("vocab_size"), model.layers, family)
+        return Decoder(model, None, need("vocab_size"), model.layers, kind)
     moe = MoEConfig(
         experts=need("num_experts", "num_local_experts"), top_k=need("num_experts_per_tok"),
         ffn_width=need("moe_intermediate_size", "intermediate_size"),
         shared_ffn_width=need("shared_expert_intermediate_size") if family.shared else 0,
-        shared_gate=family.shared, first_dense_layers=_dense_layers(config, place),
+        shared_gate=family.shared_gate, first_dense_layers=_dense_layers(config, place),
         renormalise=bool(need("norm_topk_prob")) if family.renormalise is None else family.renormalise,
         routing="plain", balance_weight=need("router_aux_loss_coef"), z_weight=0.0,
     )  # fmt: skip
-    return Decoder(model, moe, need("vocab_size"), moe.first_dense_layers, family)
+    return Decoder(model, moe, need("vocab_size"), moe.first_dense_layers, kind)
 
 
 def _refuse(config: Mapping[str, Any], place: str) -> None:

@@ -40,9 +40,9 @@ from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
 from dsmoe_vl.tasks.registry import build_backbone
 
 ORIGIN_NAME = "origin.json"
-_OF_TOWER = ("vision.",)
+OF_TOWER = ("vision.",)
+OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 _ONE_ROW_A_PIECE = ("embedding.weight", "head.weight")
-_OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 _NEW = ("router.task_bias", "router.modality_bias")  # of ours alone: they start at zero
 _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
@@ -86,7 +86,7 @@ def import_models(
         tokenizer = find_tokenizer(folder, decoder.vocab_size, controls or {})
         recipe, settings = _with_decoder(recipe, decoder, tokenizer)
         left_out[str(text)] = _take(folder, _grown(decoder.targets(), tokenizer), _is_no_tensor, targets)
-        owned += _OF_DECODER
+        owned += OF_DECODER
     if vision is not None:
         folder = SourceFolder(vision)
         tower = read_tower(folder.config, folder.preprocessor, folder.places, folder.place)
@@ -94,8 +94,8 @@ def import_models(
         recipe = replace(recipe, model=replace(recipe.model, vision=seen))
         settings.setdefault("model", {})["vision"] = _vision_settings(tower)
         left_out[str(vision)] = _take(folder, tower.targets(), tower.leaves_out, targets)
-        owned += _OF_TOWER
-    shapes = _shapes(recipe)
+        owned += OF_TOWER
+    shapes = stored_shapes(recipe)
     fresh = tuple(name for name in shapes if not name.startswith(owned) or name.endswith(_NEW))
     unfilled = sorted(set(shapes) - set(fresh) - set(targets))
     if unfilled:
@@ -190,7 +190,7 @@ def _take(
     return rest
 
 
-def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+def stored_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Of every stored tensor of the recipe's model; each expert is one."""
     with torch.device("meta"):
         model = build_backbone(recipe)

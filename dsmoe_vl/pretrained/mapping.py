@@ -1,4 +1,5 @@
-"""How tensors of other models become ours: one target at a time, so that nothing is in memory twice.
+"""How tensors of other models become ours, and ours become theirs: one target at a time, so that nothing is in memory
+twice.
 
 Shapes: H heads, d head width, D width, C = 3 * patch_size**2.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from dsmoe_vl.moe.placement import expert_name
 
 Make = Callable[[Sequence[Tensor]], Tensor]
+Undo = Callable[[Tensor], Sequence[Tensor | None]]
 
 
 def only(found: Sequence[Tensor]) -> Tensor:
@@ -27,14 +29,51 @@ def joined(found: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(found))
 
 
+def alone(target: Tensor) -> tuple[Tensor]:
+    """The inverse of `only`."""
+    return (target,)
+
+
+def halved(target: Tensor) -> tuple[Tensor, ...]:
+    """The inverse of `joined` for two equal parts."""
+    return target.chunk(2)
+
+
+def in_thirds(target: Tensor) -> tuple[Tensor, ...]:
+    """The inverse of `joined` for three equal parts."""
+    return target.chunk(3)
+
+
+def only_row(found: Sequence[Tensor]) -> Tensor:
+    """The one row of the one source, [1, ...]."""
+    return only(found).squeeze(0)
+
+
+def one_row(target: Tensor) -> tuple[Tensor]:
+    """The inverse of `only_row`."""
+    return (target.unsqueeze(0),)
+
+
 @dataclass(frozen=True)
 class Target:
-    """A tensor of our model. `how`: in words, for origin.json. Without sources it is fp32, and made of nothing else."""
+    """A tensor of our model, and the tensors of theirs that it is made of. `how`: in words, for origin.json.
+
+    `undo` is the inverse of `make`: one tensor for each source, or None where another target gives that source. Targets
+    without `undo` can be imported only. A target without sources is fp32, and made of nothing else.
+    """
 
     name: str
     sources: tuple[str, ...]
     make: Make = only
     how: str = "as it is"
+    undo: Undo | None = None
+
+    def parts(self, value: Tensor) -> list[tuple[str, Tensor]]:
+        """Their tensors, by name, from ours."""
+        undo = alone if self.undo is None and self.make is only else self.undo
+        assert undo is not None, f"{self.name} can be imported only"
+        found = zip(self.sources, undo(value), strict=True)
+        return [(name, part) for name, part in found if part is not None]
 
 
 def neighbours(head_width: int) -> Tensor:
@@ -60,6 +99,11 @@ def turned(head_width: int) -> Make:
     return lambda found: to_neighbours(only(found), head_width)
 
 
+def turned_back(head_width: int) -> Undo:
+    """The inverse of `turned`."""
+    return lambda target: (from_neighbours(target, head_width),)
+
+
 def qkv(head_width: int) -> Make:
     """Queries, keys and values to one matrix or bias, the first two in our order."""
 
@@ -68,6 +112,16 @@ def qkv(head_width: int) -> Make:
         return torch.cat((to_neighbours(q, head_width), to_neighbours(k, head_width), v))
 
     return make
+
+
+def split_qkv(head_width: int, heads: int, kv_heads: int, turn: bool = True) -> Undo:
+    """The inverse of `qkv`; with `turn` false, rotary pairs stay side by side."""
+
+    def undo(target: Tensor) -> Sequence[Tensor]:
+        q, k, v = target.split([count * head_width for count in (heads, kv_heads, kv_heads)])
+        return (from_neighbours(q, head_width), from_neighbours(k, head_width), v) if turn else (q, k, v)
+
+    return undo
 
 
 def expert_targets(stacked: str, number: int, sources: tuple[str, str, str]) -> list[Target]:

@@ -1,4 +1,5 @@
-"""Vision encoders of other makers: what their config.json means, and which of their tensors ours are made of.
+"""Vision encoders of other makers: what their config.json means, and which of their tensors ours are made of. Those of
+SigLIP and SigLIP2 are read in both directions, to import and to export.
 
 Read: SigLIP and SigLIP2 (of fixed size and NaFlex), CLIP, DINOv2, InternViT. Their features are those that
 vision-language models take: after the last norm, for CLIP the last layer but one, for InternViT without a norm.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dsmoe_vl.config.recipe import VisionConfig
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.pretrained.mapping import Make, Target, folded_pixels, joined, only
+from dsmoe_vl.pretrained.mapping import Make, Target, folded_pixels, in_thirds, joined, only
 
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,6 +40,7 @@ class _Family:
     norm_before: str | None = None
     scales: tuple[str, str] | None = None
     skipped_layers: int = 0  # at the end
+    flat_patches: bool = False  # the patch embedding is a matrix, by row, column and channel; else a convolution
 
 
 _SIGLIP_LAYER = {
@@ -52,7 +54,7 @@ _SIGLIP = _Family(
 )  # fmt: skip
 FAMILIES = {
     "siglip_vision_model": _SIGLIP,
-    "siglip2_vision_model": _Family(**{**vars(_SIGLIP), "resize": "bilinear"}),
+    "siglip2_vision_model": _Family(**{**vars(_SIGLIP), "resize": "bilinear", "flat_patches": True}),
     "clip_vision_model": _Family(
         "encoder.layers.{}.", _SIGLIP_LAYER, "embeddings.patch_embedding", "embeddings.position_embedding.weight", None,
         _CLIP, class_token="embeddings.class_embedding", norm_before="pre_layrnorm", skipped_layers=1,
@@ -79,7 +81,10 @@ FAMILIES = {
     ),
 }  # fmt: skip
 _WITHIN = {"siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model", "clip": "clip_vision_model"}
-_PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.")
+_PREFIXES = (
+    "", "vision_model.", "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.",
+    "model.vision_tower.vision_model.",
+)  # fmt: skip
 # Tensors that no feature depends on.
 _LEFT_OUT = re.compile(
     r"text_model\..*|text_projection.*|visual_projection.*|logit_(scale|bias)|.*vision_model\.head\..*|head\..*"
@@ -105,8 +110,8 @@ class Tower:
         kinds = ("weight", "bias") if family.norm_before is None else ("weight",)  # CLIP's has no bias
         patches = tuple(f"{theirs}{family.patches}.{kind}" for kind in kinds)
         how = "rows by channel, row and column; mean and standard deviation of pixels folded in"
-        yield Target("vision.patch_embedding.weight", patches, self._patches(0), how)
-        yield Target("vision.patch_embedding.bias", patches, self._patches(1), how)
+        yield Target("vision.patch_embedding.weight", patches, self._patches(0), how, self._their_patches)
+        yield Target("vision.patch_embedding.bias", patches, self._patches(1), how, lambda bias: (None, bias))
         position = f"{theirs}{family.position}"
         if family.class_token is None:
             yield Target("vision.position.weight", (position,))
@@ -120,6 +125,20 @@ class Tower:
         for ours, name in norms.items():
             for kind in self._norm_parts() if name else ():
                 yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
+
+    def config(self) -> dict[str, Any]:
+        """The keys of config.json that say these settings, for SigLIP and SigLIP2; `read_tower` reads them back."""
+        vision, naflex = self.vision, self.family.flat_patches
+        size = {"num_patches": vision.position_grid**2}
+        if not naflex:
+            size = {"image_size": vision.position_grid * vision.patch_size}
+        return size | {
+            "model_type": "siglip2_vision_model" if naflex else "siglip_vision_model", "hidden_size": vision.width,
+            "intermediate_size": vision.ffn_width, "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads, "num_channels": 3, "patch_size": vision.patch_size,
+            "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn),
+            "layer_norm_eps": vision.norm_eps, "vision_use_head": False,
+        }  # fmt: skip
 
     def leaves_out(self, name: str) -> bool:
         """Whether a tensor of the folder has no place in ours, as it should be."""
@@ -138,10 +157,10 @@ class Tower:
             for kind in ("weight", "bias"):
                 yield Target(f"{ours}{name}.{kind}", (f"{theirs}{parts[name]}.{kind}",))
         weights = tuple(f"{theirs}{parts[part]}.weight" for part in "qkv")
-        yield Target(f"{ours}attention.qkv.weight", weights, joined, "queries, keys and values")
+        yield Target(f"{ours}attention.qkv.weight", weights, joined, "queries, keys and values", in_thirds)
         if self.has_qkv_bias:
             biases = tuple(f"{theirs}{parts[part]}.bias" for part in "qkv")
-            yield Target(f"{ours}attention.qkv.bias", biases, joined, "queries, keys and values")
+            yield Target(f"{ours}attention.qkv.bias", biases, joined, "queries, keys and values", in_thirds)
         else:
             yield Target(f"{ours}attention.qkv.bias", weights[:1], _zero_biases, "zeros: there are none")
         if self.family.scales is not None:
@@ -151,12 +170,34 @@ class Tower:
     def _patches(self, part: int) -> Make:
         def make(found: Sequence[Tensor]) -> Tensor:
             weight, bias = found[0], found[1] if len(found) > 1 else None
-            if weight.dim() == 2:  # NaFlex: by row, column and channel
+            if weight.dim() == 2:  # by row, column and channel
                 side = self.vision.patch_size
                 weight = weight.view(-1, side, side, 3).permute(0, 3, 1, 2)
             return folded_pixels(weight.flatten(1), bias, self.mean, self.std)[part]
 
         return make
+
+    def _their_patches(self, weight: Tensor) -> Sequence[Tensor | None]:
+        """For pixels from -1 to 1, as ours."""
+        side = self.vision.patch_size
+        kernel = weight.view(-1, 3, side, side)
+        return (kernel.permute(0, 2, 3, 1).flatten(1) if self.family.flat_patches else kernel), None
+
+
+def connector_targets(theirs: str, is_normed: bool) -> Iterator[Target]:
+    """Of LLaVA's and, with a norm of joined cells, LFM2-VL's projector."""
+    names = {"connector.up": "linear_1", "connector.down": "linear_2"}
+    if is_normed:
+        names["connector.cell_norm"] = "layer_norm"
+    for ours, name in names.items():
+        for kind in ("weight", "bias"):
+            yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
+
+
+def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
+    """The tower that a vision encoder of ours with SigLIP's form is exported as."""
+    family = FAMILIES["siglip2_vision_model" if naflex else "siglip_vision_model"]
+    return Tower(vision, family, prefix, True, _HALF, _HALF)
 
 
 def _of_patches(found: Sequence[Tensor]) -> Tensor:
