@@ -60,7 +60,7 @@ def learn(variant: str, seed: int, args: argparse.Namespace, overrides: tuple[st
     """The curve of one process. Raises CalledProcessError."""
     command = [
         sys.executable, str(ROOT / "benchmarks/learning_run.py"), variant, "--seed", str(seed), "--pairs",
-        str(args.pairs), "--rate", str(args.rate), *overrides,
+        str(args.pairs), "--rate", str(args.rate), "--points", str(args.points), *overrides,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     points = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -107,6 +107,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate of the trainer's variants")
     known = [*VARIANTS, DUAL_ENCODER]
     parser.add_argument("--variants", nargs="+", default=known, choices=known)
+    parser.add_argument("--points", type=int, default=6, help="points of each curve")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, a core each")
     parser.add_argument(
         "--shards", type=Path, default=Path("data/learning"), help="where DIR's shards are kept, by its name"
