@@ -159,7 +159,7 @@ def main() -> int:
     pictures = args.pictures and args.pictures.resolve()
     os.chdir(ROOT)  # where the recipes' paths begin
     overrides = settings(pictures, args.shards / pictures.name if pictures else args.shards)
-    overrides = (*overrides, *_rates(1, "embedding"))  # the baseline has one rate
+    overrides = (*overrides, *_rates(1, "embedding", "experts"))  # the baseline has one rate
     found = Result.read(args.json).figures["changes"] if args.json.exists() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
         wanted = [name for name in args.changes if name not in found]

@@ -53,11 +53,12 @@ class World:
     recipe: Path
     steps: int
     common: tuple[str, ...]
+    sparse: tuple[str, ...]
     dense: tuple[str, ...]
 
     def variants(self) -> dict[str, tuple[str, ...]]:
         """Overrides of the recipe by variant."""
-        return {SPARSE: (), PLAIN: ("moe.routing=plain",), DENSE: self.dense}
+        return {SPARSE: self.sparse, PLAIN: (*self.sparse, "moe.routing=plain"), DENSE: self.dense}
 
 
 CATALOGUE = World(
@@ -66,6 +67,7 @@ CATALOGUE = World(
     ROOT / "benchmarks/catalogue.toml",
     1250,
     (),
+    (),
     ("moe.first_dense_layers=3",),
 )
 SCENES = World(
@@ -73,9 +75,13 @@ SCENES = World(
     "Three tasks on scenes",
     _THREE_TASKS,
     256,
-    ("data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16"),
+    (
+        "data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16",
+        'train."*".lr_scale=2', "train.embedding.lr_scale=10",  # for so few steps: rates.py
+    ),
+    ("train.experts.lr_scale=4",),  # twice the body's: each expert sees a quarter of the tokens
     ("moe.first_dense_layers=4", "model.ffn_width=512"),
-)
+)  # fmt: skip
 _WORLDS = {world.name: world for world in (CATALOGUE, SCENES)}
 _PARTS = (*_WORLDS, "alone")
 # Of each task: its scores, as (folder of shards, name in eval.json).

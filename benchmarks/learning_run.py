@@ -51,10 +51,11 @@ from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.tasks.retrieval import pair_id
 
 RECIPE = ROOT / "benchmarks/learning.toml"
+_SPARSE = "train.experts.lr_scale=2"  # each expert sees a quarter of the tokens
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "retrieval": ("tasks.caption.weight=0",),
-    "captions": ("tasks.retrieval.weight=0",),
-    "together": (),
+    "retrieval": ("tasks.caption.weight=0", _SPARSE),
+    "captions": ("tasks.retrieval.weight=0", _SPARSE),
+    "together": (_SPARSE,),
     "together, dense": ("moe.first_dense_layers=4", "model.ffn_width=512"),  # equal active FLOPs
 }
 DUAL_ENCODER = "plain dual encoder"
@@ -166,7 +167,7 @@ def dual_encoder_scores(model: DualEncoder, pairs: Pairs) -> dict[str, float]:
 
 def curve(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The points of one variant."""
-    overrides = (*args.overrides, f"run.seed={args.seed}", *VARIANTS.get(args.variant, ()))
+    overrides = (f"run.seed={args.seed}", *VARIANTS.get(args.variant, ()), *args.overrides)
     recipe = load_recipe(RECIPE, overrides)
     samples = held_out(recipe)
     if args.variant == DUAL_ENCODER:

@@ -24,10 +24,14 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path, settings: Mapping[str, A
     `settings`: keys of tokenizer_config.json. Returns what was lost, in words.
     """
     vocabulary, path = tokenizer.vocabulary, Path(tokenizer.path)
+    lost: tuple[str, ...] = ()
     if isinstance(vocabulary, SentencePieceModel):
         shutil.copyfile(path, output / vocabulary.file_name)
         found = _of_sentencepiece(vocabulary.model)
-        differing = _first_difference(vocabulary.model, json.dumps(found, ensure_ascii=False))
+        try:
+            differing = _first_difference(vocabulary.model, json.dumps(found, ensure_ascii=False))
+        except ImportError:
+            differing, lost = None, ("tokenizer.json: not compared with the run's own, as tokenizers is not installed",)
         if differing is not None:
             return (f"tokenizer.json: it would give other ids for {differing!r}; use {vocabulary.file_name}",)
     else:
@@ -42,7 +46,7 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path, settings: Mapping[str, A
         output / "tokenizer_config.json",
         json.dumps(common | names | dict(settings), indent=2, ensure_ascii=False) + "\n",
     )
-    return ()
+    return lost
 
 
 def name_of(tokenizer: Tokenizer, row: int) -> str:
@@ -89,12 +93,9 @@ def _of_sentencepiece(model: SentencePieceProcessor) -> dict[str, Any]:
 
 
 def _first_difference(model: SentencePieceProcessor, written: str) -> str | None:
-    """The first of some texts, made of the model's own pieces too, that gets other ids; None also where the library
-    `tokenizers` is not installed."""
-    try:
-        from tokenizers import Tokenizer as Fast
-    except ImportError:
-        return None
+    """The first of some texts, made of the model's own pieces too, that gets other ids. Raises ImportError."""
+    from tokenizers import Tokenizer as Fast
+
     fast = Fast.from_str(written)
     fast.encode_special_tokens = True
     spoken = [model.id_to_piece(row) for row in range(model.get_piece_size())
