@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -72,8 +73,7 @@ class Memory:
 def plan_of(args: argparse.Namespace, ranks: Ranks, folder: Path) -> RunPlan:
     """The plan of the model. Its runs are in `folder`."""
     recipe = load_recipe(ROOT / "launch/recipes/large.toml", (*_SETTINGS, *args.overrides))
-    tokenizer = replace(recipe.tokenizer, path=__file__)  # any file: it is copied, not read
-    recipe = replace(recipe, run=replace(recipe.run, directory=str(folder), name="run"), tokenizer=tokenizer)
+    recipe = replace(recipe, run=replace(recipe.run, directory=str(folder), name="run"))
     deepspeed = load_deepspeed(ROOT / "ds_configs/moe_zero3.json")
     deepspeed |= {"gradient_accumulation_steps": 1, "zero_optimization": {"stage": args.zero}}
     deepspeed["expert_parallel"] = {"enabled": True, "autoep_size": ranks.world_size}
@@ -82,9 +82,9 @@ def plan_of(args: argparse.Namespace, ranks: Ranks, folder: Path) -> RunPlan:
 
 
 class Pieces:
-    """Stands for the tokenizer, which a save only asks for its hash."""
+    """Stands for the tokenizer, whose file a save copies and does not read."""
 
-    sha256 = "none"
+    sha256, path, vocabulary = "none", __file__, SimpleNamespace(file_name="tokenizer.model")
 
 
 def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:

@@ -179,7 +179,9 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         dropped.append(float(result.routing.dropped.sum()))
     found = {"terms": terms, "norms": norms, "dropped": dropped, "through_vision": any(seen)}
     if args.save:
-        saver = Saver(plan, ranks, HostGroup(), SimpleNamespace(sha256="pieces"))  # type: ignore[arg-type]
+        file = SimpleNamespace(file_name="tokenizer.model")
+        unread = SimpleNamespace(sha256="pieces", path=__file__, vocabulary=file)  # it is copied, not read
+        saver = Saver(plan, ranks, HostGroup(), unread)  # type: ignore[arg-type]
         saver.begin(engine, first + args.steps, take_step.load_fraction, {})
         found["saved"] = str(saver.finish())
         saver.close()
