@@ -229,9 +229,10 @@ class Saver:
 
 
 def _give_way() -> None:
-    """Let this thread run when others of the machine do not: a save has time until the next one. Linux only."""
+    """Let others of the machine run before this thread, but for a tenth of a core: a save has time until the next one.
+    Linux only."""
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _side_stream() -> Any:

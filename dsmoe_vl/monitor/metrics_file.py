@@ -56,7 +56,10 @@ class MetricsFile:
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    kept = []
+    """Without those of a run that ended before its first checkpoint: from step 0 it evaluates again."""
+    kept: list[str] = []
+    if step == 0:
+        return kept
     for line in require_regular(path).read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:

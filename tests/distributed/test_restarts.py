@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from dsmoe_vl.checkpoint.store import newest_complete
 from tests.distributed.ranks import free_port
 from tests.distributed.test_launchers import BIN, mpirun
 from tests.support.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
@@ -26,6 +27,11 @@ def wait_for(condition, process, seconds=120.0):
 
 def steps_of(run):
     return metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() and metrics(run) else 0
+
+
+def has_checkpoint(run):
+    """The one of step 8 is complete at step 16 at the latest, when the next one begins; the run has 24."""
+    return (run / "checkpoints").exists() and newest_complete(run / "checkpoints") is not None
 
 
 def ranks_of(processes, supervised=True):
@@ -67,7 +73,7 @@ def two_processes(*arguments):
 def test_a_killed_rank_starts_again_and_nothing_differs(launch, tiny, trained, tmp_path):
     run = tmp_path / "run"
     process = launch(*tiny.arguments(run, *KEPT))
-    wait_for(lambda: steps_of(run) >= 10, process)
+    wait_for(lambda: has_checkpoint(run), process)
     ranks_of([process], supervised=launch is not by_torchrun_itself)["1"].kill()
     result = finish(process, 200)
     assert result.status == 0, result.out + result.err
@@ -81,7 +87,7 @@ def test_a_killed_rank_starts_again_and_nothing_differs(launch, tiny, trained, t
 def test_a_rank_that_stops_is_named_and_started_again(tiny, trained, tmp_path):
     run = tmp_path / "run"
     process = by_mpirun(*tiny.arguments(run, *KEPT, "run.stall_seconds=10"))
-    wait_for(lambda: steps_of(run) >= 10, process)
+    wait_for(lambda: has_checkpoint(run), process)
     ranks_of([process])["1"].suspend()
     result = finish(process, 200)
     assert result.status == 0, result.out + result.err
@@ -95,7 +101,7 @@ def test_a_rank_that_stops_is_named_and_started_again(tiny, trained, tmp_path):
 def test_the_ranks_that_are_left_go_on(tiny, tmp_path):
     run = tmp_path / "run"
     first, second = two_processes(*tiny.arguments(run, *KEPT))
-    wait_for(lambda: steps_of(run) >= 10, first)
+    wait_for(lambda: has_checkpoint(run), first)
     rank = ranks_of([second])["1"]
     second.kill()
     assert not psutil.wait_procs([rank], 10)[1]  # it ends with its supervisor

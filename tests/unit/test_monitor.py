@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dsmoe_vl.config.recipe import DataConfig, Recipe, RunConfig, SourceConfig, 
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.monitor import run_log as monitoring
 from dsmoe_vl.monitor.board import tag
+from dsmoe_vl.monitor.metrics_file import MetricsFile
 from dsmoe_vl.monitor.run_log import RunLog
 from dsmoe_vl.parallel.device import memory_gib, peak_flops
 from dsmoe_vl.planner.resolve import resolve
@@ -144,3 +146,12 @@ def test_the_clock_adds_up_phases_and_begins_anew():
 def test_a_cpu_has_memory_and_no_known_peak():
     assert 0.05 < memory_gib(torch.device("cpu"))["rss_gib"] < 100
     assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_metrics_of_a_run_that_has_no_checkpoint_begin_anew(tmp_path):
+    """At step 0 the held-out losses are logged again; a run that goes on keeps its lines up to the checkpoint."""
+    file = tmp_path / "metrics.jsonl"
+    for first, kept in ((1, [0, 1]), (0, [])):
+        file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2)))
+        MetricsFile(file, first).close()
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == kept
