@@ -214,11 +214,12 @@ class _Convolutions(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3 * 16 ** 2] -> [N, width]."""
-        x = pixels.view(-1, 2, 2, 2, 2, 3, 16, 16).permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, 64, 64)
+        whole = F.pad(pixels, (0, 0, 0, -len(pixels) % 16))  # a batch without pictures has one cell
+        x = whole.view(-1, 2, 2, 2, 2, 3, 16, 16).permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, 64, 64)
         for convolution, norm in zip(self.convolutions, self.norms, strict=False):
             x = F.gelu(norm(convolution(x)))
         x = self.convolutions[-1](x)
-        return x.view(len(x), -1, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), -1)
+        return x.view(len(x), -1, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(whole), -1)[: len(pixels)]
 
 
 def convolutional_stem() -> None:
