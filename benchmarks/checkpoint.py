@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from train_step import random_batch, setting
 from dsmoe_vl.checkpoint import training_state
 from dsmoe_vl.checkpoint.manifest import read_manifest
 from dsmoe_vl.checkpoint.training_state import Saver, restore
+from dsmoe_vl.command import leave
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
@@ -218,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

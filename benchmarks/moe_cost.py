@@ -10,7 +10,6 @@ too; the balancing terms need most of them.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from train_step import parse, plan_of, random_batch, report, setting
 
+from dsmoe_vl.command import leave
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig, Recipe
 from dsmoe_vl.data.batch import Batch
@@ -188,4 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,6 @@ themselves, too. Held-out samples are no part of a step: they are drawn when a c
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from train_step import parse, plan_of, random_batch, report, setting
 
+from dsmoe_vl.command import leave
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.ranks import Ranks
@@ -134,4 +134,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tomllib
 from pathlib import Path
 
 from record import ROOT, Result
@@ -22,6 +23,9 @@ def main() -> int:
     args = parser.parse_args()
     figures = {}
     for file in (ROOT / "launch/recipes").glob("*.toml"):
+        if "init_from" in tomllib.loads(file.read_text(encoding="utf-8")).get("model", {}):
+            print(f"{file.stem:20} has the size of the weights that it starts from")
+            continue
         counts = count_parameters(load_recipe(file))
         figures[file.stem] = {"parameters": counts.total, "active_parameters": counts.active}
     figures = dict(sorted(figures.items(), key=lambda item: item[1]["parameters"]))

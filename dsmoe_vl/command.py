@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from dsmoe_vl.errors import as_user_error
 
@@ -38,6 +39,23 @@ def run(command: Callable[[], int], show: Callable[[str], None] = print_error) -
                 raise
             show(str(known))
             return 2
+
+
+def leave(status: int) -> NoReturn:
+    """End a program that was a rank, with what is registered for its end but without the interpreter's finalization.
+
+    A thread of gloo frees the last collective's tensors when it gets to it. If that is during finalization, it cannot
+    have the interpreter's lock any more, and the process aborts: "terminate called without an active exception"
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")  # it ends MPI in the finalization; mpirun reports processes that do not
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

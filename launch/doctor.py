@@ -18,7 +18,7 @@ from pathlib import Path
 # Torch reads it when it is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe_vl.command import print_error, run
+from dsmoe_vl.command import leave, print_error, run
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,4 +91,4 @@ def start_splits() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

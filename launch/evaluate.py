@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 # Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe_vl.command import run
+from dsmoe_vl.command import leave, run
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.run import evaluate_on_ranks, evaluate_run
@@ -82,4 +81,4 @@ def evaluate(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 # Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe_vl.command import print_error, steady_output
+from dsmoe_vl.command import leave, print_error, steady_output
 from dsmoe_vl.errors import as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.describe import describe
@@ -95,4 +95,4 @@ def show(plan: RunPlan) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from dsmoe_vl.command import leave
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
@@ -30,9 +31,10 @@ def take_steps(
         yield take_step(shared.batches, shared.counts, part_norms)
 
 
-def report(ranks: Ranks, found: Any) -> None:
+def report(ranks: Ranks, found: Any) -> NoReturn:
     """Print as one JSON line on rank 0, and end."""
     if ranks.rank == 0:
         print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dsmoe_vl.checkpoint.manifest import read_manifest
 from dsmoe_vl.checkpoint.training_state import Saver, optimizer_updates, restore
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
+from dsmoe_vl.command import leave
 from dsmoe_vl.config.recipe import (
     DataConfig,
     ModelConfig,
@@ -119,6 +120,7 @@ def main() -> None:
             print("found", json.dumps(found), flush=True)
         faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
+    leave(0)
 
 
 def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import DataConfig, ModelConfig, MoEConfig, Recipe, RunConfig, TokenizerConfig, VisionConfig
 from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
@@ -16,8 +14,8 @@ from dsmoe_vl.planner.memory import estimate_memory
 from dsmoe_vl.planner.parameters import tensors
 from dsmoe_vl.planner.trained import count_trained
 from dsmoe_vl.tasks.registry import build_backbone
+from tests.support.shipped import RECIPES, shipped
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml"))
 TINY = Recipe(
     model=ModelConfig(
         width=8,
@@ -60,9 +58,7 @@ SWITCHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "recipe", [TINY, *SWITCHED, *(load_recipe(path) for path in RECIPES)], ids=lambda recipe: recipe.run.name
-)
+@pytest.mark.parametrize("recipe", [TINY, *SWITCHED, *map(shipped, RECIPES)], ids=lambda recipe: recipe.run.name)
 def test_parts_add_up_to_the_model(recipe):
     with torch.device("meta"):
         model = build_backbone(recipe)

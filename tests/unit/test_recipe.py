@@ -10,8 +10,7 @@ import pytest
 from dsmoe_vl.config.load import load_recipe, recipe_from_table
 from dsmoe_vl.config.recipe import Recipe, SourceConfig
 from dsmoe_vl.errors import ConfigError
-
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml"))
+from tests.support.shipped import RECIPES, shipped
 
 
 def written(folder: Path, text: str) -> Path:
@@ -50,7 +49,7 @@ def test_every_kind_of_value(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
-    recipe = load_recipe(path)
+    recipe = shipped(path)
     assert recipe.run.name == path.stem
     assert recipe.data.sources and recipe.data.evaluation
 
