@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ _SETTINGS = (
     "data.image_max_patches=100", "data.frame_max_patches=100", "data.video_frames=4", "data.workers=0",
 )  # fmt: skip
 _STEPS = 5
+_PAIRS = 3  # of plain files and of checkpoints, in turn
 _GIB = 2**30
 _CHUNK = 1 << 24
 
@@ -118,46 +120,36 @@ def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, A
     saver = Saver(plan, ranks, host, Pieces())  # type: ignore[arg-type]
     usual = statistics.median(step() for _ in range(_STEPS))
     found: dict[str, Any] = {"step_seconds": usual}
-    room = training_state.free_host_bytes
-    blocked: dict[str, float] = {}
-    waits: list[float] = []  # of updates, for the copies
-
-    def before_update() -> None:
-        began = time.perf_counter()
-        saver.before_update()
-        waits.append(time.perf_counter() - began)
-
-    take_step.before_update = before_update
-    for name, free in (("waiting", lambda: 0), ("in the background", room)):
-        training_state.free_host_bytes = free  # without room for copies, training waits
-        host.barrier()
-        with memory.phase(f"saving, {name}"):
-            began = time.perf_counter()
-            saver.begin(engine, 3, None, {})
-            blocked[name] = time.perf_counter() - began
-            during = []
-            waits.clear()
-            while name != "waiting" and host.max(int(saver.is_writing)):
-                during.append(step())
-            blocked[name] += sum(waits)
-            began = time.perf_counter()
-            path = saver.finish()
-            blocked[name] += time.perf_counter() - began
-            found[f"save_seconds_{name}"] = blocked[name]
-        if during:
-            found["steps_during_a_save"] = len(during)
-            found["step_over_usual_during_a_save"] = (statistics.mean(during) - statistics.mean(waits)) / usual
-    found["blocked_share"] = blocked["in the background"] / blocked["waiting"]
+    with no_room(), memory.phase("saving, waiting"):
+        path = waiting_save(saver, engine, 1)
     files = [file for file in sorted(path.iterdir()) if f"-{ranks.rank + 1:05d}-of-" in file.name]
-    size = sum(file.stat().st_size for file in files)
-    found["bytes"] = size
-    plain = folder / f"plain_{ranks.rank}"
-    found["write_over_plain"] = _alone(host, lambda: _write_plain(plain, size)) / blocked["waiting"]
+    size = found["bytes"] = sum(file.stat().st_size for file in files)
+    written, saved, read, loaded = _Times(host), _Times(host), _Times(host), _Times(host)
+    exchanged: list[float] = []
+    plain, numbers = folder / f"plain_{ranks.rank}", count(2)
     manifest = read_manifest(path)
     assert manifest is not None
-    with memory.phase("loading"):
-        found["load_seconds"] = _alone(host, lambda: restore(path, manifest, plan, ranks, engine, device))
-    found["read_over_plain"] = _alone(host, lambda: _read_plain(files)) / found["load_seconds"]
+    for _ in range(_PAIRS):
+        written.add(lambda: _write_plain(plain, size))
+        plain.unlink()
+        with no_room():
+            saved.add(lambda: waiting_save(saver, engine, next(numbers)))
+        _forget(files)
+        read.add(lambda: _read_plain(files))
+        _forget(files)
+        with memory.phase("loading"), _timing(training_state, "after_loading", exchanged):
+            loaded.add(lambda: restore(path, manifest, plan, ranks, engine, device))
+    found |= {"save_seconds_waiting": saved.median, "load_seconds": loaded.median}
+    found["of_it_exchange_seconds"] = statistics.median(exchanged)
+    found["write_over_plain"] = written.median / saved.median
+    found["read_over_plain"] = read.median / loaded.median
+    with memory.phase("saving, in the background"):
+        blocked, during = _in_background(saver, take_step, step, next(numbers))
+    found["save_seconds_in the background"] = blocked
+    if during:  # else the model is so small that the files were there at once
+        found["steps_during_a_save"] = len(during)
+        found["step_over_usual_during_a_save"] = statistics.mean(during) / usual
+    found["blocked_share"] = found["save_seconds_in the background"] / saved.median
     engine.destroy()
     saver.close()
     found["kept_gib"], found["started_gib"] = kept / _GIB, started / _GIB
@@ -169,13 +161,79 @@ def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, A
     return {**setting(plan), "parameters": plan.parameters.total, "of_ranks": host.gather(found)}
 
 
-def _alone(host: Any, action: Callable[[], Any]) -> float:
-    """Seconds of an action that all ranks begin together."""
-    host.barrier()
-    began = time.perf_counter()
-    action()
-    host.barrier()
-    return time.perf_counter() - began
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Without room for copies, training waits for a save."""
+    usual = training_state.free_host_bytes
+    training_state.free_host_bytes = lambda: 0
+    yield
+    training_state.free_host_bytes = usual
+
+
+def waiting_save(saver: Saver, engine: Any, step: int) -> Path:
+    """The folder of a checkpoint."""
+    saver.begin(engine, step, None, {})
+    return saver.finish()
+
+
+def _in_background(
+    saver: Saver, take_step: OptimizerStep, step: Callable[[], float], number: int
+) -> tuple[float, list[float]]:
+    """Seconds that training stands still for a save, and those of each step beside it without them."""
+    blocked: list[float] = []
+    waits: list[float] = []  # of updates, for the copies
+    during: list[float] = []
+    with _timing(saver, "begin", blocked), _timing(saver, "finish", blocked), _timing(saver, "before_update", waits):
+        take_step.before_update = saver.before_update
+        saver.begin(take_step.engine, number, None, {})
+        while take_step.host.max(int(saver.is_writing)):
+            during.append(step() - waits[-1])
+        saver.finish()
+    return sum(blocked) + sum(waits), during
+
+
+@contextmanager
+def _timing(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
+    """Add the duration of every call of a function of `owner` to `seconds`."""
+    usual = getattr(owner, name)
+
+    def timed(*args: Any, **settings: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return usual(*args, **settings)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    setattr(owner, name, timed)
+    yield
+    setattr(owner, name, usual)
+
+
+class _Times:
+    """Seconds of actions that all ranks begin and end together."""
+
+    def __init__(self, host: Any) -> None:
+        self._host, self._seconds = host, list[float]()
+
+    def add(self, action: Callable[[], Any]) -> None:
+        """Time one."""
+        self._host.barrier()
+        began = time.perf_counter()
+        action()
+        self._host.barrier()
+        self._seconds.append(time.perf_counter() - began)
+
+    @property
+    def median(self) -> float:
+        """Of all."""
+        return statistics.median(self._seconds)
+
+
+def _forget(files: list[Path]) -> None:
+    """Drop files from the page cache: a checkpoint is loaded after a start."""
+    for file in files:
+        with file.open("rb") as content:
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_plain(file: Path, size: int) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ _TYPES = {
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _CHUNK = 1 << 22  # bytes: what is checked, hashed and written of it stays in the processor's cache
+_BEHIND = 1 << 26  # bytes of a file that the system may keep in memory before it writes them to the disk
 
 
 def type_named(name: str) -> torch.dtype:
@@ -104,12 +106,17 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
     digest, written, broken = blake3(), 0, None
     names, tensors = iter(share.specs.items()), iter(share.tensors)
     try:
-        with path.open("wb", buffering=0) as file:
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checkpoint_file") as writer:
+            behind = writer.submit(lambda: None)
 
             def put(data: Any) -> None:
-                nonlocal written
+                """Hash it beside writing it, and what comes before it."""
+                nonlocal written, behind
+                before, behind = behind, writer.submit(_write_all, file, data)
                 digest.update(data)
-                _write_all(file, data)
+                before.result()
+                if (written + len(data)) // _BEHIND > written // _BEHIND:
+                    _send_to_disk(file, written)
                 written += len(data)
 
             put(len(encoded).to_bytes(8, "little"))
@@ -122,6 +129,7 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
                     if broken is None and not _is_finite(part):
                         broken = name
                     put(part.view(torch.uint8).numpy().data)
+            behind.result()
             os.fsync(file.fileno())
     except OSError:
         for _ in tensors:
@@ -133,6 +141,13 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
 def _write_all(file: FileIO, data: Any) -> None:
     while data:
         data = memoryview(data)[file.write(data) :]
+
+
+def _send_to_disk(file: FileIO, size: int) -> None:
+    """Begin to write the first `size` bytes to the disk, and drop them from the page cache: a checkpoint is rarely read
+    soon, and shards and the copies want that memory. Where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
 
 
 def _is_finite(values: Tensor) -> bool:
