@@ -22,7 +22,7 @@ from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
 from dsmoe_vl.moe.placement import Placed, placed
 from dsmoe_vl.optim.l1 import add_proximal_step
-from dsmoe_vl.optim.optimizer import optimizer_builder
+from dsmoe_vl.optim.optimizer import optimizer_builder, skip_compiling_muon
 from dsmoe_vl.optim.overflow import add_overflow
 from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
@@ -145,6 +145,7 @@ def wrap(plan: RunPlan, model: nn.Module, updates: Mapping[str, int] = _NEW) -> 
     names = {own: where.name for (own, _), where in zip(model.named_parameters(), placed(model), strict=True)}
     found = parameter_groups(model, rate, lambda name: rule_of[names[name]], lambda name: updates.get(names[name], 0))
     trains_experts = any(group.get("moe") for group in found)
+    skip_compiling_muon()
     with nullcontext() if trains_experts else _without_expert_gradients():
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=found, optimizer=optimizer_builder(plan), config=_engine_config(plan)
