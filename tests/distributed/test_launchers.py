@@ -60,7 +60,11 @@ def test_a_build_that_a_time_limit_ends_is_not_started_over(tiny, tmp_path):
     wrong.parent.mkdir()
     wrong.write_text("#!/bin/sh\nexit 1\n")
     wrong.chmod(0o755)
+    quick = tmp_path / "c++"
+    quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    quick.chmod(0o755)
     environment = {
+        "CXX": str(quick),
         "TORCH_EXTENSIONS_DIR": str(builds),
         "PATH": f"{wrong.parent}{os.pathsep}{os.environ['PATH']}",
     }
