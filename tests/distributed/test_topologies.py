@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def same(ours, theirs):
 def test_a_run_that_changes_its_topology_again_and_again_takes_the_same_steps(ranks, tmp_path):
     ours = chained(ranks, CHAIN, tmp_path / "run", "--caption-only")
     same(ours, train(ranks, CHAIN[0], "--steps", 2 * len(CHAIN), "--caption-only"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_steps_after_every_change_of_the_chain(ranks, tmp_path):
+    """With the same data, as many steps on the topology that wrote the checkpoint and on the next one."""
+    saved = train(ranks, CHAIN[0], "--steps", 3, "--save", tmp_path / "0", "--caption-only")["saved"]
+    for number, (before, after) in enumerate(pairwise(CHAIN), start=1):
+        resume = ("--resume", saved, "--caption-only")
+        stayed = train(ranks, before, "--steps", 20, *resume)
+        changed = train(ranks, after, "--steps", 20, *resume)
+        same((changed["terms"], changed["norms"]), stayed)
+        saved = train(ranks, after, "--steps", 3, "--save", tmp_path / str(number), *resume)["saved"]
 
 
 def test_with_every_term(ranks, tmp_path):
