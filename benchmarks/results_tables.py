@@ -84,6 +84,23 @@ def scenes(results: Results) -> str:
     return _variants(results, "scenes")
 
 
+def pretrained(results: Results) -> str:
+    """From real weights, and the same model from nothing."""
+    result = newest(results, "pretrained")
+    if result is None:
+        table = Table("start", "held-out caption loss")
+        table.unverified("pretrained", "both")
+        return block(table)
+    found = result.figures
+    table = Table("held-out caption loss, mean of the seeds", *(f"step {step}" for step in found["steps"]))
+    for way, losses in found["losses"].items():
+        table.row(result, way, *(f"{fmean(step):.3f}" for step in zip(*losses, strict=True)))
+    last = [[seed[-1] for seed in losses] for losses in found["losses"].values()]
+    lower = sum(real < nothing for real, nothing in zip(*last, strict=True))
+    table.row(result, f"lower from real weights with {lower} of {len(last[0])} seeds", *[""] * len(found["steps"]))
+    return block(table)
+
+
 def _variants(results: Results, world: str) -> str:
     result = newest(results, world)
     if result is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_vl.config.load import load_recipe, recipe_from_table
-from dsmoe_vl.config.recipe import Recipe, SourceConfig
+from dsmoe_vl.config.recipe import Recipe, SourceConfig, StageConfig
 from dsmoe_vl.errors import ConfigError
 from tests.support.shipped import RECIPES, shipped
 
@@ -107,6 +107,7 @@ def test_overrides_win_in_order(tmp_path):
         "moe.balance_weight=0",
         'data.sources=[{name="a", path="b"}]',
         'tokenizer.path="some file"',
+        "stages=[{steps = 8}]",
     ]
     recipe = load_recipe(path, overrides)
     expected = replace(recipe.run, steps=8, name="second")
@@ -115,6 +116,7 @@ def test_overrides_win_in_order(tmp_path):
     assert recipe.moe.balance_weight == 0.0
     assert recipe.data.sources == (SourceConfig("a", "b"),)
     assert recipe.tokenizer.path == "some file"
+    assert recipe.stages == (StageConfig(8),)
 
 
 @pytest.mark.parametrize(

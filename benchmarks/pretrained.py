@@ -1,0 +1,101 @@
+"""What do real weights bring? The recipe of `launch/pretrained.sh` from them, and the same model from nothing.
+
+    python benchmarks/pretrained.py [--steps 60] [--seeds 1 2 3] [--jobs 2] [--json FILE]
+
+Needs what `bash launch/pretrained.sh` makes: the imported weights and the quickstart's shards. Each run is a process on
+one core, with the same packs; runs are kept in runs/compare_pretrained, and those that are there are not trained again.
+With real weights the connector trains alone for two fifths of the steps, as in the recipe; from nothing all trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, ROOT, Result
+from run import Run
+
+from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME
+from dsmoe_vl.config.load import load_recipe
+
+_RECIPE = ROOT / "launch/recipes/pretrained.toml"
+REAL, NOTHING = "real weights", "from nothing"
+
+
+def shapes(folder: Path) -> tuple[str, ...]:
+    """Overrides that give a recipe the shapes and the tokenizer of imported weights, and not the weights."""
+    found = json.loads((folder / MODEL_NAME).read_text(encoding="utf-8"))
+    defaults = found.pop(DEFAULTS, {})
+    tokenizer = found["tokenizer"]
+    tokenizer["path"] = str(folder / tokenizer["path"])
+    del tokenizer["sha256"]
+    return ('model.init_from=""', "stages=[]", *_overrides(found), *_overrides(defaults))
+
+
+def _overrides(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _overrides(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(value)}"
+
+
+def ways(steps: int) -> dict[str, tuple[str, ...]]:
+    """Overrides of the recipe, by what a run starts from."""
+    first = 2 * steps // 5
+    stages = (
+        f'stages=[{{steps={first}, lr_scale=3.0, train={{"*"={{freeze=true}}, connector={{freeze=false}}}}}}, '
+        f"{{steps={steps - first}, train={{vision={{lr_scale=0.3}}}}}}]"
+    )
+    return {REAL: (stages,), NOTHING: shapes(Path(load_recipe(_RECIPE).model.init_from))}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Train all, and read their held-out losses, nats a token."""
+    every = max(args.steps // 6, 1)
+    always = (f"run.steps={args.steps}", f"run.evaluate_every={every}", f"run.checkpoint_every={args.steps}")
+    runs = {
+        (way, seed): Run(
+            args.runs / f"{way.replace(' ', '_')}_{seed}", _RECIPE,
+            (*overrides, *always, *args.overrides, f"run.seed={seed}"),
+        )
+        for seed in args.seeds
+        for way, overrides in ways(args.steps).items()
+    }  # fmt: skip
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(Run.train, runs.values()))
+    found: dict[str, Any] = {"seeds": args.seeds, "steps": [], "losses": {REAL: [], NOTHING: []}}
+    for (way, _), run in runs.items():
+        lines = [line for line in run.metrics() if "eval_loss_caption" in line]
+        found["steps"] = [line["step"] for line in lines]
+        found["losses"][way].append([line["eval_loss_caption"] for line in lines])
+    return found
+
+
+def main() -> int:
+    """Train, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/compare_pretrained")
+    parser.add_argument("--json", type=Path, default=RESULTS / "pretrained.json", help="the result file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
+    args = parser.parse_args()
+    os.chdir(ROOT)  # where the recipe's paths begin
+    found = measure(args)
+    for way, losses in found["losses"].items():
+        print(f"{way}: held-out caption loss {statistics.fmean(seed[-1] for seed in losses):.3f}")
+    Result.now("pretrained", found).write(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
