@@ -15,6 +15,7 @@ COMMANDS = {
     "data": "python benchmarks/data.py",
     "generate": "python benchmarks/generate.py",
     "moe_cost": "deepspeed --num_accelerators 2 benchmarks/moe_cost.py",
+    "import_model": "python benchmarks/import_model.py",
     "kills": "python benchmarks/kills.py",
     "learning": "python benchmarks/learning.py --pictures DIR",
     "monitoring": "deepspeed --num_accelerators 2 benchmarks/monitoring.py",

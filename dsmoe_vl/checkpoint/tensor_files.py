@@ -101,8 +101,9 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
         place += spec.size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest, written, broken = blake3(), 0, None
-    names, tensors = iter(share.specs.items()), iter(share.tensors)
+    digest, written = blake3(), 0
+    broken: str | None = None
+    specs, tensors = iter(share.specs.items()), iter(share.tensors)
     try:
         with path.open("wb", buffering=0) as file:
 
@@ -112,16 +113,21 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
                 _write_all(file, data)
                 written += len(data)
 
-            put(len(encoded).to_bytes(8, "little"))
-            put(encoded)
-            for tensor in tensors:
-                name, spec = next(names)
+            def put_values(tensor: Tensor) -> None:
+                nonlocal broken
+                name, spec = next(specs)
                 assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not as announced"
                 flat = tensor.detach().to("cpu").contiguous().view(-1)
                 for part in flat.split(_CHUNK // flat.itemsize) if len(flat) else ():
                     if broken is None and not _is_finite(part):
                         broken = name
                     put(part.view(torch.uint8).numpy().data)
+
+            put(len(encoded).to_bytes(8, "little"))
+            put(encoded)
+            for tensor in tensors:
+                put_values(tensor)
+                del tensor  # or it would be in memory while the next one is made
             os.fsync(file.fileno())
     except OSError:
         for _ in tensors:
@@ -135,8 +141,13 @@ def _write_all(file: FileIO, data: Any) -> None:
         data = memoryview(data)[file.write(data) :]
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether all are; contiguous values are checked in parts, without a copy of their size."""
+    return all(_is_finite(part) for part in values.view(-1).split(_CHUNK))
+
+
 def _is_finite(values: Tensor) -> bool:
-    """Whether all are. A sum that is finite says so in one pass; one that is not may have overflown."""
+    """A sum that is finite says so in one pass; one that is not may have overflown."""
     return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 

@@ -217,6 +217,7 @@ def _write(output: Path, targets: Mapping[str, tuple[SourceFolder, Target]], sha
                     f"config.json says {list(shapes[name])}"
                 )
             yield value
+            del value  # or it would be in memory while the next one is made
 
     file = shard_name(0, 1)
     entry = write_tensors(output / file, Share(specs, made())).entry
