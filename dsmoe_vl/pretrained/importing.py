@@ -13,8 +13,9 @@ errors that name it.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from dsmoe_vl.checkpoint.export import make_new_folder
 from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
 from dsmoe_vl.checkpoint.weights_file import WeightsFile, shard_name
-from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME
+from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME, ORIGIN_NAME
 from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.files import write_json, writing
@@ -39,7 +40,6 @@ from dsmoe_vl.pretrained.tower import Tower, read_tower
 from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
 from dsmoe_vl.tasks.registry import build_backbone
 
-ORIGIN_NAME = "origin.json"
 OF_TOWER = ("vision.",)
 OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 _ONE_ROW_A_PIECE = ("embedding.weight", "head.weight")
@@ -49,11 +49,14 @@ _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written: parameters by part, what training will fill with first values, and the tokenizer, if any."""
+    """What was written: parameters by part, those that training will fill with first values, and the tokenizer, if any.
+
+    `fresh` has the sizes that the recipe's defaults give, where the weights do not say them.
+    """
 
     settings: dict[str, Any]
     parameters: dict[str, int]
-    fresh: tuple[str, ...]
+    fresh: dict[str, int]
     tokenizer: FoundTokenizer | None
 
 
@@ -109,11 +112,16 @@ def import_models(
         write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
         if probe and text is not None:
             make_probe(text, output, _pieces(recipe, tokenizer))
+    return Imported(settings, _by_part(targets, shapes), _by_part(fresh, shapes), tokenizer)
+
+
+def _by_part(names: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Numbers of parameters by the first words of their names."""
     parts: dict[str, int] = {}
-    for name in targets:
-        size = torch.Size(shapes[name]).numel()
-        parts[name.partition(".")[0]] = parts.get(name.partition(".")[0], 0) + size
-    return Imported(settings, parts, fresh, tokenizer)
+    for name in names:
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + math.prod(shapes[name])
+    return parts
 
 
 def _check(text: Path | None, vision: Path | None, experts: Upcycling | None, controls: Any, probe: bool) -> None:
