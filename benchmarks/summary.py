@@ -21,6 +21,7 @@ BLOCKS = {
     for function in (
         learned.quickstart_output, learned.results, learned.sizes, learned.recipes, learned.catalogue, learned.scenes,
         learned.together_and_alone, learned.learning, learned.ablations, learned.rates,
+        learned.parting,
         timed.speed, timed.train_step, timed.moe_cost, timed.monitoring, timed.data, timed.checkpoint,
         timed.import_model, timed.generate,
     )

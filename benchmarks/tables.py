@@ -19,6 +19,7 @@ COMMANDS = {
     "kills": "python benchmarks/kills.py",
     "learning": "python benchmarks/learning.py --pictures DIR",
     "monitoring": "deepspeed --num_accelerators 2 benchmarks/monitoring.py",
+    "parting": "python benchmarks/parting.py",
     "quickstart": "python benchmarks/recipes.py quickstart",
     "rates": "python benchmarks/rates.py --pictures DIR",
     "sizes": "python benchmarks/sizes.py",

@@ -71,6 +71,15 @@ def test_import_model(tmp_path):
     assert len(found["plan_seconds"]) == 5 and list(tmp_path.iterdir()) == [tmp_path / "result.json"]
 
 
+def test_parting(tmp_path):
+    command = python(BENCHMARKS / "parting.py", "--seeds", "1", "--steps", "4")
+    found = measured(command, tmp_path).figures["curves"]
+    first = {way: points[0]["cosine"] for way, (points,) in found.items()}
+    assert list(first) == ["copies", "noise 0.01", "noise 0.1", "fresh share 0.5"]
+    assert abs(first["copies"] - 1) < 1e-5 and first["copies"] > first["noise 0.1"] > first["fresh share 0.5"] > 0
+    assert all(points[-1]["cosine"] < points[0]["cosine"] for (points,) in found.values())
+
+
 def test_monitoring(tiny, tmp_path):
     found = steps("monitoring.py", tiny, tmp_path, "run.router_every=2")
     assert found["pairs"] == 2 and len(found["watched_over_bare"]) == 3
