@@ -78,6 +78,11 @@ class SourceFolder:
         return tensor
 
     def _require(self, file: str, names: Collection[str]) -> None:
+        if not (self.folder / file).is_file():
+            raise CheckpointError(
+                f"{self.folder / file} is missing, of which {_INDEX} says that it has {min(names)} ({len(names)} "
+                "tensors in all): download it"
+            )
         absent = sorted(set(names) - self._keys(file))
         if absent:
             raise CheckpointError(f"{self.folder / file} lacks {absent[0]}, which {_INDEX} names: download it again")
