@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from memory import Memory
 from record import ROOT, Result
 from train_step import random_batch, setting
 
@@ -50,26 +51,6 @@ _STEPS = 5
 _PAIRS = 3  # of plain files and of checkpoints, in turn
 _GIB = 2**30
 _CHUNK = 1 << 24
-
-
-class Memory:
-    """Resident memory of this process by phase, bytes."""
-
-    def __init__(self) -> None:
-        self.peaks: dict[str, int] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Record the highest value while the block runs."""
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        yield
-        self.peaks[name] = self.read("VmHWM")
-
-    @staticmethod
-    def read(field: str) -> int:
-        """A field of /proc/self/status."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def plan_of(args: argparse.Namespace, ranks: Ranks, folder: Path) -> RunPlan:

@@ -123,6 +123,27 @@ def _variants(results: Results, world: str) -> str:
     return block(losses, by_term)
 
 
+def parting(results: Results) -> str:
+    """Experts that begin as copies: how alike they are, and the loss, before and after training."""
+    result = newest(results, "parting")
+    if result is None:
+        table = Table("experts begin as", "mean cosine of two experts")
+        table.unverified("parting", "all")
+        return block(table)
+    found = result.figures
+    table = Table(
+        f"{found['experts']} experts of {found['top_k']} begin as", "mean cosine of two experts",
+        f"after {found['steps']} steps", "held-out loss, nats", f"after {found['steps']} steps",
+    )  # fmt: skip
+    table.row(result, "the dense model, before", "", "", f"{fmean(found['dense_loss']):.3f}", "")
+    for way, seeds in found["curves"].items():
+        cells = [
+            f"{fmean(points[at][value] for points in seeds):.3f}" for value in ("cosine", "loss") for at in (0, -1)
+        ]
+        table.row(result, way, *cells)
+    return block(table)
+
+
 def together_and_alone(results: Results) -> str:
     """Scores of three_tasks.toml beside those of models for one task."""
     table = Table("task", "score", "together", "alone", "difference", "samples together, alone")

@@ -163,6 +163,25 @@ def checkpoint(results: Results) -> str:
     return block(table)
 
 
+def import_model(results: Results) -> str:
+    """Memory and time of an import, and the time of a plan from it."""
+    table = Table("what", "figure")
+    for result in results.get("import_model", ()):
+        found = result.figures
+        title = f"{found['parameters'] / 1e9:.2f} B parameters"
+        largest, layer, peak = (found[f"{name}_bytes"] / 2**20 for name in ("largest_file", "layer", "peak"))
+        table.row(result, f"{title}: largest file / a layer, MiB", f"{largest:,.0f} / {layer:,.0f}")
+        table.row(result, f"{title}: memory at its peak, MiB", f"{peak:,.0f}")
+        limit = f"{title}: of 1.2 times the largest file and a layer"
+        table.row(result, limit, f"{peak / (1.2 * largest + layer):.2f}")
+        table.row(result, f"{title}: import", f"{found['import_seconds']:.1f} s")
+        clock, processor = (median(found[f"plan_{name}"]) for name in ("seconds", "processor_seconds"))
+        table.row(result, f"{title}: `--dry-run` / of the processor", f"{clock:.2f} s / {processor:.2f} s")
+    if not table.rows:
+        table.unverified("import_model", "memory and time of an import")
+    return block(table)
+
+
 def generate(results: Results) -> str:
     """Captions with and without the key/value cache."""
     result = newest(results, "generate")

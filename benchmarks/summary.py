@@ -21,8 +21,9 @@ BLOCKS = {
     for function in (
         learned.quickstart_output, learned.results, learned.sizes, learned.recipes, learned.catalogue, learned.scenes,
         learned.together_and_alone, learned.learning, learned.ablations, learned.rates,
-        learned.pretrained,
-        timed.speed, timed.train_step, timed.moe_cost, timed.monitoring, timed.data, timed.checkpoint, timed.generate,
+        learned.parting, learned.pretrained,
+        timed.speed, timed.train_step, timed.moe_cost, timed.monitoring, timed.data, timed.checkpoint,
+        timed.import_model, timed.generate,
     )
 }  # fmt: skip
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

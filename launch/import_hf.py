@@ -16,6 +16,11 @@ from dsmoe_vl.command import run
 from dsmoe_vl.pretrained.importing import import_models
 from dsmoe_vl.pretrained.upcycling import Upcycling
 
+_OF_TOWER = (
+    ", by the defaults of [model.vision]: for a smaller encoder set width, layers, heads and ffn_width there, or "
+    "import one with --vision DIR"
+)
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -48,10 +53,12 @@ def import_and_show(args: argparse.Namespace) -> int:
     done = import_models(args.text, args.vision, args.output, experts=experts, controls=controls, probe=args.probe)
     for part, count in done.parameters.items():
         print(f"  {part:<12} {count:>15,} parameters imported")
-    parts = ", ".join(sorted({name.split(".")[0] for name in done.fresh}))
-    print(f"  {len(done.fresh)} tensors get first values, in {parts}")
+    for part, count in done.fresh.items():
+        print(f"  {part:<12} {count:>15,} parameters get first values{_OF_TOWER * (part == 'vision')}")
     if done.tokenizer is not None:
         print(f"  tokenizer    {done.tokenizer}")
+        if done.tokenizer.unread:
+            print(f"warning: {done.tokenizer.unread}")
     elif args.text is not None:
         print(
             f"warning: {args.text} has neither tokenizer.model nor tokenizer.json: the rows of its embedding are "

@@ -11,7 +11,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,39 +103,55 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
         place += spec.size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest, written, broken = blake3(), 0, None
-    names, tensors = iter(share.specs.items()), iter(share.tensors)
+    broken: str | None = None
+    specs, tensors = iter(share.specs.items()), iter(share.tensors)
     try:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checkpoint_file") as writer:
-            behind = writer.submit(lambda: None)
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checkpoint_file") as thread:
+            out = _Hashed(file, thread)
 
-            def put(data: Any) -> None:
-                """Hash it beside writing it, and what comes before it."""
-                nonlocal written, behind
-                before, behind = behind, writer.submit(_write_all, file, data)
-                digest.update(data)
-                before.result()
-                if (written + len(data)) // _BEHIND > written // _BEHIND:
-                    _send_to_disk(file, written)
-                written += len(data)
-
-            put(len(encoded).to_bytes(8, "little"))
-            put(encoded)
-            for tensor in tensors:
-                name, spec = next(names)
+            def put_values(tensor: Tensor) -> None:
+                nonlocal broken
+                name, spec = next(specs)
                 assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not as announced"
                 flat = tensor.detach().to("cpu").contiguous().view(-1)
                 for part in flat.split(_CHUNK // flat.itemsize) if len(flat) else ():
                     if broken is None and not _is_finite(part):
                         broken = name
-                    put(part.view(torch.uint8).numpy().data)
-            behind.result()
-            os.fsync(file.fileno())
+                    out.put(part.view(torch.uint8).numpy().data)
+
+            out.put(len(encoded).to_bytes(8, "little"))
+            out.put(encoded)
+            for tensor in tensors:
+                put_values(tensor)
+                del tensor  # or it would be in memory while the next one is made
+            return Written(out.end(), broken)
     except OSError:
         for _ in tensors:
             pass
         raise
-    return Written(FileEntry(written, digest.hexdigest()), broken)
+
+
+class _Hashed:
+    """A new file that is hashed while a thread writes it, one chunk behind."""
+
+    def __init__(self, file: FileIO, thread: ThreadPoolExecutor) -> None:
+        self._file, self._thread, self._digest, self._size = file, thread, blake3(), 0
+        self._behind: Future[None] = thread.submit(lambda: None)
+
+    def put(self, data: Any) -> None:
+        """Add bytes. Raises OSError, of these or of those before."""
+        before, self._behind = self._behind, self._thread.submit(_write_all, self._file, data)
+        self._digest.update(data)
+        before.result()
+        if (self._size + len(data)) // _BEHIND > self._size // _BEHIND:
+            _send_to_disk(self._file, self._size)
+        self._size += len(data)
+
+    def end(self) -> FileEntry:
+        """Wait until all is on disk. Raises OSError."""
+        self._behind.result()
+        os.fsync(self._file.fileno())
+        return FileEntry(self._size, self._digest.hexdigest())
 
 
 def _write_all(file: FileIO, data: Any) -> None:
@@ -150,8 +166,13 @@ def _send_to_disk(file: FileIO, size: int) -> None:
         os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether all are; contiguous values are checked in parts, without a copy of their size."""
+    return all(_is_finite(part) for part in values.view(-1).split(_CHUNK))
+
+
 def _is_finite(values: Tensor) -> bool:
-    """Whether all are. A sum that is finite says so in one pass; one that is not may have overflown."""
+    """A sum that is finite says so in one pass; one that is not may have overflown."""
     return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 

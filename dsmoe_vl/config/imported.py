@@ -12,6 +12,7 @@ from typing import Any
 from dsmoe_vl.errors import ConfigError
 
 MODEL_NAME = "model.json"
+ORIGIN_NAME = "origin.json"  # of what each tensor was made
 DEFAULTS = "defaults"
 # Settings that the recipe may have otherwise. Whether the tokenizer at that path is the right one, its hash says.
 _OWN = ("tokenizer.path", "tokenizer.bos", "tokenizer.eos")
@@ -43,6 +44,15 @@ def fill_in(table: dict[str, Any], place: str) -> list[str]:
     if isinstance(tokenizer, dict) and "path" in tokenizer:
         tokenizer["path"] = str(file.parent / tokenizer["path"])
     return _merge(table, found, "", file, place)
+
+
+def imported_roots(folder: str) -> frozenset[str]:
+    """The first words of the names of the tensors in a folder, such as "vision"; none if it cannot be read."""
+    try:
+        found = json.loads((Path(folder).expanduser() / ORIGIN_NAME).read_text(encoding="utf-8"))["tensors"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+    return frozenset(name.partition(".")[0] for name in found)
 
 
 def _merge(table: dict[str, Any], found: dict[str, Any], prefix: str, file: Path, place: str) -> list[str]:

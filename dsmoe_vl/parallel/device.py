@@ -1,4 +1,8 @@
-"""The device of this process: type, bf16 support, peak FLOP/s, memory and CPU threads."""
+"""The device of this process: type, bf16 support, peak FLOP/s, memory and CPU threads.
+
+Torch is imported where it is needed: a plan for a machine without a GPU needs none, and importing it takes longer than
+everything else of a plan.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,19 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.parallel.ranks import Ranks
 
+if TYPE_CHECKING:
+    import torch
+
 # AVX512_BF16 is not enough: its matrix products are twice as fast as in fp32, but a whole step is slower (quickstart,
 # two ranks on two cores: 3,100 against 3,950 tokens/s in fp32), because of the casts, and nothing else is faster.
 _BF16_FLAG = "amx_bf16"
+# A GPU's driver has one of these: NVIDIA's, on a Jetson, under Windows' WSL, AMD's.
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 # Words in the device name, most specific name first, and its dense FLOP/s.
 _PEAK_FLOPS_BF16 = (
     (("B200",), 2250e12),
@@ -34,17 +41,28 @@ def device_name() -> Literal["cpu", "cuda"]:
 
     Raises ConfigError if the variable is neither cpu nor an available cuda.
     """
-    name = os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    name = os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_gpu() else "cpu")
     if name == "cpu":
         return "cpu"
-    if name == "cuda" and torch.cuda.is_available():
+    if name == "cuda" and _has_gpu():
         return "cuda"
     raise ConfigError(f"DS_ACCELERATOR={name} in the environment: unset it, or set it to cpu; cuda needs a visible GPU")
+
+
+def _has_gpu() -> bool:
+    """Whether torch sees one; it is asked only where there is a driver."""
+    if not any(Path(driver).exists() for driver in _DRIVERS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def has_bf16_unit(device: str) -> bool:
     """Whether a step in bf16 is faster than in fp32: on GPUs with bf16, and on CPUs with matrix units (AMX)."""
     if device == "cuda":
+        import torch
+
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
@@ -58,6 +76,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     which may or may not use TF32."""
     if device.type != "cuda" or precision != "bf16":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for words, peak in _PEAK_FLOPS_BF16 if all(word in name for word in words)), None)
 
@@ -67,6 +87,8 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         with open("/proc/self/statm") as pages:
             return {"rss_gib": int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30}
+    import torch
+
     values = {
         "allocated_gib": torch.cuda.memory_allocated(device) / 2**30,
         "allocated_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
@@ -94,6 +116,8 @@ def free_host_bytes() -> int:
 def use_device(name: str, ranks: Ranks, environment: Mapping[str, str] = os.environ) -> torch.device:
     """Set this rank's device. On a CPU the cores are divided evenly among the ranks of a host, unless OMP_NUM_THREADS
     is set: two ranks with one thread per core each are two to four times slower than with half of the cores each."""
+    import torch
+
     if name == "cuda":
         torch.cuda.set_device(ranks.local_rank)
         return torch.device("cuda", ranks.local_rank)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from dsmoe_vl.config.deepspeed_json import setting
+from dsmoe_vl.config.imported import imported_roots
 from dsmoe_vl.config.parts import part_of
 from dsmoe_vl.config.recipe import AugmentConfig, L1Config, first_step
 from dsmoe_vl.planner.flops import labels_of_full_pack
-from dsmoe_vl.planner.parameters import sparse_layers
+from dsmoe_vl.planner.parameters import sparse_layers, tensors
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.stages import stage_plans
 from dsmoe_vl.planner.trained import Rule, Trained, rules
@@ -64,7 +66,16 @@ def _augmentation(augment: AugmentConfig) -> list[tuple[str, str]]:
 
 def _start(plan: RunPlan) -> list[tuple[str, str]]:
     folder = plan.recipe.model.init_from
-    return [("starts from", f"{folder}, which gives it its shapes")] if folder else []
+    if not folder:
+        return []
+    roots, fresh = imported_roots(folder), dict[str, int]()
+    for name, shape in tensors(plan.recipe).items():
+        if roots and name.partition(".")[0] not in roots:
+            fresh[part_of(name)] = fresh.get(part_of(name), 0) + math.prod(shape)
+    where = {"vision": " (its size: [model.vision])"}
+    said = ", ".join(f"{part} {_count(count)}{where.get(part, '')}" for part, count in fresh.items())
+    rows = [("starts from", f"{folder}, which gives it its shapes")]
+    return [*rows, ("from first values", said)] if said else rows
 
 
 def _parameters(plan: RunPlan) -> list[tuple[str, str]]:

@@ -74,12 +74,13 @@ def _pictures(form: ExportClass | OwnClass, recipe: Recipe) -> tuple[dict[str, A
         "do_resize": True, "do_rescale": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
         "rescale_factor": 1 / 255, "resample": 3,
     }  # fmt: skip
-    if form.kind == "llava":
+    if isinstance(form, ExportClass) and form.kind == "llava":
         side = vision.position_grid * vision.patch_size
         size: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
         more = {
             "processor_class": "LlavaProcessor", "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": "full", "image_token": "<image>", "num_additional_image_tokens": 0,
+            "vision_feature_select_strategy": form.features, "image_token": "<image>",
+            "num_additional_image_tokens": vision.prefix_tokens,
         }  # fmt: skip
         return pixels | size, more
     size = {

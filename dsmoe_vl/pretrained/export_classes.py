@@ -17,7 +17,7 @@ from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.pretrained.decoder import Decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, connector_targets, siglip_tower
+from dsmoe_vl.pretrained.tower import Tower, clip_tower, connector_targets, siglip_tower
 
 BIASES = ("task_bias", "modality_bias", "selection_bias")  # of a router
 _DROP = "or give --own-code, or --drop-routing-bias, which changes what the model computes"
@@ -58,6 +58,17 @@ class ExportClass:
         return self.is_whole
 
     @property
+    def absorbed(self) -> Mapping[str, str]:
+        """Targets that take another of our tensors in, [D], on every row: CLIP's patches have no bias of their own."""
+        is_clip = self.tower is not None and self.tower.is_clip
+        return {"vision.position.weight": "vision.patch_embedding.bias"} if is_clip else {}
+
+    @property
+    def features(self) -> str:
+        """LLaVA's strategy: with all features of the tower, or by default without that of the class token."""
+        return "default" if self.recipe.model.vision.prefix_tokens else "full"
+
+    @property
     def architecture(self) -> str:
         """The name of the class."""
         return self.decoder.family.architecture if self.tower is None else _ARCHITECTURES[self.kind]
@@ -87,7 +98,8 @@ class ExportClass:
         if self.kind == "llava":
             return outer | {
                 "image_token_index": image_token, "image_seq_length": vision.position_grid**2,
-                "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "multimodal_projector_bias": True,
+                "vision_feature_layer": -1, "vision_feature_select_strategy": self.features,
+                "multimodal_projector_bias": True,
             }  # fmt: skip
         return outer | {
             "image_token_id": image_token, "downsample_factor": vision.merge, "projector_hidden_size": model.width,
@@ -100,7 +112,8 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
 
     Raises ConfigError if no class computes what the model computes.
     """
-    whole = None if text_only else _whole_kind(recipe.model.vision)
+    form = None if text_only else _whole_form(recipe.model.vision)
+    whole = form and form.partition(" ")[0]
     kind = _text_kind(recipe, biases)
     recipe, changes = _in_form(recipe, kind)
     if whole == "llava":  # its tower has a last norm, and takes the features before it
@@ -112,7 +125,10 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
     if whole is None:
         return ExportClass(kind, recipe, decoder, changes=changes)
     prefixes = _PREFIXES[whole]
-    tower = siglip_tower(recipe.model.vision, whole == "lfm2_vl", prefixes[0])
+    if form == _CLIP_FORM:
+        tower = clip_tower(recipe.model.vision, prefixes[0])
+    else:
+        tower = siglip_tower(recipe.model.vision, whole == "lfm2_vl", prefixes[0])
     return ExportClass(whole, recipe, replace(decoder, prefix=prefixes[2], head=prefixes[3]), tower, changes)
 
 
@@ -210,17 +226,21 @@ _ANY = {
     "layer_scale": (False,), "positions": ("learned",), "prefix_tokens": (0,), "pre_norm": (False,),
     "place_and_time": (False,),
 }  # fmt: skip
+_LLAVA: dict[str, tuple[Any, ...]] = {"merge": (1,), "final_norm": (False,), "connector_norm": ("none",)}
+_CLIP_FORM = "llava with CLIP's encoder"
 _WHOLE: dict[str, dict[str, tuple[Any, ...]]] = {
     "lfm2_vl": _ANY | {
         "position_resize": ("bilinear",), "final_norm": (True,), "connector_norm": ("joined",),
         "connector_norm_eps": (1e-5,),
     },
-    "llava": _ANY | {"merge": (1,), "final_norm": (False,), "connector_norm": ("none",)},
+    "llava": _ANY | _LLAVA,
+    _CLIP_FORM: _ANY | _LLAVA | {"prefix_tokens": (1,), "pre_norm": (True,)},
 }  # fmt: skip
 
 
-def _whole_kind(vision: VisionConfig) -> str:
-    """The class of a whole model. Raises ConfigError with all settings that the nearest class needs."""
+def _whole_form(vision: VisionConfig) -> str:
+    """The class of a whole model, and which encoder it has. Raises ConfigError with all settings that the nearest one
+    needs."""
     wrong = {
         kind: {key: values[0] for key, values in needs.items() if getattr(vision, key) not in values}
         for kind, needs in _WHOLE.items()

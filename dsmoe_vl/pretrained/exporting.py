@@ -133,16 +133,16 @@ def write_weights(
             filled = 0
         shards[-1].append(item)
         filled += item.spec.size
-    row = None
+    added = {name: weights.read(source) for name, source in form.absorbed.items()}
     if form.replaces_placeholder:
         width = form.recipe.model.width
-        row = weights.flat("embedding.weight", image_token * width, (image_token + 1) * width)
+        added[_BIAS] = weights.flat("embedding.weight", image_token * width, (image_token + 1) * width)
 
     def made(items: list[_Outgoing]) -> Iterator[Tensor]:
         for item in items:
             value = item.value(weights)
-            if item.target.name == _BIAS and row is not None:
-                value = (value.double() + row.double()).to(value.dtype)
+            if item.target.name in added:
+                value = (value.double() + added[item.target.name].double()).to(value.dtype)
             yield from (part for _, part in item.target.parts(form.changed(item.target.name, value)))
 
     places: dict[str, str] = {}

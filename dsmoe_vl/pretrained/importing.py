@@ -13,9 +13,11 @@ errors that name it.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from torch import Tensor
 from dsmoe_vl.checkpoint.export import make_new_folder
 from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
 from dsmoe_vl.checkpoint.weights_file import WeightsFile, shard_name
-from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME
+from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME, ORIGIN_NAME
+from dsmoe_vl.config.load import recipe_from_table
 from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.files import write_json, writing
 from dsmoe_vl.moe.placement import expert_name, is_of_experts
 from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
+from dsmoe_vl.pretrained.doubts import reading_config, require_known_experts, require_pixels, with_tie
 from dsmoe_vl.pretrained.mapping import Target
 from dsmoe_vl.pretrained.probe import make_probe
 from dsmoe_vl.pretrained.source import SourceFolder
@@ -39,7 +43,6 @@ from dsmoe_vl.pretrained.tower import Tower, read_tower
 from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
 from dsmoe_vl.tasks.registry import build_backbone
 
-ORIGIN_NAME = "origin.json"
 OF_TOWER = ("vision.",)
 OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 _ONE_ROW_A_PIECE = ("embedding.weight", "head.weight")
@@ -49,11 +52,14 @@ _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written: parameters by part, what training will fill with first values, and the tokenizer, if any."""
+    """What was written: parameters by part, those that training will fill with first values, and the tokenizer, if any.
+
+    `fresh` has the sizes that the recipe's defaults give, where the weights do not say them.
+    """
 
     settings: dict[str, Any]
     parameters: dict[str, int]
-    fresh: tuple[str, ...]
+    fresh: dict[str, int]
     tokenizer: FoundTokenizer | None
 
 
@@ -80,19 +86,28 @@ def import_models(
     tokenizer: FoundTokenizer | None = None
     if text is not None:
         folder = SourceFolder(text)
-        decoder = read_decoder(folder.config, folder.places, folder.place)
+        with reading_config(folder.place):
+            decoder = read_decoder(folder.config, folder.places, folder.place)
+        decoder = with_tie(decoder, folder)
         if experts is not None:
             decoder = upcycled(decoder, experts, folder.place)
         tokenizer = find_tokenizer(folder, decoder.vocab_size, controls or {})
         recipe, settings = _with_decoder(recipe, decoder, tokenizer)
-        left_out[str(text)] = _take(folder, _grown(decoder.targets(), tokenizer), _is_no_tensor, targets)
+        recipe_from_table({key: table for key, table in settings.items() if key != DEFAULTS}, folder.place)
+        require_known_experts(decoder, folder)
+        left_out[str(text)] = _take(
+            folder, _grown(decoder.targets(), tokenizer), lambda name: _is_no_tensor(name, decoder), targets
+        )
         owned += OF_DECODER
     if vision is not None:
         folder = SourceFolder(vision)
-        tower = read_tower(folder.config, folder.preprocessor, folder.places, folder.place)
+        require_pixels(folder)
+        with reading_config(folder.place):
+            tower = read_tower(folder.config, folder.preprocessor, folder.places, folder.place)
         seen = replace(tower.vision, merge=recipe.model.vision.merge)
         recipe = replace(recipe, model=replace(recipe.model, vision=seen))
         settings.setdefault("model", {})["vision"] = _vision_settings(tower)
+        recipe_from_table({"model": {"vision": settings["model"]["vision"]}}, folder.place)
         left_out[str(vision)] = _take(folder, tower.targets(), tower.leaves_out, targets)
         owned += OF_TOWER
     shapes = stored_shapes(recipe)
@@ -101,19 +116,29 @@ def import_models(
     if unfilled:
         raise CheckpointError(f"nothing fills {unfilled[0]} ({len(unfilled)} tensors in all): the mapping lacks it")
     make_new_folder(output)
-    with writing(output):
-        _write(output, targets, shapes)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.tokenizer.path, output / tokenizer.settings.path)
-        write_json(output / MODEL_NAME, settings)
-        write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
-        if probe and text is not None:
-            make_probe(text, output, _pieces(recipe, tokenizer))
+    try:
+        with writing(output):
+            _write(output, targets, shapes)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer.tokenizer.path, output / tokenizer.settings.path)
+            write_json(output / MODEL_NAME, settings)
+            write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
+            if probe and text is not None:
+                make_probe(text, output, _pieces(recipe, tokenizer))
+    except BaseException:
+        for file in output.iterdir():  # else the next try would find a folder that is not empty
+            file.unlink()
+        raise
+    return Imported(settings, _by_part(targets, shapes), _by_part(fresh, shapes), tokenizer)
+
+
+def _by_part(names: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Numbers of parameters by the first words of their names."""
     parts: dict[str, int] = {}
-    for name in targets:
-        size = torch.Size(shapes[name]).numel()
-        parts[name.partition(".")[0]] = parts.get(name.partition(".")[0], 0) + size
-    return Imported(settings, parts, fresh, tokenizer)
+    for name in names:
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + math.prod(shapes[name])
+    return parts
 
 
 def _check(text: Path | None, vision: Path | None, experts: Upcycling | None, controls: Any, probe: bool) -> None:
@@ -132,8 +157,8 @@ def _pieces(recipe: Recipe, found: FoundTokenizer | None) -> int:
     return recipe.tokenizer.vocab_size if found is None else min(found.old_rows, found.tokenizer.vocabulary.size)
 
 
-def _is_no_tensor(name: str) -> bool:
-    return name.endswith(_NO_TENSOR)
+def _is_no_tensor(name: str, decoder: Decoder) -> bool:
+    return name.endswith(_NO_TENSOR) or (decoder.model.tied and name == decoder.head)  # a copy of the embedding
 
 
 def _grown(targets: Iterator[Target], tokenizer: FoundTokenizer | None) -> Iterator[Target]:
@@ -203,24 +228,35 @@ def stored_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 
 def _write(output: Path, targets: Mapping[str, tuple[SourceFolder, Target]], shapes: Mapping[str, Any]) -> None:
-    specs = {
-        name: Spec(folder.spec(target.sources[0]).dtype if target.sources else torch.float32, shapes[name])
-        for name, (folder, target) in targets.items()
-    }
+    def dtype(folder: SourceFolder, target: Target) -> torch.dtype:
+        found = [folder.spec(source).dtype for source in target.sources]
+        return reduce(torch.promote_types, found) if found else torch.float32
+
+    specs = {name: Spec(dtype(*found), shapes[name]) for name, found in targets.items()}
 
     def made() -> Iterator[Tensor]:
         for name, (folder, target) in targets.items():
-            value = target.make([folder.read(source) for source in target.sources])
+            of = f"{name} from {', '.join(target.sources)} of {folder.folder}"
+            sources = [folder.read(source) for source in target.sources]
+            try:
+                value = target.make(sources)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{of} cannot be as config.json says: {error}: take the model's own file"
+                ) from None
             if tuple(value.shape) != shapes[name]:
                 raise CheckpointError(
-                    f"{name} would be {list(value.shape)} from {', '.join(target.sources)} of {folder.folder}, but "
-                    f"config.json says {list(shapes[name])}"
+                    f"{of} would be {list(value.shape)}, but config.json says {list(shapes[name])}: take the model's "
+                    "own file"
                 )
             yield value
+            del value, sources  # or they would be in memory while the next one is made
 
     file = shard_name(0, 1)
-    entry = write_tensors(output / file, Share(specs, made())).entry
-    WeightsFile(output).write_index(dict.fromkeys(specs, file), {file: entry})
+    written = write_tensors(output / file, Share(specs, made()))
+    if written.broken is not None:
+        raise CheckpointError(f"{written.broken} would have values that are not finite: its sources are too large")
+    WeightsFile(output).write_index(dict.fromkeys(specs, file), {file: written.entry})
 
 
 def _origin(

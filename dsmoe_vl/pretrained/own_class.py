@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class OwnClass:
     architecture: str = "DsmoeVLForConditionalGeneration"
     is_whole: bool = True
     replaces_placeholder: bool = False
+    absorbed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.recipe.moe.residual:

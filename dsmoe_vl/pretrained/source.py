@@ -6,16 +6,16 @@ Reading is lazy: a tensor is in memory while it is used.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dsmoe_vl.checkpoint.tensor_files import Spec, TensorFiles
+from dsmoe_vl.checkpoint.tensor_files import Spec, TensorFiles, is_finite
 from dsmoe_vl.errors import CheckpointError, ConfigError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,22 +53,36 @@ class SourceFolder:
         return dict.fromkeys(self._keys(_SINGLE), _SINGLE)
 
     def spec(self, name: str) -> Spec:
-        """Type and shape of a tensor, without reading it."""
-        return self._files.spec(self.places[name], name)
+        """Type and shape of a tensor, without reading it. Raises CheckpointError for a type of few bits."""
+        try:
+            return self._files.spec(self.places[name], name)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.folder / self.places[name]}: {name} has the type {error.args[0]}, which is not read: name a "
+                "folder with weights in bf16, fp16 or fp32"
+            ) from None
 
     def read(self, name: str) -> Tensor:
         """A tensor. Raises CheckpointError if a value of it is not finite."""
+        file = self.places[name]
         try:
-            tensor: Tensor = self._files.file(self.places[name]).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(self.places[name], error) from None
-        if not torch.isfinite(tensor).all():
+            spec = self.spec(name)
+            # Into memory of its own: pages of a mapped file would stay resident, up to those of the whole model.
+            tensor = self._files.flat(file, name, 0, math.prod(spec.shape)).view(spec.shape)
+        except (SafetensorError, OSError, EOFError) as error:
+            raise self._damaged(file, error) from None
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"{self.folder / self.places[name]}: {name} has values that are not finite: download it again"
             )
         return tensor
 
     def _require(self, file: str, names: Collection[str]) -> None:
+        if not (self.folder / file).is_file():
+            raise CheckpointError(
+                f"{self.folder / file} is missing, of which {_INDEX} says that it has {min(names)} ({len(names)} "
+                "tensors in all): download it"
+            )
         absent = sorted(set(names) - self._keys(file))
         if absent:
             raise CheckpointError(f"{self.folder / file} lacks {absent[0]}, which {_INDEX} names: download it again")

@@ -26,18 +26,22 @@ from dsmoe_vl.pretrained.mapping import Target
 from dsmoe_vl.pretrained.source import SourceFolder
 
 _MULTIPLE = 64  # of the rows of a table that must grow: odd sizes are slow on GPUs
+_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
+_SHOWN = 5  # names in a message
 _CHUNK = 2**14  # rows that are added up at once
 _BEGINS_WITH_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")  # unless they say
 
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """`old_rows`: of the embedding in the folder; `rows`: of ours."""
+    """`old_rows`: of the embedding in the folder; `rows`: of ours. `unread`: what files beside the tokenizer's add to
+    it and is not read, for a warning."""
 
     tokenizer: Tokenizer
     settings: TokenizerConfig
     old_rows: int
     rows: int
+    unread: str = ""
 
     def table(self) -> dict[str, Any]:
         """The recipe's settings; `path` is relative to the folder that gets a copy."""
@@ -92,7 +96,7 @@ def find_tokenizer(folder: SourceFolder, old_rows: int, controls: Mapping[str, s
     path = _chosen(folder.folder)
     if path is None:
         return None
-    said = folder.json("tokenizer_config.json", needed=False)
+    said = folder.json(_CONFIG, needed=False)
     settings = TokenizerConfig(controls=ControlsConfig(**controls))
     bare = Tokenizer(path, settings)
     if bare.vocabulary.size > old_rows:
@@ -110,7 +114,34 @@ def find_tokenizer(folder: SourceFolder, old_rows: int, controls: Mapping[str, s
     rows = old_rows if tokenizer.size <= old_rows else -(-tokenizer.size // _MULTIPLE) * _MULTIPLE
     name = tokenizer.vocabulary.file_name
     settings = replace(settings, path=name, vocab_size=rows, sha256=hash_rows(tokenizer.vocabulary))
-    return FoundTokenizer(tokenizer, settings, old_rows, rows)
+    return FoundTokenizer(tokenizer, settings, old_rows, rows, _unread(folder, said, tokenizer))
+
+
+def _unread(folder: SourceFolder, said: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """Pieces that transformers adds to a tokenizer.model from files beside it, in words.
+
+    It cuts texts at them before SentencePiece sees these, with rules of its own, so only its tokenizer.json has all.
+    """
+    vocabulary = tokenizer.vocabulary
+    if not isinstance(vocabulary, SentencePieceModel):
+        return ""
+    decoder = said.get("added_tokens_decoder") or {}
+    files = {
+        _ADDED: folder.json(_ADDED, needed=False),
+        _CONFIG: {_content(piece): int(row) for row, piece in decoder.items() if str(row).isdigit()},
+    }
+    lacking = {file: [name for name, row in found.items() if vocabulary.row(name) != row]
+               for file, found in files.items()}  # fmt: skip
+    file = max(lacking, key=lambda name: len(lacking[name]))
+    if not lacking[file]:
+        return ""
+    names = ", ".join(lacking[file][:_SHOWN]) + (", ..." if len(lacking[file]) > _SHOWN else "")
+    return (
+        f"{folder.folder / file} adds {len(lacking[file])} pieces to tokenizer.model: {names}. They are not read: "
+        "texts are not cut at them, they end no text, and their rows may be given to symbols of ours. If they matter, "
+        "write a tokenizer.json, which is read whole: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) in "
+        "transformers"
+    )
 
 
 def _chosen(folder: Path) -> Path | None:

@@ -1,5 +1,5 @@
 """Vision encoders of other makers: what their config.json means, and which of their tensors ours are made of. Those of
-SigLIP and SigLIP2 are read in both directions, to import and to export.
+SigLIP, SigLIP2 and CLIP are read in both directions, to import and to export.
 
 Read: SigLIP and SigLIP2 (of fixed size and NaFlex), CLIP, DINOv2, InternViT. Their features are those that
 vision-language models take: after the last norm, for CLIP the last layer but one, for InternViT without a norm.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,14 +111,18 @@ class Tower:
         patches = tuple(f"{theirs}{family.patches}.{kind}" for kind in kinds)
         how = "rows by channel, row and column; mean and standard deviation of pixels folded in"
         yield Target("vision.patch_embedding.weight", patches, self._patches(0), how, self._their_patches)
-        yield Target("vision.patch_embedding.bias", patches, self._patches(1), how, lambda bias: (None, bias))
+        yield Target(
+            "vision.patch_embedding.bias", patches, self._patches(1), how, lambda bias: (None, bias)[: len(kinds)]
+        )
         position = f"{theirs}{family.position}"
         if family.class_token is None:
             yield Target("vision.position.weight", (position,))
         else:
-            yield Target("vision.position.weight", (position,), _of_patches, "without that of the class token")
+            yield Target(
+                "vision.position.weight", (position,), _of_patches, "without that of the class token", _with_class
+            )
             sources = (f"{theirs}{family.class_token}", position)
-            yield Target("vision.prefix", sources, _class_token, "with its position")
+            yield Target("vision.prefix", sources, _class_token, "with its position", lambda own: (own[0], None))
         for index in range(self.vision.layers):
             yield from self._layer(theirs + family.layer.format(index), f"vision.layers.{index}.")
         norms = {"vision.embedding_norm": family.norm_before, "vision.norm": family.final}
@@ -127,18 +131,25 @@ class Tower:
                 yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
 
     def config(self) -> dict[str, Any]:
-        """The keys of config.json that say these settings, for SigLIP and SigLIP2; `read_tower` reads them back."""
+        """The keys of config.json that say these settings, for SigLIP, SigLIP2 and CLIP; `read_tower` reads them back,
+        but takes CLIP's last layer for one that is not used."""
         vision, naflex = self.vision, self.family.flat_patches
-        size = {"num_patches": vision.position_grid**2}
+        size: dict[str, Any] = {"num_patches": vision.position_grid**2}
         if not naflex:
             size = {"image_size": vision.position_grid * vision.patch_size}
+        fixed = "clip_vision_model" if self.is_clip else "siglip_vision_model"
         return size | {
-            "model_type": "siglip2_vision_model" if naflex else "siglip_vision_model", "hidden_size": vision.width,
+            "model_type": "siglip2_vision_model" if naflex else fixed, "hidden_size": vision.width,
             "intermediate_size": vision.ffn_width, "num_hidden_layers": vision.layers,
             "num_attention_heads": vision.heads, "num_channels": 3, "patch_size": vision.patch_size,
             "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn),
             "layer_norm_eps": vision.norm_eps, "vision_use_head": False,
         }  # fmt: skip
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it has CLIP's form: no bias of patches, but a class token and a norm before the first layer."""
+        return self.family.norm_before is not None
 
     def leaves_out(self, name: str) -> bool:
         """Whether a tensor of the folder has no place in ours, as it should be."""
@@ -181,7 +192,8 @@ class Tower:
         """For pixels from -1 to 1, as ours."""
         side = self.vision.patch_size
         kernel = weight.view(-1, 3, side, side)
-        return (kernel.permute(0, 2, 3, 1).flatten(1) if self.family.flat_patches else kernel), None
+        theirs = kernel.permute(0, 2, 3, 1).flatten(1) if self.family.flat_patches else kernel
+        return (theirs,) if self.is_clip else (theirs, None)
 
 
 def connector_targets(theirs: str, is_normed: bool) -> Iterator[Target]:
@@ -200,9 +212,19 @@ def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
     return Tower(vision, family, prefix, True, _HALF, _HALF)
 
 
+def clip_tower(vision: VisionConfig, prefix: str) -> Tower:
+    """As `siglip_tower`, for CLIP's form. The class has a last norm of patches too, which no feature depends on."""
+    return Tower(vision, replace(FAMILIES["clip_vision_model"], final="post_layernorm"), prefix, True, _HALF, _HALF)
+
+
 def _of_patches(found: Sequence[Tensor]) -> Tensor:
     table = only(found)
     return table.reshape(-1, table.shape[-1])[1:]
+
+
+def _with_class(table: Tensor) -> tuple[Tensor]:
+    """The inverse of `_of_patches` for CLIP: the class token has its position in it already."""
+    return (torch.cat((table.new_zeros(1, table.shape[1]), table)),)
 
 
 def _class_token(found: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Plans and runs a training. Every check that needs no model runs before a process group exists."""
+"""Plans and runs a training. Every check that needs no model runs before a process group exists, and no plan imports
+torch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, PLAN_NAME, lock_run, remove_unfinished
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.shards.download import is_remote
@@ -111,6 +111,7 @@ def train(
     `fresh`: begin anew; a run that is there is kept under another name."""
     _check_tokenizer(plan)
     _quiet_deepspeed(ranks.rank)
+    from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, PLAN_NAME, lock_run, remove_unfinished
     from dsmoe_vl.parallel.process_group import HostGroup, end_process_group, start_process_group
 
     start_process_group(ranks, plan.device, plan.recipe.run.stall_seconds)
@@ -156,6 +157,8 @@ def _set_aside(run_dir: Path) -> None:
     """Rename a run's folder. Raises CheckpointError while it is being trained."""
     if not run_dir.exists():
         return
+    from dsmoe_vl.checkpoint.store import lock_run
+
     lock_run(run_dir).close()
     number = 1
     while (kept := run_dir.with_name(f"{run_dir.name}.before_{number}")).exists():

@@ -64,6 +64,22 @@ def test_checkpoint(tmp_path):
     assert not list(tmp_path.glob("checkpoint_benchmark*"))
 
 
+def test_import_model(tmp_path):
+    command = python(BENCHMARKS / "import_model.py", "--parameters", "0.15", "--files", "2", "--folder", tmp_path)
+    found = measured(command, tmp_path).figures
+    assert found["layers"] == 1 and found["peak_bytes"] < 1.2 * found["largest_file_bytes"] + found["layer_bytes"]
+    assert len(found["plan_seconds"]) == 5 and list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+
+
+def test_parting(tmp_path):
+    command = python(BENCHMARKS / "parting.py", "--seeds", "1", "--steps", "4")
+    found = measured(command, tmp_path).figures["curves"]
+    first = {way: points[0]["cosine"] for way, (points,) in found.items()}
+    assert list(first) == ["copies", "noise 0.01", "noise 0.1", "fresh share 0.5"]
+    assert abs(first["copies"] - 1) < 1e-5 and first["copies"] > first["noise 0.1"] > first["fresh share 0.5"] > 0
+    assert all(points[-1]["cosine"] < points[0]["cosine"] for (points,) in found.values())
+
+
 def test_monitoring(tiny, tmp_path):
     found = steps("monitoring.py", tiny, tmp_path, "run.router_every=2")
     assert found["pairs"] == 2 and len(found["watched_over_bare"]) == 3

@@ -56,7 +56,8 @@ def both(folders, tmp_path_factory):
     output = tmp_path_factory.mktemp("imported") / "both"
     result = imported(folders, output, "text", "vision")
     assert result.status == 0, result.err
-    assert "parameters imported" in result.out and "connector" in result.out
+    assert "parameters imported" in result.out and re.search(r"connector +[\d,]+ parameters get first", result.out)
+    assert not re.search(r"vision +[\d,]+ parameters get first values", result.out)
     assert f"warning: {folders / 'text'} has neither tokenizer.model nor tokenizer.json" in result.out
     return output
 
@@ -108,6 +109,8 @@ def speaking(tmp_path_factory):
     assert result.status == 0, result.err
     assert "307 pieces of tokenizer.json, 8 symbols in rows after them; segments begin with <s>" in result.out
     assert "warning" not in result.out
+    (line,) = [line for line in result.out.splitlines() if re.search(r"vision +403,493,888 parameters get first", line)]
+    assert "[model.vision]" in line and "--vision DIR" in line
     return folder / "model"
 
 
@@ -159,6 +162,23 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused(tiny, speaking, t
     bad = ["--dry-run", f"tokenizer.path={tmp_path / 'bad.json'}"]
     result = finish(start(python(TRAIN, *arguments, *bad)))
     assert result.status == 2 and "bad.json cannot be read by tokenizers" in result.err and result.err.count("\n") == 1
+
+
+def test_the_plan_shows_what_starts_from_nothing_and_how_large_it_is(tiny, speaking, both, tmp_path):
+    """A vision encoder that was not imported is the recipe's own, by default a large one."""
+    recipe = with_its_tokenizer(tiny, speaking, tmp_path / "r.toml")
+    small = recipe.read_text()
+    seen = small[small.index("[model.vision]") : small.index("[[data.sources]]")]
+    cases = {r"vision \d+\.\d+ k": small, "vision 403.49 M": small.replace(seen, "")}
+    for size, text in cases.items():
+        recipe.write_text(text)
+        result = finish(start(python(TRAIN, "--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--dry-run")))
+        assert result.status == 0, result.err
+        said = rf"\n  from first values +{size} \(its size: \[model\.vision\]\), connector \S+ k\n"
+        assert re.search(said, result.out), result.out
+    recipe.write_text(without_shapes(tiny, both))
+    result = finish(start(python(TRAIN, "--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--dry-run")))
+    assert re.search(r"\n  from first values +connector \S+ k", result.out), result.out
 
 
 def test_the_plan_shows_where_the_model_comes_from(tiny, both, tmp_path):
@@ -230,7 +250,7 @@ BAD = {
     "a missing one": (lambda w: w.pop("model.norm.weight"), "has no tensor model.norm.weight, of which norm.weight is"),
     "another shape": (
         lambda w: w.update({"model.norm.weight": torch.ones(3)}),
-        r"norm.weight would be \[3\] from model.norm.weight of .*, but config.json says \[48\]",
+        r"norm.weight from model.norm.weight of .* would be \[3\], but config.json says \[48\]",
     ),
     "not finite": (_nan, "model.norm.weight has values that are not finite"),
 }

@@ -62,6 +62,10 @@ SIGLIP = [
 ]  # fmt: skip
 LFM2 = [*SIGLIP, 'model.vision.connector_norm="joined"']
 LLAVA = [*SIGLIP, "model.vision.merge=1", "model.vision.final_norm=false", 'model.vision.position_resize="bicubic"']
+CLIP = [
+    *LLAVA, "model.vision.prefix_tokens=1", "model.vision.pre_norm=true", 'model.vision.ffn="quick_gelu"', DENSE,
+    NO_NORM,
+]  # fmt: skip
 WHOLE = {
     "lfm2_vl with qwen3_moe": (LFM2, "Lfm2VlForConditionalGeneration", ((6, 6), (4, 8), (8, 10))),
     "lfm2_vl with mixtral, untied": (
@@ -72,6 +76,7 @@ WHOLE = {
     "llava with qwen2_moe, untied": (
         [*LLAVA, NO_NORM, "moe.shared_ffn_width=36", "model.tied=false"], "LlavaForConditionalGeneration", ((6, 6),),
     ),
+    "llava with llama and CLIP": (CLIP, "LlavaForConditionalGeneration", ((6, 6), (6, 6))),
 }  # fmt: skip
 
 
@@ -207,6 +212,10 @@ def test_a_whole_model_gives_the_same_logits(name, tiny, tmp_path):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     prefix = "vision_tower.vision_model." if kind == "llava" else "model.vision_tower.vision_model."
+    if "CLIP" in name:
+        assert config["vision_config"]["model_type"] == "clip_vision_model"
+        assert config["text_config"]["model_type"] == "llama" and config["vision_feature_layer"] == -1
+        return
     back = read_tower(config["vision_config"], {}, [f"{prefix}embeddings.position_embedding.weight"], "the folder")
     ours_now = replace(vision, merge=back.vision.merge, connector_norm="none", place_and_time=True, final_norm=True)
     assert back.vision == replace(ours_now, connector_norm_eps=back.vision.connector_norm_eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ from dsmoe_vl.pretrained.decoder import read_decoder
 from dsmoe_vl.pretrained.export_classes import export_class
 from dsmoe_vl.pretrained.exporting import export_hf, write_weights
 from dsmoe_vl.pretrained.importing import import_models
-from dsmoe_vl.pretrained.tower import read_tower, siglip_tower
+from dsmoe_vl.pretrained.tower import clip_tower, read_tower, siglip_tower
 from tests.parity import test_hf_decoder, test_hf_tower
-from tests.parity.test_hf_export import LFM2, LLAVA, NO_NORM, loaded, made, some_texts, text_logits
+from tests.parity.test_hf_export import CLIP, LFM2, LLAVA, NO_NORM, loaded, made, some_texts, text_logits
 
 transformers = pytest.importorskip("transformers", reason="transformers: exported folders were not loaded")
 
@@ -52,16 +53,30 @@ def test_imported_weights_leave_bit_for_bit(name, tmp_path):
     assert {key: ours[key] for key in same} == {key: config[key] for key in same}
 
 
-@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "clip"])
 def test_an_imported_vision_encoder_leaves_bit_for_bit(name, tmp_path):
+    """Where pixels are from -1 to 1, as ours. Of CLIP's class token and its position there is one tensor."""
     test_hf_tower.made(name, tmp_path)
     files = load_file(tmp_path / "model.safetensors")
-    tower = read_tower(json.loads((tmp_path / "config.json").read_text()), {}, files, "the folder")
-    back = siglip_tower(tower.vision, name == "siglip2", tower.prefix)
+    pixels = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+    tower = read_tower(json.loads((tmp_path / "config.json").read_text()), pixels, files, "the folder")
+    back = (
+        clip_tower(tower.vision, tower.prefix)
+        if name == "clip"
+        else siglip_tower(tower.vision, name == "siglip2", tower.prefix)
+    )
     after = {}
-    for target, again in zip(tower.targets(), back.targets(), strict=True):
+    for target, again in zip(tower.targets(), back.targets(), strict=name != "clip"):  # it has a norm more
         after |= dict(again.parts(target.make([files[source] for source in target.sources])))
     assert {key for key in files if not tower.leaves_out(key)} <= set(after)
+    if name == "clip":
+        recipe, ours = Recipe(), {"merge": 1, "connector_norm": "none", "place_and_time": False}
+        recipe = replace(recipe, model=replace(recipe.model, vision=replace(tower.vision, **ours)))
+        form = export_class(recipe, (), text_only=False)
+        assert form.kind == "llava" and form.tower is not None and form.tower.is_clip
+        token, table = (f"{tower.prefix}embeddings.{part}" for part in ("class_embedding", "position_embedding.weight"))
+        assert (after[token] + after[table][0]).equal(files[token] + files[table][0])
+        assert after.pop(table)[1:].equal(files[table][1:]) and after.pop(token).shape == files[token].shape
     assert all(value.equal(files[key]) for key, value in after.items())
 
 
@@ -143,7 +158,7 @@ def test_the_tokenizer_gives_the_same_ids(tiny, tmp_path):
     assert ids == [ours.control("<image>"), ours.control("<caption>"), *ours.encode("a dog"), ours.eos]
 
 
-@pytest.mark.parametrize("settings", [LLAVA, LFM2], ids=["llava", "lfm2_vl"])
+@pytest.mark.parametrize("settings", [LLAVA, CLIP, LFM2], ids=["llava", "clip", "lfm2_vl"])
 def test_the_processor_makes_what_the_model_was_trained_on(settings, tiny, tmp_path):
     if settings is LFM2:
         pytest.importorskip("torchvision", reason="torchvision: LFM2-VL's processor was not tried")
@@ -155,7 +170,7 @@ def test_the_processor_makes_what_the_model_was_trained_on(settings, tiny, tmp_p
     made_of = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     found = processor.apply_chat_template(chat, **made_of)
     ours = Tokenizer(tiny.data / "tokenizer.model")
-    cells = 36 if settings is LLAVA else 9
+    cells = 9 if settings is LFM2 else 36
     assert found["input_ids"].tolist() == [[ours.control("<image>")] * cells + [ours.control("<caption>")]]
     expected = pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
     if settings is LFM2:
@@ -209,6 +224,10 @@ def test_a_decoder_without_a_class_is_refused(case, tiny, tmp_path):
             'ffn = "gelu", positions = "learned", place_and_time = false, connector_norm = "joined". Train with them',
         ),
         (LFM2[:-1], 'the nearest, lfm2_vl, needs in [model.vision]: connector_norm = "joined". Train with'),
+        (
+            [*CLIP, "model.vision.merge=2"],
+            "the nearest, llava with CLIP's encoder, needs in [model.vision]: merge = 1.",
+        ),
         ([*LFM2, "model.vision.connector_norm_eps=1e-6"], "needs in [model.vision]: connector_norm_eps = 1e-05. Train"),
     ],
 )

@@ -162,3 +162,21 @@ def test_bad_folders_are_named(tmp_path):
     refused(r"--controls image=: name a piece", other, image="")
     with pytest.raises(ConfigError, match="--controls names pieces of the tokenizer of --text DIR"):
         import_models(None, small, tmp_path / "out", controls={"image": "x"})
+
+
+def test_pieces_that_were_added_beside_a_lone_model_are_said(tmp_path):
+    """Of them the file knows nothing."""
+    pieces = Tokenizer(sentencepiece_model(tmp_path / "t.model")).vocabulary.size
+    known = {"0": {"content": "<unk>"}, "1": {"content": "<s>"}}
+    cases = {
+        "added_tokens.json": {"<|pad|>": pieces, "<tool>": pieces + 1, "<s>": 1},
+        "tokenizer_config.json": known | {str(pieces): {"content": "<|pad|>"}, str(pieces + 1): {"content": "<tool>"}},
+    }
+    for file, added in cases.items():
+        folder = folder_with(tmp_path / file, pieces + 10, tokenizer_class="LlamaTokenizer", added_tokens_decoder=known)
+        shutil.copyfile(tmp_path / "t.model", folder / "tokenizer.model")
+        assert imported(folder, tmp_path / f"{file} before")[0].unread == ""
+        (folder / file).write_text(json.dumps({"added_tokens_decoder": added} if "config" in file else added))
+        said = imported(folder, tmp_path / f"{file} out")[0].unread
+        assert said.startswith(f"{folder / file} adds 2 pieces to tokenizer.model: <|pad|>, <tool>. They are not read")
+        assert "tokenizer.json" in said and "\n" not in said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -97,6 +99,13 @@ def test_package_does_not_import_the_tools_on_top_of_it(path):
 def test_planning_needs_no_torch(path):
     heavy = {"torch", "deepspeed", "numpy"}
     assert not [module for _, module in imports(path) if module.split(".")[0] in heavy]
+
+
+def test_a_plan_imports_no_torch():
+    """It takes longer than everything else of --dry-run."""
+    names = "dsmoe_vl.training.start, dsmoe_vl.planner.describe, dsmoe_vl.parallel.device"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
