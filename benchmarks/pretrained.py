@@ -4,7 +4,8 @@
 
 Needs what `bash launch/pretrained.sh` makes: the imported weights and the quickstart's shards. Each run is a process on
 one core, with the same packs; runs are kept in runs/compare_pretrained, and those that are there are not trained again.
-With real weights the connector trains alone for two fifths of the steps, as in the recipe; from nothing all trains.
+With real weights the connector trains alone for two fifths of the steps, as in the recipe; from nothing all trains. So
+few steps have a warm-up of an eighth of them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS, ROOT, Result
-from run import Run
+from run import DEEPSPEED, Run
 
+from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.imported import DEFAULTS, MODEL_NAME
 from dsmoe_vl.config.load import load_recipe
 
@@ -51,7 +53,7 @@ def ways(steps: int) -> dict[str, tuple[str, ...]]:
     """Overrides of the recipe, by what a run starts from."""
     first = 2 * steps // 5
     stages = (
-        f'stages=[{{steps={first}, lr_scale=3.0, train={{"*"={{freeze=true}}, connector={{freeze=false}}}}}}, '
+        f'stages=[{{steps={first}, lr_scale=5.0, train={{"*"={{freeze=true}}, connector={{freeze=false}}}}}}, '
         f"{{steps={steps - first}, train={{vision={{lr_scale=0.3}}}}}}]"
     )
     return {REAL: (stages,), NOTHING: shapes(Path(load_recipe(_RECIPE).model.init_from))}
@@ -61,10 +63,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Train all, and read their held-out losses, nats a token."""
     every = max(args.steps // 6, 1)
     always = (f"run.steps={args.steps}", f"run.evaluate_every={every}", f"run.checkpoint_every={args.steps}")
+    deepspeed = load_deepspeed(DEEPSPEED)
+    deepspeed["scheduler"]["params"]["warmup_num_steps"] = max(args.steps // 8, 1)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    file = args.runs / "deepspeed.json"
+    file.write_text(json.dumps(deepspeed))
     runs = {
         (way, seed): Run(
             args.runs / f"{way.replace(' ', '_')}_{seed}", _RECIPE,
-            (*overrides, *always, *args.overrides, f"run.seed={seed}"),
+            (*overrides, *always, *args.overrides, f"run.seed={seed}"), deepspeed=file,
         )
         for seed in args.seeds
         for way, overrides in ways(args.steps).items()

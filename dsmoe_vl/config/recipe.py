@@ -28,6 +28,9 @@ class VisionConfig:
     layers: int = bounded(24, least=1)
     heads: int = bounded(16, least=1)
     ffn_width: int = bounded(4096, least=1)  # hidden width of the feed-forward
+    # root mean square at which pictures first enter the decoder, over that from nothing (about 1.5); imports have the
+    # decoder's own: ten times as strong as the text that it knows, pictures would drown it
+    picture_scale: float = bounded(1.0, above=0)
     # The following keys are for weights that were trained elsewhere.
     norm: str = bounded("rms", choices=("rms", "layer"))  # RMSNorm or LayerNorm
     norm_eps: float = bounded(1e-6, above=0)
