@@ -1,11 +1,15 @@
 """LoRA (Hu et al. 2021, section 4.1): beside a matrix W [out, in] two thin ones, h = W x + (alpha / r) B A x.
 
-A [r, in] starts as other matrices do, B [out, r] at zero, so the model starts as it is without them. A layer with adapters is a
-subclass that replaces it, so the layers know nothing of them. No weight is ever added up: the product with B A costs
-r (in + out) a row, and only rows that go to an expert pay for its adapters.
+A [r, in] starts as other matrices do, B [out, r] at zero, so the model starts as it is without them. A layer with
+adapters is a subclass that replaces it, so the layers know nothing of them. W + (alpha / r) B A is never made in
+training: two thin products cost r (in + out) a row, and only rows that go to an expert pay for its adapters.
+
+Shapes: R rows sorted by expert, E experts, r rank.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,7 @@ _START = {f"{name}_lora_b": 0.0 for name in _MATRICES}
 class LoraLinear(nn.Linear):
     """A linear layer with adapters: x [..., in] -> [..., out]."""
 
-    OWN_START = {"lora_b": 0.0}
+    OWN_START: ClassVar = {"lora_b": 0.0}
 
     def __init__(self, source: nn.Linear, lora: LoraConfig) -> None:
         super().__init__(source.in_features, source.out_features, source.bias is not None)
@@ -37,7 +41,7 @@ class LoraLinear(nn.Linear):
 class LoraExpert(Expert):
     """One expert with adapters."""
 
-    OWN_START = _START
+    OWN_START: ClassVar = _START
 
     def __init__(self, source: Expert, lora: LoraConfig) -> None:
         super().__init__(*source.w2.shape)
@@ -52,7 +56,7 @@ class LoraExpert(Expert):
 class LoraExperts(Experts):
     """Experts, each with adapters of its own: A [E, r, in], B [E, out, r]."""
 
-    OWN_START = _START
+    OWN_START: ClassVar = _START
 
     def __init__(self, source: Experts, lora: LoraConfig) -> None:
         super().__init__(*source.w2.shape)

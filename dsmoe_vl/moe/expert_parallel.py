@@ -24,7 +24,6 @@ from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.planner.plan import RunPlan
 
-
 # What DeepSpeed sets on the parameters of experts, and reads to reduce and to partition them.
 _MARKS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name")
 

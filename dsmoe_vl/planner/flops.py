@@ -83,8 +83,8 @@ def _per_token(recipe: Recipe, context: float) -> float:
         sparse += 3 * width * moe.ffn_width + 2 * width
     routers = width * sum(experts_of_layers(recipe))
     products = model.layers * attention + moe.first_dense_layers * dense + sparse_layers(recipe) * sparse + routers
-    products += _adapter_products(recipe, "layers.")
-    return 2 * products + model.layers * 4 * model.heads * model.width_of_head * context
+    adapters = _adapter_products(recipe, "layers.")
+    return 2 * (products + adapters) + model.layers * 4 * model.heads * model.width_of_head * context
 
 
 def _spared(recipe: Recipe, patch_context: float) -> tuple[float, float, float]:
