@@ -1,4 +1,4 @@
-"""Export the newest weights of a run to a folder, without experts that output only zeros.
+"""Export the newest weights of a run to a folder, adapters merged, without experts that output only zeros.
 
 OUTPUT/
   model-*.safetensors and their index, as in a checkpoint; a layer that lost experts also has `experts.kept`, the
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.manifest import entries, write_manifest
+from dsmoe_vl.checkpoint.merged import merged_recipe, merged_weights
 from dsmoe_vl.checkpoint.store import PLAN_NAME, require_newest, tokenizer_in
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.files import writing
+from dsmoe_vl.files import write_atomically, writing
 from dsmoe_vl.moe.experts import null_experts
-from dsmoe_vl.planner.plan import recipe_from_json
+from dsmoe_vl.planner.plan import plan_with, recipe_from_json
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def export_run(run_dir: Path, output: Path) -> Export:
     """
     checkpoint, manifest = require_newest(run_dir)
     plan_file = run_dir / PLAN_NAME
-    recipe_from_json(plan_file)
-    weights = WeightsFile(checkpoint).load()
+    recipe = recipe_from_json(plan_file)
+    weights = merged_weights(checkpoint, recipe).load()
     make_new_folder(output)
     layers = tuple(
         _drop_null_experts(weights, name.removesuffix("w1")) for name in list(weights) if name.endswith(".experts.w1")
@@ -64,7 +65,10 @@ def export_run(run_dir: Path, output: Path) -> Export:
             files = WeightsFile(output).save(weights)
             vocabulary = tokenizer_in(checkpoint)
             shutil.copyfile(vocabulary, output / vocabulary.name)
-            shutil.copyfile(plan_file, output / PLAN_NAME)
+            if recipe.lora.rank:
+                write_atomically(output / PLAN_NAME, plan_with(plan_file, merged_recipe(recipe)))
+            else:
+                shutil.copyfile(plan_file, output / PLAN_NAME)
             files |= entries(output, (INDEX_NAME, vocabulary.name, PLAN_NAME))
             write_manifest(output, replace(manifest, files=files))
     except BaseException:

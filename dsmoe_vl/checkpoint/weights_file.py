@@ -27,7 +27,7 @@ from dsmoe_vl.files import write_json
 from dsmoe_vl.moe.placement import expert_name, is_of_experts
 
 INDEX_NAME = "model.safetensors.index.json"
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123](?:_lora_[ab])?)")
 
 
 def shard_name(rank: int, ranks: int) -> str:

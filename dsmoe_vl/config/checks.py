@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import reduce
 
 from dsmoe_vl.config.bounds import out_of_bounds
+from dsmoe_vl.config.parts import LORA_PARTS
 from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.config.task_table import TASKS
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
         _capacity(recipe),
         _data(recipe, world_size),
         _run(recipe),
+        _lora(recipe),
     ):
         for satisfied, key, fix in rules:
             if not satisfied:
@@ -210,6 +212,14 @@ def _run(recipe: Recipe) -> Iterator[Rule]:
     first = f"tasks.{TASKS[0].name}.weight"
     yield bool(learned_tasks(recipe)), first, "the weights of all tasks are 0: set one of them above 0"
     yield recipe.tokenizer.path != "", "tokenizer.path", "must name a tokenizer.model or tokenizer.json file"
+
+
+def _lora(recipe: Recipe) -> Iterator[Rule]:
+    parts, choices = recipe.lora.parts, ", ".join(LORA_PARTS)
+    known = [part in LORA_PARTS for part in parts]
+    yield all(known), "lora.parts", f"adapters exist for {choices}: name some of these"
+    yield len(set(parts)) == len(parts), "lora.parts", "names a part twice: name it once"
+    yield len(parts) > 0 or not recipe.lora.rank, "lora.parts", f"names no part: name some of {choices}"
 
 
 def _check_stages(recipe: Recipe, learned: tuple[str, ...], file: str) -> None:

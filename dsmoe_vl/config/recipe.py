@@ -141,6 +141,28 @@ class L1Config:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank (LoRA, Hu et al. 2021): a matrix W [out, in] computes as W + (alpha / rank) B A.
+
+    Of the parts that have adapters, the adapters train and nothing else, unless [train] says otherwise.
+    """
+
+    rank: int = bounded(0, least=0)  # r: A is [r, in], B is [out, r]; 0: no adapters
+    alpha: float = bounded(16.0, above=0)  # with another rank, keep it: the same learning rate then fits
+    parts: tuple[str, ...] = ("attention", "feed_forward", "experts")  # of the decoder; "vision": of the vision encoder
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The parts that have adapters."""
+        return self.parts if self.rank else ()
+
+
+@dataclass(frozen=True)
 class PartConfig:
     """How some parameters train. A key that is absent is as an earlier table has it, else as the DeepSpeed JSON has it.
 
@@ -289,6 +311,7 @@ class Recipe:
     moe: MoEConfig = field(default_factory=MoEConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     # By part (`config/parts.py: PARTS`), or by a pattern of parameters' names, such as "layers.0.*" or "*". Of two
     # tables that set a key of a parameter, the later one in the recipe counts.
     train: dict[str, PartConfig] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.weights import one_process_tensors
-from dsmoe_vl.config.recipe import MoEConfig, Recipe, SourceConfig
+from dsmoe_vl.config.recipe import MoEConfig, PartConfig, Recipe, SourceConfig
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
 from dsmoe_vl.data.segment import Pack
@@ -82,7 +82,7 @@ def shrink(recipe: Recipe) -> Recipe:
             **(_WITHOUT_CHANCE if moe.backend == "capacity" else {}),
         ),
         data=replace(recipe.data, workers=0),
-        train={}, stages=(),
+        lora=replace(recipe.lora, rank=min(recipe.lora.rank, 8)), train={"*": PartConfig(freeze=False)}, stages=(),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.model.attention import Attention, SegmentLayout
 from dsmoe_vl.model.cache import KeyValueCache, LayerCache
 from dsmoe_vl.model.layers import GatedSwiGLU, RMSNorm, SwiGLU, rotary_1d
+from dsmoe_vl.model.lora import add_adapters
 from dsmoe_vl.model.vision import Connector, VisionEncoder
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.experts import Experts
@@ -129,6 +130,7 @@ class VisionLanguageModel(nn.Module):
         self.head = LanguageHead(self.embedding, model.tied)
         for name, head in heads.items():
             self.add_module(name, head)
+        add_adapters(self, recipe.lora)
 
     def forward(self, batch: Batch, cache: KeyValueCache | None = None) -> tuple[Tensor, RouterStats | None]:
         """Hidden states [T, D] of a batch, after the final norm, and the routing of the sparse layers. With a cache

@@ -11,28 +11,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_vl.config.recipe import MoEConfig
-from dsmoe_vl.moe.experts import Experts
+from dsmoe_vl.moe.experts import Expert, Experts
 from dsmoe_vl.moe.feed_forward import run_sorted
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
-
-
-class Expert(nn.Module):
-    """One expert of `Experts`, with the same parameter names."""
-
-    def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(hidden_width, width))
-        self.w2 = nn.Parameter(torch.empty(width, hidden_width))
-        self.w3 = nn.Parameter(torch.empty(hidden_width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        return F.linear(F.silu(F.linear(x, self.w1)) * F.linear(x, self.w3), self.w2)
 
 
 class CapacityFeedForward(nn.Module):

@@ -24,6 +24,9 @@ from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.planner.plan import RunPlan
 
+# What DeepSpeed sets on the parameters of experts, and reads to reduce and to partition them.
+_MARKS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name")
+
 
 class ExpertParallelMoE(AutoEPMoELayer):
     """`MoEFeedForward` with its experts sharded over `ep_size` ranks. Same parameter names, same results."""
@@ -32,7 +35,14 @@ class ExpertParallelMoE(AutoEPMoELayer):
         super().__init__(_spec(source), source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size))
         del self.tokens_per_expert  # evaluation and recomputation would distort it; RouterStats replaces it
         ours, marked = source.experts, self.get_submodule("experts")
-        ours.w1, ours.w2, ours.w3 = marked.w1, marked.w2, marked.w3  # this rank's slices, with DeepSpeed's marks
+        first = ep_rank * self.num_local_experts
+        for name, whole in list(ours.named_parameters()):
+            own = getattr(marked, name, None)  # this rank's slice, with DeepSpeed's marks
+            if own is None:  # an adapter, which DeepSpeed's experts do not have
+                own = nn.Parameter(whole.detach()[first : first + self.num_local_experts].clone())
+                for mark in _MARKS:
+                    setattr(own, mark, getattr(marked.w1, mark))
+            setattr(ours, name, own)
         self.experts = ours
         self.router = source.router
         for parameter in self.router.parameters():

@@ -25,7 +25,8 @@ from deepspeed.moe.sharded_moe import (
 )
 from torch import Tensor
 
-from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, Expert, expert_slots
+from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, expert_slots
+from dsmoe_vl.moe.experts import Expert
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Routing
 from dsmoe_vl.moe.stats import RouterStats
@@ -97,9 +98,9 @@ class CapacityMoE(MoE):
     """`CapacityFeedForward` with its experts sharded over an expert-parallel group. Same results."""
 
     def __init__(self, source: CapacityFeedForward, plan: RunPlan, ep_rank: int) -> None:
-        expert_count, width, hidden_width = source.experts.w2.shape
+        expert_count, width, _ = source.experts.w2.shape
         super().__init__(
-            width, Expert(width, hidden_width), expert_count, plan.ep_size, source.router.top_k,
+            width, source.experts.single(), expert_count, plan.ep_size, source.router.top_k,
             use_residual=source.mlp is not None,
         )  # fmt: skip
         self.deepspeed_moe.gate = CapacityGate(source, width, expert_count)

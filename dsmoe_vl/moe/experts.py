@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_GROUP_ALIGNMENT = 8  # rows; a group's start must be 16-byte aligned in bf16 for the weight gradient's kernel
+GROUP_ALIGNMENT = 8  # rows; a group's start must be 16-byte aligned in bf16 for the weight gradient's kernel
 
 
 class _GroupedLinearOnCPU(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _GroupedLinearOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight needs no rows
         ctx.counts = counts
         y = x.new_empty(x.shape[0], weight.shape[1])
         for rows, matrix, out in zip(x.split(counts), weight, y.split(counts), strict=True):
@@ -31,15 +31,45 @@ class _GroupedLinearOnCPU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        for index, (rows, grad_rows) in enumerate(zip(x.split(ctx.counts), grad.split(ctx.counts), strict=True)):
-            grad_weight[index] = grad_rows.t() @ rows
+        grad_x, grad_weight = grad.new_empty(len(grad), weight.shape[2]), None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            for index, (rows, grad_rows) in enumerate(zip(x.split(ctx.counts), grad.split(ctx.counts), strict=True)):
+                grad_weight[index] = grad_rows.t() @ rows
         for matrix, grad_rows, out in zip(weight, grad.split(ctx.counts), grad_x.split(ctx.counts), strict=True):
             torch.mm(grad_rows, matrix, out=out)
         return grad_x, grad_weight, None
+
+
+Groups = list[int] | Tensor  # rows of each expert; on a GPU the ends of the groups, int32 [E]
+
+
+def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Every row times its expert's matrix. x [R, D], weight [E, F, D] -> [R, F]."""
+    if isinstance(groups, list):
+        return _GroupedLinearOnCPU.apply(x, weight, groups)
+    return _grouped_mm(x, weight, groups)
+
+
+class Expert(nn.Module):
+    """One expert of `Experts`, with the same parameter names."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(hidden_width, width))
+        self.w2 = nn.Parameter(torch.empty(width, hidden_width))
+        self.w3 = nn.Parameter(torch.empty(hidden_width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.linear("w2", F.silu(self.linear("w1", x)) * self.linear("w3", x))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """The product with one of the matrices."""
+        return F.linear(x, getattr(self, name))
 
 
 class Experts(nn.Module):
@@ -54,12 +84,21 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [R, D] sorted by expert, counts int [E] rows of each expert -> [R, D]."""
         if x.device.type == "cpu":
-            sizes = counts.tolist()
-            hidden = F.silu(_GroupedLinearOnCPU.apply(x, self.w1, sizes)) * _GroupedLinearOnCPU.apply(x, self.w3, sizes)
-            return _GroupedLinearOnCPU.apply(hidden, self.w2, sizes)
+            return self._compute(x, counts.tolist())
         rows, destination, offsets = _aligned(x, counts)
-        hidden = F.silu(_grouped_mm(rows, self.w1, offsets)) * _grouped_mm(rows, self.w3, offsets)
-        return _grouped_mm(hidden, self.w2, offsets).index_select(0, destination).type_as(x)
+        return self._compute(rows, offsets).index_select(0, destination).type_as(x)
+
+    def _compute(self, x: Tensor, groups: Groups) -> Tensor:
+        hidden = F.silu(self.linear("w1", x, groups)) * self.linear("w3", x, groups)
+        return self.linear("w2", hidden, groups)
+
+    def linear(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+        """The products with one of the matrices of each expert."""
+        return grouped_linear(x, getattr(self, name), groups)
+
+    def single(self) -> Expert:
+        """An expert with the parameters of one of these, not initialised."""
+        return Expert(self.w2.shape[1], self.w2.shape[2])
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -75,11 +114,11 @@ def _aligned(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns rows [R + E * alignment, D], the new index of every row int64 [R], group ends int32 [E]. The size does not
     depend on the counts, so nothing is read back from the device.
     """
-    padded = (counts + _GROUP_ALIGNMENT - 1) // _GROUP_ALIGNMENT * _GROUP_ALIGNMENT
+    padded = (counts + GROUP_ALIGNMENT - 1) // GROUP_ALIGNMENT * GROUP_ALIGNMENT
     shift = (padded - counts).cumsum(0) - (padded - counts)
     group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts, output_size=x.shape[0])
     destination = torch.arange(x.shape[0], device=x.device) + shift[group]
-    bound = x.shape[0] + len(counts) * _GROUP_ALIGNMENT
+    bound = x.shape[0] + len(counts) * GROUP_ALIGNMENT
     rows = x.new_zeros(bound, x.shape[1]).index_copy(0, destination, x)
     return rows, destination, padded.cumsum(0).to(torch.int32)
 

@@ -18,7 +18,7 @@ from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, one_process_name
 
 _MODULE = "backbone."  # of the module that the engine wraps
-_STACKED = re.compile(r"(.*\.experts)\.(w[123])")
+_STACKED = re.compile(r"(.*\.experts)\.(w[123](?:_lora_[ab])?)")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Placed:
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a tensor of the one-process model has the weights of a layer's experts, stacked: [E, ...]."""
+    """Whether a tensor of the one-process model has weights of a layer's experts, or adapters, stacked: [E, ...]."""
     return _STACKED.fullmatch(name) is not None
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dsmoe_vl.config.parts import is_adapter
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.planner.parameters import sparse_layers, tensors
+from dsmoe_vl.planner.parameters import tensors
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of each part. The output projection is the token embedding and counts once."""
+    """Parameters of each part, adapters with what they adapt. The output projection is the token embedding and counts
+    once."""
 
     vision: int
     connector: int
@@ -54,8 +56,8 @@ def count_parameters(recipe: Recipe) -> ParameterCounts:
     counts = dict.fromkeys(ParameterCounts.__dataclass_fields__, 0)
     for name, shape in tensors(recipe).items():
         counts[_field(name)] += math.prod(shape)
-    moe = recipe.moe
-    counts["active_experts"] = sparse_layers(recipe) * moe.top_k * 3 * recipe.model.width * moe.ffn_width
+        if _field(name) == "experts":
+            counts["active_experts"] += recipe.moe.top_k * math.prod(shape[1:])
     return ParameterCounts(**counts)
 
 
@@ -74,3 +76,8 @@ def _field(name: str) -> str:
     if ".attention." in name:
         return "attention"
     return next(kind for part, kind in kinds.items() if part in rest)
+
+
+def count_adapters(recipe: Recipe) -> int:
+    """The parameters of all adapters."""
+    return sum(math.prod(shape) for name, shape in tensors(recipe).items() if is_adapter(name))

@@ -10,6 +10,7 @@ from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.config.imported import imported_roots
 from dsmoe_vl.config.parts import part_of
 from dsmoe_vl.config.recipe import AugmentConfig, L1Config, first_step
+from dsmoe_vl.planner.counts import count_adapters
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers, tensors
 from dsmoe_vl.planner.plan import RunPlan
@@ -87,8 +88,11 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
         else f"{sparse} layers x {moe.experts}"
     )
     experts = f"{per_layer} experts x 3 x {model.width} x {moe.ffn_width}"
+    lora = plan.recipe.lora
+    low = f"{_count(count_adapters(plan.recipe))} of rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.parts)}"
     return [
         ("total", _count(counts.total)),
+        *([("of these adapters", low)] if lora.rank else []),
         ("active per token", f"{_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
         ("routed experts", f"{_count(counts.experts)} = {experts}"),
         ("shared experts", _count(counts.shared_experts)),

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsmoe_vl.config.parts import is_matrix, part_of
-from dsmoe_vl.config.recipe import Recipe, VisionConfig
+from dsmoe_vl.config.parts import is_adapter, is_matrix, part_of
+from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers, sparse_layers, tensors
 from dsmoe_vl.planner.trained import rules
 
@@ -83,7 +83,8 @@ def _per_token(recipe: Recipe, context: float) -> float:
         sparse += 3 * width * moe.ffn_width + 2 * width
     routers = width * sum(experts_of_layers(recipe))
     products = model.layers * attention + moe.first_dense_layers * dense + sparse_layers(recipe) * sparse + routers
-    return 2 * products + model.layers * 4 * model.heads * model.width_of_head * context
+    adapters = _adapter_products(recipe, "layers.")
+    return 2 * (products + adapters) + model.layers * 4 * model.heads * model.width_of_head * context
 
 
 def _spared(recipe: Recipe, patch_context: float) -> tuple[float, float, float]:
@@ -93,25 +94,40 @@ def _spared(recipe: Recipe, patch_context: float) -> tuple[float, float, float]:
     products = {name: 2.0 * math.prod(shapes[name]) for name in frozen if is_matrix(name, shapes[name])}
     projection = "embedding.weight" if model.tied else "head.weight"
     token = sum(
-        product * (moe.top_k / shapes[name][0] if part_of(name) == "experts" else 1)
+        product * _share(name, shapes[name], moe.top_k)
         for name, product in products.items()
         if name.startswith("layers.")
     )
     cell = sum(product for name, product in products.items() if name.startswith("connector."))
     encoder = sum(product for name, product in products.items() if name.startswith("vision.layers."))
     if frozen.issuperset(name for name in shapes if name.startswith("vision.")):
-        encoder = 2 * _per_patch_encoder(model.vision, patch_context)
+        encoder = 2 * _per_patch_encoder(recipe, patch_context)
     return token, products.get(projection, 0.0), encoder + cell / model.vision.merge**2
+
+
+def _share(name: str, shape: tuple[int, ...], top_k: int) -> float:
+    """The share of a matrix that one token uses: K of its E experts."""
+    return top_k / shape[0] if part_of(name) == "experts" else 1.0
+
+
+def _adapter_products(recipe: Recipe, prefix: str) -> float:
+    """Parameters of the adapters that one token uses, or one patch, under a prefix of names."""
+    return sum(
+        math.prod(shape) * _share(name, shape, recipe.moe.top_k)
+        for name, shape in (tensors(recipe).items() if recipe.lora.rank else ())
+        if is_adapter(name) and name.startswith(prefix)
+    )
 
 
 def _per_patch(recipe: Recipe, context: float) -> float:
     vision, width = recipe.model.vision, recipe.model.width
     cell = vision.merge**2 * vision.width * width + width * width
     cell += PLACE_AND_TIME_FEATURES * width * vision.place_and_time
-    return _per_patch_encoder(vision, context) + 2 * cell / vision.merge**2
+    return _per_patch_encoder(recipe, context) + 2 * cell / vision.merge**2
 
 
-def _per_patch_encoder(vision: VisionConfig, context: float) -> float:
+def _per_patch_encoder(recipe: Recipe, context: float) -> float:
+    vision = recipe.model.vision
     layer = 4 * vision.width**2 + (3 if vision.ffn == "swiglu" else 2) * vision.width * vision.ffn_width
-    products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer
+    products = 3 * vision.patch_size**2 * vision.width + vision.layers * layer + _adapter_products(recipe, "vision.")
     return 2 * products + vision.layers * 4 * vision.width * context

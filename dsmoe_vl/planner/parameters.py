@@ -1,13 +1,16 @@
 """Every parameter of a recipe's model, without building it.
 
-Symbols: D decoder width, H heads, G key/value heads, d width of a head, E experts, F hidden width of an expert.
+Symbols: D decoder width, H heads, G key/value heads, d width of a head, E experts, F hidden width of an expert,
+r rank of the adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
-from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe, VisionConfig, learned_tasks
+from dsmoe_vl.config.parts import adapters_of, is_adapted
+from dsmoe_vl.config.recipe import LoraConfig, ModelConfig, MoEConfig, Recipe, VisionConfig, learned_tasks
 from dsmoe_vl.config.task_table import TASKS
 
 PLACE_AND_TIME_FEATURES = 64  # sinusoids of a cell's place and time, inputs of the connector
@@ -30,7 +33,20 @@ def experts_of_layers(recipe: Recipe) -> tuple[int, ...]:
 def tensors(recipe: Recipe) -> dict[str, Shape]:
     """The shapes of all parameters by their names in the one-process model, in its order. An output projection that is
     the token embedding counts once; experts of a layer are one tensor [E, ...]."""
-    return dict(_all(recipe))
+    return dict(_with_adapters(_all(recipe), recipe.lora))
+
+
+def _with_adapters(named: Named, lora: LoraConfig) -> Named:
+    """A module's own parameters, then A [..., r, in] and B [..., out, r] of each of its adapted matrices."""
+    for _, of_module in groupby(named, lambda item: item[0].rpartition(".")[0]):
+        own = list(of_module)
+        yield from own
+        for name, shape in own:
+            if is_adapted(name, lora.adapted):
+                first, second = adapters_of(name)
+                *stacked, rows, columns = shape
+                yield first, (*stacked, lora.rank, columns)
+                yield second, (*stacked, rows, lora.rank)
 
 
 def _all(recipe: Recipe) -> Named:

@@ -12,7 +12,7 @@ from dsmoe_vl.config.load import recipe_from_table
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import require_regular
-from dsmoe_vl.planner.counts import ParameterCounts
+from dsmoe_vl.planner.counts import ParameterCounts, count_parameters
 from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.memory import MemoryEstimate
 from dsmoe_vl.planner.trained import Trained
@@ -63,8 +63,18 @@ class RunPlan:
 
 def plan_to_json(plan: RunPlan) -> str:
     """The plan as JSON text; `recipe_from_json` reads the recipe back exactly."""
-    counts = {"total": plan.parameters.total, "active": plan.parameters.active, **asdict(plan.parameters)}
-    return json.dumps({**asdict(plan), "parameters": counts}, indent=2, default=str) + "\n"
+    return json.dumps({**asdict(plan), "parameters": _counts(plan.parameters)}, indent=2, default=str) + "\n"
+
+
+def plan_with(path: Path, recipe: Recipe) -> str:
+    """A run's plan.json as JSON text, with the recipe of the model that an export of it has, and its parameters."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table |= {"recipe": asdict(recipe), "parameters": _counts(count_parameters(recipe))}
+    return json.dumps(table, indent=2, default=str) + "\n"
+
+
+def _counts(parameters: ParameterCounts) -> dict[str, int]:
+    return {"total": parameters.total, "active": parameters.active, **asdict(parameters)}
 
 
 def changed_settings(plan: RunPlan, path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import memory_for
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
-from dsmoe_vl.planner.trained import check_train, count_trained
+from dsmoe_vl.planner.trained import check_lora, check_train, count_trained
 
 _OUR_SECTIONS = ("expert_parallel", "tensorboard")  # handled here; the engine must not see them
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -59,6 +59,7 @@ def resolve(
         raise ConfigError(f"world size {world_size} must be at least 1")
     check_deepspeed(deepspeed, deepspeed_file)
     check_recipe(recipe, world_size, recipe_file)
+    check_lora(recipe, recipe_file)
     for index, stage in enumerate(each_stage(recipe)):
         check_train(stage, recipe_file, index)
     notes = _Notes(strict)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from dsmoe_vl.config.bounds import shown_key
-from dsmoe_vl.config.parts import PARTS, is_matrix, part_of
+from dsmoe_vl.config.parts import PARTS, is_adapted, is_adapter, is_matrix, part_of
 from dsmoe_vl.config.recipe import PartConfig, Recipe
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.errors import ConfigError
@@ -67,8 +67,10 @@ def _tables(recipe: Recipe, stage: int = 0) -> list[tuple[str, str, PartConfig]]
 
 
 def rules(recipe: Recipe) -> dict[str, Rule]:
-    """The rule of every parameter, by its name in the one-process model; of several stages, without theirs."""
-    found = dict.fromkeys(tensors(recipe), Rule())
+    """The rule of every parameter, by its name in the one-process model; of several stages, without theirs. Before all
+    tables, the parts that have adapters are frozen but for these."""
+    adapted = recipe.lora.adapted
+    found = {name: Rule(freeze=part_of(name) in adapted and not is_adapter(name)) for name in tensors(recipe)}
     for _, key, part in _tables(recipe):
         found |= {name: rule.then(part) for name, rule in found.items() if matches(key, name)}
     return found
@@ -98,11 +100,29 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"{counts[part]} tensor{'s' * (counts[part] > 1)} of {part}" for part in PARTS if counts[part])
 
 
+def check_lora(recipe: Recipe, file: str) -> None:
+    """Raises ConfigError for a part without a matrix to adapt, and for a rank above a side of one."""
+    lora = recipe.lora
+    for part in lora.adapted:
+        sides = {name: min(shape[-2:]) for name, shape in tensors(recipe).items() if is_adapted(name, (part,))}
+        if not sides:
+            raise ConfigError(
+                f'lora.parts in {file} names "{part}", but nothing of it in this model can have adapters: leave it out'
+            )
+        name = min(sides, key=lambda name: sides[name])
+        if lora.rank > sides[name]:
+            raise ConfigError(
+                f"lora.rank = {lora.rank} in {file} is above {sides[name]}, the rank that {name} has at most: set "
+                f'lora.rank to {sides[name]} or less, or leave "{part}" out of lora.parts'
+            )
+
+
 def check_train(recipe: Recipe, file: str, stage: int = 0) -> None:
     """Raises ConfigError for a table that is about nothing or has no effect, and for a model that does not train.
     `stage`: the index of the only one that the recipe has."""
     shapes, found = tensors(recipe), rules(recipe)
     parts = ", ".join(_parts(recipe))
+    lora = " ([lora] freezes what it adapts)" if recipe.lora.rank else ""
     for shown, key, part in _tables(recipe, stage):
         names = [name for name in shapes if matches(key, name)]
         if not names:
@@ -119,7 +139,7 @@ def check_train(recipe: Recipe, file: str, stage: int = 0) -> None:
             if value is not None and not moving:
                 raise ConfigError(
                     f"{shown}.{setting} = {value} in {file} has no effect, because all of it is frozen: remove it, or "
-                    f"freeze less. The parts are {parts}"
+                    f"freeze less{lora}. The parts are {parts}"
                 )
         if part.weight_decay is not None and not any(is_matrix(name, shapes[name]) for name in moving):
             raise ConfigError(

@@ -31,9 +31,16 @@ _TEMPLATE = """\
 
 
 def write_companions(
-    form: ExportClass | OwnClass, recipe: Recipe, tokenizer: Tokenizer, dtype: str, lost: tuple[str, ...], output: Path
+    form: ExportClass | OwnClass,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    dtype: str,
+    lost: tuple[str, ...],
+    output: Path,
+    merged_rank: int = 0,
 ) -> tuple[str, ...]:
-    """Write all files but the weights. Returns what else was lost, in words. `dtype`: of the weights."""
+    """Write all files but the weights. Returns what else was lost, in words. `dtype`: of the weights; `merged_rank`: of
+    the adapters in them, 0 without."""
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     config = form.config(recipe.data.pack_length, tokenizer.control("<image>")) | ids | {"dtype": dtype}
     if "text_config" in config:
@@ -54,7 +61,9 @@ def write_companions(
         pictures, processor = _pictures(form, recipe)
         _write(output / "preprocessor_config.json", pictures)
         _write(output / "processor_config.json", processor)
-    write_atomically(output / "README.md", _readme(form, recipe, (*lost, *more)))
+    merged = f"Adapters (LoRA) of rank {merged_rank} are merged, in float32, then rounded to {dtype}."
+    readme = _readme(form, recipe, (*lost, *more), merged if merged_rank else "")
+    write_atomically(output / "README.md", readme)
     return more
 
 
@@ -91,7 +100,7 @@ def _pictures(form: ExportClass | OwnClass, recipe: Recipe) -> tuple[dict[str, A
     return pixels | size, {"processor_class": "Lfm2VlProcessor"}
 
 
-def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...]) -> str:
+def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...], merged: str) -> str:
     lines = ["---", "library_name: transformers", "---", "", f"# {recipe.run.name}", ""]
     lines += [f"Trained with dsmoe_vl, exported as `{form.architecture}`.", "", "```python"]
     if not form.is_whole:
@@ -120,6 +129,7 @@ def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...])
             lines += ["", "Every picture is resized to one square; in training it kept its aspect ratio."]
         else:
             lines += ["", "Pictures are resized by transformers' rules, which round grids differently from training."]
+    lines += ["", merged] if merged else []
     lines += ["", "Lost on export:" if lost else "Nothing was lost on export.", *(f"- {what}" for what in lost)]
     symbols = ", ".join(f"`{symbol}`" for symbol in CONTROL_SYMBOLS)
     tasks = ", ".join(spec.name for spec in learned_tasks(recipe))

@@ -8,8 +8,8 @@ DIR/
   modeling_dsmoe_vl.py vision_dsmoe_vl.py    where no class fits, if the user wants code of ours
   README.md            how to load it, and what was lost
 
-A tensor at a time, so memory is that of the largest. Both lists are closed: a tensor of the checkpoint that no rule
-knows, and one of the class that nothing fills, are errors that name it.
+A tensor at a time, so memory is that of the largest; adapters are merged. Both lists are closed: a tensor of the
+checkpoint that no rule knows, and one of the class that nothing fills, are errors that name it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dsmoe_vl.checkpoint.export import make_new_folder
 from dsmoe_vl.checkpoint.manifest import require_content
+from dsmoe_vl.checkpoint.merged import merged_recipe, merged_weights
 from dsmoe_vl.checkpoint.store import PLAN_NAME, require_newest, tokenizer_in
 from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile
@@ -86,9 +87,10 @@ def export_hf(
     """
     checkpoint, manifest = require_newest(run_dir)
     recipe = recipe_from_json(run_dir / PLAN_NAME)
-    weights, vocabulary = WeightsFile(checkpoint), tokenizer_in(checkpoint)
+    stored, vocabulary = WeightsFile(checkpoint), tokenizer_in(checkpoint)
     tokenizer = Tokenizer(vocabulary, recipe.tokenizer)
-    require_content(checkpoint, manifest, (weights.path.name, vocabulary.name, *sorted(set(weights.places.values()))))
+    require_content(checkpoint, manifest, (stored.path.name, vocabulary.name, *sorted(set(stored.places.values()))))
+    weights, lora, recipe = merged_weights(checkpoint, recipe), recipe.lora, merged_recipe(recipe)
     biases = routing_biases(weights)
     form = OwnClass(recipe) if own_code else export_class(recipe, () if drop_routing_bias else biases, text_only)
     used = BIASES if recipe.moe.routing == "token" else ("selection_bias",)
@@ -98,7 +100,8 @@ def export_hf(
         with writing(output):
             size = write_weights(weights, recipe, form, tokenizer.control("<image>"), output)
             dtype = weights.spec("embedding.weight").dtype
-            lost += write_companions(form, recipe, tokenizer, str(dtype).removeprefix("torch."), lost, output)
+            name = str(dtype).removeprefix("torch.")
+            lost += write_companions(form, recipe, tokenizer, name, lost, output, lora.rank)
     except BaseException:
         for written in output.iterdir():  # else the next try would find a folder that is not empty
             written.unlink()

@@ -25,6 +25,7 @@ from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.command import leave
 from dsmoe_vl.config.recipe import (
     DataConfig,
+    LoraConfig,
     ModelConfig,
     MoEConfig,
     PartConfig,
@@ -98,6 +99,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--routing", default="token")
     parser.add_argument("--moe", type=json.loads, default={}, help="more settings of [moe], as JSON")
     parser.add_argument("--train", type=json.loads, help="the recipe's [train], as JSON")
+    parser.add_argument("--lora", type=json.loads, default={}, help="the recipe's [lora], as JSON")
     parser.add_argument("--reload", type=Path, help="write the weights there and read them without the engine")
     parser.add_argument("--resume", type=Path, help="a checkpoint that --save wrote")
     parser.add_argument("--save", type=Path, metavar="RUN", help="write a checkpoint of the last step there")
@@ -149,6 +151,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     recipe = replace(RECIPE, moe=moe, tasks=tasks)
     if args.train is not None:
         recipe = replace(recipe, train={key: PartConfig(**table) for key, table in args.train.items()})
+    recipe = replace(recipe, lora=LoraConfig(**args.lora))
     if args.as_others:
         recipe = replace(recipe, model=AS_OTHERS, moe=replace(moe, **MOE_AS_OTHERS))
     if args.save:

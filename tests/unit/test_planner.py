@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsmoe_vl.config.recipe import DataConfig, ModelConfig, MoEConfig, Recipe, RunConfig, TokenizerConfig, VisionConfig
+from dsmoe_vl.config.recipe import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    MoEConfig,
+    Recipe,
+    RunConfig,
+    TokenizerConfig,
+    VisionConfig,
+)
 from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
@@ -58,7 +67,19 @@ SWITCHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", [TINY, *SWITCHED, *map(shipped, RECIPES)], ids=lambda recipe: recipe.run.name)
+LORA = LoraConfig(rank=3, parts=("vision", "attention", "feed_forward", "experts"))
+ADAPTED = [
+    replace(recipe, lora=LORA)
+    for recipe in (
+        tiny("adapters", qkv_bias=True, vision=tower(bias=True), moe={"shared_gate": True, "renormalise": False}),
+        tiny("adapters, residual", vision=tower(ffn="gelu"), moe={"backend": "capacity", "residual": True}),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "recipe", [TINY, *SWITCHED, *ADAPTED, *map(shipped, RECIPES)], ids=lambda recipe: recipe.run.name
+)
 def test_parts_add_up_to_the_model(recipe):
     with torch.device("meta"):
         model = build_backbone(recipe)
@@ -101,6 +122,28 @@ def test_flops_by_hand():
     encoder = 2 * (12 * 4 + 4 * 4 * 4 + 3 * 4 * 6) + 4 * 4 * 16
     assert flops.per_patch == encoder + 2 * (16 * 8 + 8 * 8 + 64 * 8) / 4
     assert flops.training(5, 3, 2) == 3 * (5 * flops.per_token + 3 * flops.per_patch + 2 * flops.per_label)
+
+
+def test_adapters_by_hand():
+    adapted = replace(TINY, lora=LORA)
+    counts, before = count_parameters(adapted), count_parameters(TINY)
+    attention = 3 * 3 * ((8 + 16) + (8 + 8))
+    dense, shared = 3 * ((8 + 20) + (10 + 8)), 2 * 3 * ((8 + 14) + (7 + 8))
+    expert = 3 * 3 * (8 + 5)
+    vision = 3 * ((4 + 12) + (4 + 4) + (4 + 12) + (6 + 4))
+    assert counts.attention - before.attention == attention and counts.vision - before.vision == vision
+    assert counts.experts - before.experts == 2 * 4 * expert
+    assert counts.total - before.total == attention + dense + shared + 2 * 4 * expert + vision
+    assert counts.active - before.active == attention + dense + shared + 2 * 2 * expert + vision
+    trained = count_trained(adapted).trained
+    assert [trained[part] for part in LORA.parts] == [vision, attention, dense + shared, 2 * 4 * expert]
+    assert trained["embedding"] == before.embedding
+
+    ours, theirs = (estimate_flops(recipe, token_context=10, patch_context=16) for recipe in (adapted, TINY))
+    assert ours.per_token - theirs.per_token == 2 * (attention + dense + shared + 2 * 2 * expert)
+    assert ours.per_patch - theirs.per_patch == 2 * vision
+    frozen = 2 * (3 * (8 * 16 + 8 * 8) + 3 * 8 * 10 + 2 * 3 * 8 * 7 + 2 * 2 * 3 * 8 * 5)
+    assert ours.spared_token == frozen and theirs.spared_token == 0
 
 
 def test_default_contexts_are_those_of_one_full_picture():
