@@ -90,6 +90,15 @@ class WarmRanks:
 
     def ask(self, job: list[str]) -> Any:
         """The answer to one job. Fails with the errors of all ranks."""
+        try:
+            return self._ask(job)
+        except BaseException:  # such as a time limit: the next job must not get this one's answer
+            for process in self._processes:
+                process.kill()
+            self.close()
+            raise
+
+    def _ask(self, job: list[str]) -> Any:
         if not self._processes:
             self._start()
         for process in self._processes:
