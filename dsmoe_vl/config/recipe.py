@@ -13,6 +13,7 @@ from typing import Any
 
 from dsmoe_vl.config.bounds import bounded
 from dsmoe_vl.config.control_symbols import ControlsConfig
+from dsmoe_vl.config.rope import RopeScalingConfig
 from dsmoe_vl.config.task_table import TASKS, TaskSpec
 
 PIPE = "pipe:"  # prefix of a source path that is a shell command
@@ -47,7 +48,12 @@ class VisionConfig:
     # LayerNorm of what is joined to a cell: of each patch, or of all together; or none
     connector_norm: str = bounded("none", choices=("none", "patch", "joined"))
     connector_norm_eps: float = bounded(1e-5, above=0)
+    connector_width: int = bounded(0, least=0)  # hidden width of the connector; 0: the decoder's width
+    # DeepStack: encoder layers, from 0 and in order; what leaves the n-th of them is added after decoder layer n
+    taps: tuple[int, ...] = ()
     place_and_time: bool = True  # the connector adds the place of a cell in its picture and of a frame in its video
+    # a vision token is its cell and the embedding of <image> or <video>, or its cell alone
+    placeholder: str = bounded("add", choices=("add", "replace"))
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ class ModelConfig:
     qk_norm: str = bounded("head", choices=("head", "width", "none"))
     qkv_bias: bool = False  # biases of queries, keys and values
     tied: bool = True  # the output projection is the token embedding
+    # rotary pairs that turn with time, row and column of a token (interleaved MRoPE); empty: all with its position
+    rope_sections: tuple[int, ...] = ()
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
 
     @property

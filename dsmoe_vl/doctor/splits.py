@@ -74,7 +74,9 @@ def shrink(recipe: Recipe) -> Recipe:
         model=replace(
             model, width=16 * kv_heads * ratio, layers=dense + 2, heads=kv_heads * ratio, kv_heads=kv_heads,
             ffn_width=32, head_width=16 if model.head_width else 0,
-            vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32),
+            rope_sections=(4, 2, 2) if model.rope_sections else (),
+            vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32, connector_width=0,
+                           taps=(0,) if vision.taps else ()),
         ),
         moe=replace(
             moe, experts=experts, top_k=min(moe.top_k, experts), ffn_width=16, first_dense_layers=dense,

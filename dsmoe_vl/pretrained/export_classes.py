@@ -101,6 +101,11 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
     Raises ConfigError if no class computes what the model computes.
     """
     whole = None if text_only else _whole_kind(recipe.model.vision)
+    if whole is not None and recipe.model.rope_sections:
+        raise ConfigError(
+            f"model.rope_sections = {list(recipe.model.rope_sections)}: {whole} has none: give --part text for the "
+            "decoder alone, whose texts are the same without them"
+        )
     kind = _text_kind(recipe, biases)
     recipe, changes = _in_form(recipe, kind)
     if whole == "llava":  # its tower has a last norm, and takes the features before it
@@ -208,7 +213,7 @@ def _in_form(recipe: Recipe, kind: str) -> tuple[Recipe, dict[str, float]]:
 _ANY = {
     "norm": ("layer",), "bias": (True,), "qk_norm": (False,), "ffn": ("gelu", "gelu_tanh", "quick_gelu"),
     "layer_scale": (False,), "positions": ("learned",), "prefix_tokens": (0,), "pre_norm": (False,),
-    "place_and_time": (False,),
+    "place_and_time": (False,), "connector_width": (0,), "taps": ((),),
 }  # fmt: skip
 _WHOLE: dict[str, dict[str, tuple[Any, ...]]] = {
     "lfm2_vl": _ANY | {

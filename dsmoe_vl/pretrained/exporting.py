@@ -134,7 +134,7 @@ def write_weights(
         shards[-1].append(item)
         filled += item.spec.size
     row = None
-    if form.replaces_placeholder:
+    if form.replaces_placeholder and recipe.model.vision.placeholder == "add":
         width = form.recipe.model.width
         row = weights.flat("embedding.weight", image_token * width, (image_token + 1) * width)
 

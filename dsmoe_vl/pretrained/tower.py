@@ -1,8 +1,9 @@
 """Vision encoders of other makers: what their config.json means, and which of their tensors ours are made of. Those of
 SigLIP and SigLIP2 are read in both directions, to import and to export.
 
-Read: SigLIP and SigLIP2 (of fixed size and NaFlex), CLIP, DINOv2, InternViT. Their features are those that
-vision-language models take: after the last norm, for CLIP the last layer but one, for InternViT without a norm.
+Read: SigLIP and SigLIP2 (of fixed size and NaFlex), CLIP, DINOv2, InternViT, and Qwen3-VL's for still images. Features
+are those that vision-language models take: after the last norm, for CLIP the last layer but one, for InternViT and
+Qwen3-VL without a norm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from torch import Tensor
 
 from dsmoe_vl.config.recipe import VisionConfig
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.pretrained.mapping import Make, Target, folded_pixels, in_thirds, joined, only
+from dsmoe_vl.pretrained.mapping import (
+    Make,
+    Target,
+    folded_pixels,
+    fused_qkv,
+    in_thirds,
+    joined,
+    only,
+    split_fused_qkv,
+)
 
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,6 +51,8 @@ class _Family:
     scales: tuple[str, str] | None = None
     skipped_layers: int = 0  # at the end
     flat_patches: bool = False  # the patch embedding is a matrix, by row, column and channel; else a convolution
+    norm_eps: float = 0.0  # 0: config.json says it
+    rope_base: float = 0.0  # of the rotary embedding, if it has one; queries, keys and values are then one tensor
 
 
 _SIGLIP_LAYER = {
@@ -79,11 +91,20 @@ FAMILIES = {
         "embeddings.patch_embeddings.projection", "embeddings.position_embeddings", None, _IMAGENET,
         class_token="embeddings.cls_token", scales=("lambda_1", "lambda_2"),
     ),
+    "qwen3_vl_vision": _Family(
+        "blocks.{}.",
+        {
+            "attention_norm": "norm1", "feed_forward_norm": "norm2", "feed_forward.up": "mlp.linear_fc1",
+            "feed_forward.down": "mlp.linear_fc2", "attention.out": "attn.proj", "qkv": "attn.qkv",
+        },
+        "patch_embed.proj", "pos_embed.weight", None, (_HALF, _HALF), resize="align_corners", norm_eps=1e-6,
+        rope_base=10000.0,
+    ),
 }  # fmt: skip
 _WITHIN = {"siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model", "clip": "clip_vision_model"}
 _PREFIXES = (
     "", "vision_model.", "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.",
-    "model.vision_tower.vision_model.",
+    "model.vision_tower.vision_model.", "model.visual.", "visual.",
 )  # fmt: skip
 # Tensors that no feature depends on.
 _LEFT_OUT = re.compile(
@@ -156,20 +177,32 @@ class Tower:
         for name in ("feed_forward.up", "feed_forward.down", "attention.out"):
             for kind in ("weight", "bias"):
                 yield Target(f"{ours}{name}.{kind}", (f"{theirs}{parts[name]}.{kind}",))
-        weights = tuple(f"{theirs}{parts[part]}.weight" for part in "qkv")
-        yield Target(f"{ours}attention.qkv.weight", weights, joined, "queries, keys and values", in_thirds)
-        if self.has_qkv_bias:
-            biases = tuple(f"{theirs}{parts[part]}.bias" for part in "qkv")
-            yield Target(f"{ours}attention.qkv.bias", biases, joined, "queries, keys and values", in_thirds)
-        else:
-            yield Target(f"{ours}attention.qkv.bias", weights[:1], _zero_biases, "zeros: there are none")
+        yield from self._qkv(theirs, f"{ours}attention.qkv.")
         if self.family.scales is not None:
             for scale, name in zip(("attention_scale", "feed_forward_scale"), self.family.scales, strict=True):
                 yield Target(f"{ours}{scale}.weight", (f"{theirs}{name}",))
 
+    def _qkv(self, theirs: str, ours: str) -> Iterator[Target]:
+        parts = self.family.parts
+        if self.family.rope_base:
+            head, how = self.vision.width // self.vision.heads, "rotary pairs of queries and keys side by side"
+            for kind in ("weight", "bias"):
+                sources = (f"{theirs}{parts['qkv']}.{kind}",)
+                yield Target(f"{ours}{kind}", sources, fused_qkv(head), how, split_fused_qkv(head))
+            return
+        weights = tuple(f"{theirs}{parts[part]}.weight" for part in "qkv")
+        yield Target(f"{ours}weight", weights, joined, "queries, keys and values", in_thirds)
+        if self.has_qkv_bias:
+            biases = tuple(f"{theirs}{parts[part]}.bias" for part in "qkv")
+            yield Target(f"{ours}bias", biases, joined, "queries, keys and values", in_thirds)
+        else:
+            yield Target(f"{ours}bias", weights[:1], _zero_biases, "zeros: there are none")
+
     def _patches(self, part: int) -> Make:
         def make(found: Sequence[Tensor]) -> Tensor:
             weight, bias = found[0], found[1] if len(found) > 1 else None
+            if weight.dim() == 5:  # of two frames: those of a still image are equal
+                weight = weight.sum(2)
             if weight.dim() == 2:  # by row, column and channel
                 side = self.vision.patch_size
                 weight = weight.view(-1, side, side, 3).permute(0, 3, 1, 2)
@@ -248,19 +281,22 @@ def read_tower(config: Mapping[str, Any], preprocessor: Mapping[str, Any], names
         found = need(key)
         return int(found[0] if isinstance(found, list) else found)
 
-    patch, patches = side("patch_size"), config.get("num_patches")
+    patch, patches = side("patch_size"), config.get("num_patches", config.get("num_position_embeddings"))
     grid = math.isqrt(patches) if patches else side("image_size") // patch
     hidden = config.get("intermediate_size") or width * need("mlp_ratio")
     vision = VisionConfig(
-        patch_size=patch, width=width, layers=need("num_hidden_layers") - family.skipped_layers,
-        heads=need("num_attention_heads"), ffn_width=hidden,
-        norm="rms" if config.get("norm_type") == "rms_norm" else "layer", norm_eps=need("layer_norm_eps"), bias=True,
-        qk_norm=False, ffn=_ACTIVATIONS[activation], layer_scale=family.scales is not None, positions="learned",
+        patch_size=patch, width=width, layers=need("num_hidden_layers", "depth") - family.skipped_layers,
+        heads=need("num_attention_heads", "num_heads"), ffn_width=hidden,
+        norm="rms" if config.get("norm_type") == "rms_norm" else "layer",
+        norm_eps=family.norm_eps or need("layer_norm_eps"), bias=True,
+        qk_norm=False, ffn=_ACTIVATIONS[activation], layer_scale=family.scales is not None,
+        positions="learned+rotary" if family.rope_base else "learned",
+        rope_base=(config.get("rope_parameters") or {}).get("rope_theta", family.rope_base) or VisionConfig.rope_base,
         position_grid=grid, position_resize=family.resize, prefix_tokens=int(family.class_token is not None),
         pre_norm=family.norm_before is not None, final_norm=family.final is not None,
     )  # fmt: skip
     mean, std = family.pixels
     return Tower(
-        vision, family, prefix, f"{prefix}{family.layer.format(0)}{family.parts['q']}.bias" in names,
+        vision, family, prefix, f"{prefix}{family.layer.format(0)}{family.parts.get('q')}.bias" in names,
         preprocessor.get("image_mean", mean), preprocessor.get("image_std", std),
     )  # fmt: skip

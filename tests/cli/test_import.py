@@ -278,3 +278,25 @@ def test_a_dense_model_with_experts_made_of_it(tiny, tmp_path):
     arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--dry-run", "moe.balance_weight=0.5"]
     result = finish(start(python(TRAIN, *arguments)))
     assert result.status == 0 and "3 of 6 experts" in result.out, result.out + result.err
+
+
+def test_a_whole_model_is_imported_and_trains(tiny, tmp_path):
+    """With its probe and its tokenizer, whose piece for pictures becomes the symbol."""
+    torch.manual_seed(0)
+    tower = {**TOWER, "patch_size": [8, 8], "image_size": [32, 32]}
+    text = {**DECODER, "model_type": "qwen3_moe"}
+    config = transformers.InternVLConfig(vision_config=tower, text_config=text, image_token_id=302)
+    transformers.InternVLForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+    byte_level(tmp_path / "whole" / "tokenizer.json")
+    (tmp_path / "whole" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    result = imported(tmp_path, tmp_path / "model", "whole")
+    assert result.status == 0, result.err
+    settings = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert settings["tokenizer"]["controls"] == {"image": "<|image_pad|>"}
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())
+    assert all(name.endswith(("task_bias", "modality_bias")) for name in origin["first_values"])
+    text = without_shapes(tiny, tmp_path / "model")
+    (tmp_path / "recipe.toml").write_text(text[: text.index("[tokenizer]")] + text[text.index("[run]") :])
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", tmp_path / "recipe.toml", "--run-dir", tmp_path / "run"]
+    result = finish(start(python(TRAIN, *arguments, "run.steps=1", "run.samples_every=0", "run.evaluate_every=0")))
+    assert result.status == 0 and "as its makers' program computes it" in result.out, result.out + result.err

@@ -26,11 +26,15 @@ CASES = {
         'moe.routing="isolated"', "moe.experts_per_layer=[9, 12]", "model.tied=false", "moe.shared_ffn_width=36",
         "moe.shared_gate=true",
     ],
+    "a longer context": [
+        'model.rope_scaling.kind="yarn"', "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8",
+    ],
     "routed by task, norms over the width": ['moe.routing="task"', 'model.qk_norm="width"', "model.head_width=0"],
     "everything in the encoder": [
         *SIGLIP, "model.vision.place_and_time=true", 'model.vision.ffn="quick_gelu"', "model.vision.layer_scale=true",
         "model.vision.prefix_tokens=2", "model.vision.pre_norm=true", 'model.vision.position_resize="bicubic"',
-        "model.vision.final_norm=false", "model.qkv_bias=true", 'model.qk_norm="none"', "moe.top_k=1",
+        "model.vision.final_norm=false", 'model.vision.placeholder="replace"',
+        "model.vision.connector_width=30", "model.qkv_bias=true", 'model.qk_norm="none"', "moe.top_k=1",
     ],
     "rotary and learned positions": [
         *SIGLIP, "model.vision.qk_norm=true", 'model.vision.positions="learned+rotary"', 'model.vision.ffn="swiglu"',

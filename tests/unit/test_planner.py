@@ -53,6 +53,8 @@ SWITCHED = [
                                            position_grid=3, prefix_tokens=5, layer_scale=True, connector_norm="patch")),
     tiny("tower like CLIP", vision=tower(norm="layer", bias=True, qk_norm=False, ffn="quick_gelu", pre_norm=True,
                                          positions="learned+rotary", position_grid=2, final_norm=False)),
+    tiny("Qwen3-VL's connectors", rope_sections=(1, 1, 0), vision=tower(connector_norm="patch", connector_width=9,
+                                                                        taps=(0,), placeholder="replace")),
     tiny("residual", moe={"backend": "capacity", "residual": True}),
     tiny("shared gate", moe={"shared_gate": True, "renormalise": False}),
 ]  # fmt: skip

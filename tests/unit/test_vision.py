@@ -18,7 +18,7 @@ def vectors(seconds=-1.0):
     connector = Connector(CONFIG, 16)
     positions = torch.tensor(grid_positions((ROWS * 2, COLUMNS * 2), CONFIG.merge))
     cells = ROWS * COLUMNS
-    found = connector(torch.ones(cells * 4, CONFIG.width), positions, torch.full((cells,), seconds))
+    (found,) = connector((torch.ones(cells * 4, CONFIG.width),), positions, torch.full((cells,), seconds))
     return found.detach().view(ROWS, COLUMNS, -1)
 
 
