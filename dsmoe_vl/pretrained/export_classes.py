@@ -6,6 +6,7 @@ the setting and the fix.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -200,6 +201,7 @@ def _in_form(recipe: Recipe, kind: str) -> tuple[Recipe, dict[str, float]]:
     model, moe = recipe.model, recipe.moe
     moe = replace(moe, experts=moe.experts_per_layer[0] if moe.experts_per_layer else moe.experts, experts_per_layer=())
     moe = replace(moe, backend="dropless", renormalise=moe.renormalise and moe.top_k > 1)
+    model = replace(model, rope_sections=())  # a text without pictures has the same positions without them
     changes: dict[str, float] = {}
     if kind == "qwen2_moe":
         if moe.shared_ffn_width and not moe.shared_gate:  # its gate will be sigmoid(0)
@@ -233,8 +235,7 @@ def _whole_kind(vision: VisionConfig) -> str:
     nearest = min(wrong, key=lambda kind: len(wrong[kind]))
     if not wrong[nearest]:
         return nearest
-    settings = ", ".join(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}".replace("'", '"')
-                         for key, value in wrong[nearest].items())  # fmt: skip
+    settings = ", ".join(f"{key} = {json.dumps(value)}" for key, value in wrong[nearest].items())
     raise ConfigError(
         f"no class has this vision encoder and connector; the nearest, {nearest}, needs in [model.vision]: {settings}. "
         "Train with them, or give --own-code, or --part text for the decoder alone"

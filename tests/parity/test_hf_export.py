@@ -49,8 +49,9 @@ CASES = {
         False,
     ),
     "qwen3, a longer context": (
-        [DENSE, 'model.rope_scaling.kind="yarn"', "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8",
-         "model.rope_scaling.beta_fast=1.0", "model.rope_scaling.beta_slow=0.1"],
+        [DENSE, "model.rope_sections=[4, 3, 3]", 'model.rope_scaling.kind="yarn"', "model.rope_scaling.factor=4",
+         "model.rope_scaling.original_length=8", "model.rope_scaling.beta_fast=1.0",
+         "model.rope_scaling.beta_slow=0.1"],
         False,
     ),
     "mixtral": ([NO_NORM, "moe.first_dense_layers=0"], False),

@@ -119,9 +119,16 @@ def test_the_folder_needs_no_code_of_ours(tiny, tmp_path):
     assert done.stdout.split() == ["torch.float32", "True"]
 
 
-def test_what_the_code_lacks_is_refused(tiny, tmp_path):
-    run, _ = made(tiny, tmp_path / "run", ['moe.backend="capacity"', "moe.residual=true"])
-    with pytest.raises(
-        ConfigError, match=r"moe\.residual = true: it is not in the code for transformers: train with false"
-    ):
+LACKS = {
+    "residual": (['moe.backend="capacity"', "moe.residual=true"], "moe.residual = true: .* transformers: train with"),
+    "places": (["model.rope_sections=[4, 3, 3]"], r"model.rope_sections = \[4, 3, 3\]: .* give --part text"),
+    "taps": (["model.vision.taps=[0]"], r"model.vision.taps = \[0\]: .* give --part text"),
+}
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_what_the_code_lacks_is_refused(name, tiny, tmp_path):
+    settings, message = LACKS[name]
+    run, _ = made(tiny, tmp_path / "run", settings)
+    with pytest.raises(ConfigError, match=message):
         export_hf(run, tmp_path / "hf", own_code=True)

@@ -15,6 +15,7 @@ from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.pack import PackShape, assemble, collate, grid_positions
 from dsmoe_vl.data.segment import Modality, Picture, Segment
 from dsmoe_vl.errors import CheckpointError, ConfigError
+from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.pretrained.importing import import_models
 from dsmoe_vl.tasks.registry import build_backbone
@@ -146,6 +147,52 @@ def test_logits_and_a_gradient_are_equal(name, tmp_path):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl_moe"])
+@torch.no_grad()
+def test_texts_go_on_behind_the_pictures(name, tmp_path):
+    """With a cache, one token at a time, all prompts together: as transformers' whole forwards of each."""
+    theirs = made(name, tmp_path / "theirs")
+    ours = imported(tmp_path / "theirs", tmp_path / "ours")
+    segments, inputs = texts(name)
+    lengths = [segment.length for segment in segments]
+    patches = sum(segment.patch_count for segment in segments)
+    batch = collate([assemble(segments, PackShape(sum(lengths), patches, SIDE, MERGE))])
+    cache = KeyValueCache(3, lengths, 4, 2, 20, ours.embedding.weight)
+    ours(batch, cache)
+    noise = torch.Generator().manual_seed(1)
+    for step in range(4):
+        tokens = torch.randint(0, IMAGE, (len(segments),), generator=noise)
+        if step == 2:  # as beams do
+            order = torch.tensor([1, 0, *range(2, len(segments))])
+            cache.keep(order)
+            inputs = [inputs[row] for row in order.tolist()]
+        found = ours.head(ours.extend(tokens, torch.zeros_like(tokens), cache))
+        for row, one in enumerate(inputs):
+            one["input_ids"] = torch.cat((one["input_ids"], tokens[row].view(1, 1)), dim=1)
+            if "qwen" in name:
+                one["mm_token_type_ids"] = (one["input_ids"] == IMAGE).int()
+            torch.testing.assert_close(found[row], theirs(**one).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_stacks_of_experts_are_read_both_ways(tmp_path):
+    """As transformers 5 writes them, and as version 4 did: transposed. Equal sizes cannot tell, and are refused."""
+    made("qwen3_vl_moe", tmp_path)
+    import_models(None, None, tmp_path / "one", whole=tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    turned = {name: value.transpose(1, 2).contiguous() for name, value in weights.items() if ".mlp.experts." in name}
+    assert len(turned) == 6
+    save_file(weights | turned, file, {"format": "pt"})
+    import_models(None, None, tmp_path / "two", whole=tmp_path)
+    one, two = (WeightsFile(tmp_path / name).load() for name in ("one", "two"))
+    assert set(one) == set(two) and all(value.equal(two[name]) for name, value in one.items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for hidden in (48, 24):
+        changed(tmp_path, {"text_config": config["text_config"] | {"moe_intermediate_size": hidden}})
+        with pytest.raises(ConfigError, match=f"moe_intermediate_size = {hidden} do not tell which way"):
+            import_models(None, None, tmp_path / "three", whole=tmp_path)
+
+
 def gradients(ours, theirs):
     """Of the embedding, the first layer of the encoder, and the connector: (ours, transformers')."""
     yield ours.embedding.weight.grad, theirs.model.language_model.embed_tokens.weight.grad
@@ -173,6 +220,7 @@ def changed(folder, change):
         ({"downsample_ratio": 0.3}, "downsample_ratio = 0.3 of a connector is not read; 1/n is"),
         ({"vision_feature_layer": -2}, "vision_feature_layer = -2 of a connector is not read; -1 is"),
         ({"text_config": None}, "text_config is missing"),
+        ({"model_type": "qwen2_5_vl"}, "model_type = 'qwen2_5_vl' of a whole model .* the nearest that is: qwen3_vl"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(change, message, tmp_path):
