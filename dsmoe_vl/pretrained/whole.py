@@ -24,11 +24,13 @@ _NEAREST = {
     "lfm2_vl": "its parts: --text of a language model and --vision of a SigLIP2",
     "llava": "its parts: --text of the language model and --vision of the encoder",
 }
-# The text part under another name; its gates always sum to 1.
+# The text part under another name; its gates always sum to 1, and its files need not name a balance loss.
 _TEXTS_OF: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"model_type": "qwen3"},
     "qwen3_vl_moe": {"model_type": "qwen3_moe", "norm_topk_prob": True},
 }
+_BALANCE = {"router_aux_loss_coef": 0.001}
+_SYMBOLS = ("image", "video", "vision_start", "vision_end")  # whose ids are in config.json, as image_token_id
 _TEXTS = ("model.language_model.", "language_model.model.")  # prefixes of different versions
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 _PROJECTORS = ("multi_modal_projector.", "model.multi_modal_projector.")
@@ -80,8 +82,8 @@ def read_whole(config: Mapping[str, Any], preprocessor: Mapping[str, Any], names
         tower = _qwen(seen, read_tower(seen, preprocessor, names, f"{place}, vision_config"), place)
         connector = tuple(_mergers(tower))
         _refuse_square_experts(decoder, place)
-    ids = {key: value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
-    symbols = {name: ids[key] for name in ("image", "video") if (key := f"{name}_token_id") in ids}
+    ids = {name: config[key] for name in _SYMBOLS if isinstance(config.get(key := f"{name}_token_id"), int)}
+    symbols = {name: row for name, row in ids.items() if name in ("image", "video")}
     return Whole(decoder, tower, connector, symbols, min(ids.values(), default=decoder.vocab_size))
 
 
@@ -91,7 +93,7 @@ def _decoder(config: Mapping[str, Any], names: Collection[str], place: str) -> D
             raise ConfigError(f"{place}: {key} is missing: download the folder again")
     text = config["text_config"]
     if config["model_type"] in _TEXTS_OF:
-        text = {**text, **_TEXTS_OF[config["model_type"]]}
+        text = {**_BALANCE, **text, **_TEXTS_OF[config["model_type"]]}
     head = next((name for name in _HEADS if name in names), None)
     decoder = read_decoder(text, () if head is None else ("lm_head.weight",), f"{place}, text_config")
     prefix = _first_of(_TEXTS, "embed_tokens.weight", names, place)

@@ -193,6 +193,31 @@ def test_stacks_of_experts_are_read_both_ways(tmp_path):
             import_models(None, None, tmp_path / "three", whole=tmp_path)
 
 
+def test_folders_of_other_versions_are_read_alike(tmp_path):
+    """With the names and the keys that transformers 4 wrote."""
+    renamed = {
+        "internvl": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower.",
+                     "multi_modal_projector.": "model.multi_modal_projector."},
+        "qwen3_vl": {"model.visual.": "visual."},
+    }  # fmt: skip
+    for name, prefixes in renamed.items():
+        folder = tmp_path / name
+        made(name, folder)
+        import_models(None, None, folder / "one", whole=folder)
+        weights = load_file(folder / "model.safetensors")
+        for old, new in prefixes.items():
+            weights = {new + key.removeprefix(old) if key.startswith(old) else key: w for key, w in weights.items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        rope = text.pop("rope_parameters")
+        text["rope_theta"] = rope.pop("rope_theta")
+        changed(folder, {"text_config": text | {"rope_scaling": rope}, "pad_token_id": 0})
+        import_models(None, None, folder / "two", whole=folder)
+        one, two = (WeightsFile(folder / number).load() for number in ("one", "two"))
+        assert set(one) == set(two) and all(value.equal(two[key]) for key, value in one.items())
+        assert (folder / "one" / "model.json").read_text() == (folder / "two" / "model.json").read_text()
+
+
 def gradients(ours, theirs):
     """Of the embedding, the first layer of the encoder, and the connector: (ours, transformers')."""
     yield ours.embedding.weight.grad, theirs.model.language_model.embed_tokens.weight.grad
