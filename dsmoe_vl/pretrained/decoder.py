@@ -149,10 +149,11 @@ class Decoder:
         for n in numbers:
             for weight, rows in (("w1", slice(hidden)), ("w3", slice(hidden, None))):
                 how = f"expert {n}, rows from {rows.start or 0} on"
-                yield Target(names[weight][n], (f"{theirs}experts.gate_up_proj",), expert_of(n, both, rows), how)
+                make, source = expert_of(n, both, rows), f"{theirs}experts.gate_up_proj"
+                yield Target(names[weight][n], (source,), make, how, stack=moe.experts)
         for n in numbers:
-            make = expert_of(n, down, slice(None))
-            yield Target(names["w2"][n], (f"{theirs}experts.down_proj",), make, f"expert {n}")
+            make, source = expert_of(n, down, slice(None)), f"{theirs}experts.down_proj"
+            yield Target(names["w2"][n], (source,), make, f"expert {n}", stack=moe.experts)
 
     def config(self, positions: int) -> dict[str, Any]:
         """The keys of config.json that say these settings, for transformers 4 and 5; `read_decoder` reads them back.

@@ -18,7 +18,7 @@ from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.pretrained.decoder import Decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, connector_targets, siglip_tower
+from dsmoe_vl.pretrained.tower import Tower, connector_targets, merger_targets, qwen_tower, siglip_tower
 
 BIASES = ("task_bias", "modality_bias", "selection_bias")  # of a router
 _DROP = "or give --own-code, or --drop-routing-bias, which changes what the model computes"
@@ -30,8 +30,14 @@ _PREFIXES = {  # on disk, as every version of transformers reads them: tower, co
         "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.",
         "language_model.lm_head.weight",
     ),
+    "qwen3_vl": ("model.visual.", "model.visual.", "model.language_model.", "lm_head.weight"),
 }  # fmt: skip
-_ARCHITECTURES = {"lfm2_vl": "Lfm2VlForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}
+_PREFIXES["qwen3_vl_moe"] = _PREFIXES["qwen3_vl"]
+_ARCHITECTURES = {
+    "lfm2_vl": "Lfm2VlForConditionalGeneration", "llava": "LlavaForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration", "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}  # fmt: skip
+QWEN = ("qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,9 @@ class ExportClass:
         yield from self.decoder.targets()
         if self.tower is not None:
             yield from self.tower.targets()
+            if self.kind in QWEN:
+                yield from merger_targets(self.tower.vision, _PREFIXES[self.kind][1])
+                return
             yield from connector_targets(_PREFIXES[self.kind][1], self.kind == "lfm2_vl")
 
     def changed(self, name: str, value: Tensor) -> Tensor:
@@ -85,6 +94,11 @@ class ExportClass:
             "architectures": [self.architecture], "model_type": self.kind, "text_config": text,
             "vision_config": self.tower.config(), "tie_word_embeddings": model.tied, "projector_hidden_act": "gelu",
         }  # fmt: skip
+        if self.kind in QWEN:
+            del outer["projector_hidden_act"]
+            outer["text_config"] = text | {"model_type": f"{self.kind}_text"}
+            outer["vision_config"] |= {"model_type": self.kind, "out_hidden_size": model.width}
+            return outer | {"image_token_id": image_token}
         if self.kind == "llava":
             return outer | {
                 "image_token_index": image_token, "image_seq_length": vision.position_grid**2,
@@ -102,6 +116,8 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
     Raises ConfigError if no class computes what the model computes.
     """
     whole = None if text_only else _whole_kind(recipe.model.vision)
+    if whole == "qwen3_vl":
+        return _qwen(recipe, _text_kind(recipe, biases))
     if whole is not None and recipe.model.rope_sections:
         raise ConfigError(
             f"model.rope_sections = {list(recipe.model.rope_sections)}: {whole} has none: give --part text for the "
@@ -120,6 +136,30 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
     prefixes = _PREFIXES[whole]
     tower = siglip_tower(recipe.model.vision, whole == "lfm2_vl", prefixes[0])
     return ExportClass(whole, recipe, replace(decoder, prefix=prefixes[2], head=prefixes[3]), tower, changes)
+
+
+def _qwen(recipe: Recipe, kind: str) -> ExportClass:
+    """Qwen3-VL with or without experts. Raises ConfigError for a decoder that it has not."""
+    sections, moe = recipe.model.rope_sections, recipe.moe
+    form, _ = _in_form(recipe, kind)
+    is_sparse, width = kind == "qwen3_moe", recipe.model.width
+    unlike = {
+        f"model.rope_sections = {list(sections)}: qwen3_vl has three": not sections,
+        f"a decoder like {kind}: qwen3_vl has one like qwen3 or qwen3_moe": kind not in ("qwen3", "qwen3_moe"),
+        "gates that do not sum to 1: those of qwen3_vl_moe do": is_sparse and not form.moe.renormalise,
+        f"moe.ffn_width = {moe.ffn_width}, model.width = {width}: transformers cannot tell which way such experts of "
+        "qwen3_vl_moe are written": is_sparse and width in (moe.ffn_width, 2 * moe.ffn_width),
+    }
+    wrong = next((what for what, is_so in unlike.items() if is_so), None)
+    if wrong is not None:
+        raise ConfigError(f"{wrong}: train otherwise, or give --part text for the decoder alone")
+    form = replace(form, model=replace(form.model, rope_sections=sections))
+    tower, _, text, head = _PREFIXES["qwen3_vl"]
+    dense = moe.first_dense_layers if is_sparse else form.model.layers
+    decoder = Decoder(
+        form.model, form.moe if is_sparse else None, recipe.tokenizer.vocab_size, dense, kind, text, head, is_sparse
+    )
+    return ExportClass(QWEN[is_sparse], form, decoder, qwen_tower(form.model.vision, tower))
 
 
 def _text_kind(recipe: Recipe, biases: Collection[str]) -> str:
@@ -223,6 +263,11 @@ _WHOLE: dict[str, dict[str, tuple[Any, ...]]] = {
         "connector_norm_eps": (1e-5,),
     },
     "llava": _ANY | {"merge": (1,), "final_norm": (False,), "connector_norm": ("none",)},
+    "qwen3_vl": {key: values for key, values in _ANY.items() if key not in ("taps", "connector_width")} | {
+        "norm_eps": (1e-6,), "positions": ("learned+rotary",), "rope_base": (10000.0,),
+        "position_resize": ("align_corners",), "final_norm": (False,), "connector_norm": ("patch",),
+        "connector_norm_eps": (1e-6,),
+    },
 }  # fmt: skip
 
 
@@ -232,6 +277,8 @@ def _whole_kind(vision: VisionConfig) -> str:
         kind: {key: values[0] for key, values in needs.items() if getattr(vision, key) not in values}
         for kind, needs in _WHOLE.items()
     }
+    if vision.connector_width != (joined := vision.merge**2 * vision.width):
+        wrong["qwen3_vl"]["connector_width"] = joined
     nearest = min(wrong, key=lambda kind: len(wrong[kind]))
     if not wrong[nearest]:
         return nearest

@@ -59,7 +59,8 @@ class Target:
     """A tensor of our model, and the tensors of theirs that it is made of. `how`: in words, for origin.json.
 
     `undo` is the inverse of `make`: one tensor for each source, or None where another target gives that source. Targets
-    without `undo` can be imported only. A target without sources is fp32, and made of nothing else.
+    without `undo` can be imported only. A target without sources is fp32, and made of nothing else. `stack`: if above
+    0, the one source has the matrices of so many experts, [E, in, out], of which this is one, or some rows of one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Target:
     make: Make = only
     how: str = "as it is"
     undo: Undo | None = None
+    stack: int = 0
 
     def parts(self, value: Tensor) -> list[tuple[str, Tensor]]:
         """Their tensors, by name, from ours."""

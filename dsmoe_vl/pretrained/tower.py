@@ -148,8 +148,17 @@ class Tower:
                 yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
 
     def config(self) -> dict[str, Any]:
-        """The keys of config.json that say these settings, for SigLIP and SigLIP2; `read_tower` reads them back."""
+        """The keys of config.json that say these settings, for SigLIP, SigLIP2 and Qwen3-VL; `read_tower` reads them
+        back."""
         vision, naflex = self.vision, self.family.flat_patches
+        activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn)
+        if self.family.rope_base:
+            return {
+                "hidden_size": vision.width, "intermediate_size": vision.ffn_width, "depth": vision.layers,
+                "num_heads": vision.heads, "in_channels": 3, "patch_size": vision.patch_size,
+                "temporal_patch_size": 2, "spatial_merge_size": vision.merge, "hidden_act": activation,
+                "num_position_embeddings": vision.position_grid**2, "deepstack_visual_indexes": list(vision.taps),
+            }  # fmt: skip
         size = {"num_patches": vision.position_grid**2}
         if not naflex:
             size = {"image_size": vision.position_grid * vision.patch_size}
@@ -157,8 +166,7 @@ class Tower:
             "model_type": "siglip2_vision_model" if naflex else "siglip_vision_model", "hidden_size": vision.width,
             "intermediate_size": vision.ffn_width, "num_hidden_layers": vision.layers,
             "num_attention_heads": vision.heads, "num_channels": 3, "patch_size": vision.patch_size,
-            "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn),
-            "layer_norm_eps": vision.norm_eps, "vision_use_head": False,
+            "hidden_act": activation, "layer_norm_eps": vision.norm_eps, "vision_use_head": False,
         }  # fmt: skip
 
     def leaves_out(self, name: str) -> bool:
@@ -214,6 +222,8 @@ class Tower:
         """For pixels from -1 to 1, as ours."""
         side = self.vision.patch_size
         kernel = weight.view(-1, 3, side, side)
+        if self.family.rope_base:  # of two frames, which are equal
+            return (kernel / 2).unsqueeze(2).expand(-1, -1, 2, -1, -1).contiguous(), None
         return (kernel.permute(0, 2, 3, 1).flatten(1) if self.family.flat_patches else kernel), None
 
 
@@ -231,6 +241,22 @@ def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
     """The tower that a vision encoder of ours with SigLIP's form is exported as."""
     family = FAMILIES["siglip2_vision_model" if naflex else "siglip_vision_model"]
     return Tower(vision, family, prefix, True, _HALF, _HALF)
+
+
+def qwen_tower(vision: VisionConfig, prefix: str) -> Tower:
+    """The tower that a vision encoder of ours with Qwen3-VL's form is exported as."""
+    return Tower(vision, FAMILIES["qwen3_vl_vision"], prefix, False, _HALF, _HALF)
+
+
+def merger_targets(vision: VisionConfig, theirs: str) -> Iterator[Target]:
+    """Of Qwen3-VL's connectors: one of the last layer, and one for each tap."""
+    places = {"merger": ("connector", "patch_norm")}
+    for index in range(len(vision.taps)):
+        places[f"deepstack_merger_list.{index}"] = (f"connector.taps.{index}", "cell_norm")
+    for name, (ours, norm) in places.items():
+        for their_part, part in (("norm", norm), ("linear_fc1", "up"), ("linear_fc2", "down")):
+            for kind in ("weight", "bias"):
+                yield Target(f"{ours}.{part}.{kind}", (f"{theirs}{name}.{their_part}.{kind}",))
 
 
 def _of_patches(found: Sequence[Tensor]) -> Tensor:

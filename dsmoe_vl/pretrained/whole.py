@@ -13,7 +13,7 @@ from typing import Any
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, connector_targets, read_tower
+from dsmoe_vl.pretrained.tower import Tower, connector_targets, merger_targets, read_tower
 
 KINDS = ("internvl", "qwen3_vl", "qwen3_vl_moe")
 # What else is called a vision-language model, and where its weights are in a form that is read.
@@ -80,7 +80,7 @@ def read_whole(config: Mapping[str, Any], preprocessor: Mapping[str, Any], names
         decoder = replace(decoder, has_stacks=f"{decoder.prefix}layers.0.mlp.experts.gate_up_proj" in names)
         seen = {**config["vision_config"], "model_type": "qwen3_vl_vision"}
         tower = _qwen(seen, read_tower(seen, preprocessor, names, f"{place}, vision_config"), place)
-        connector = tuple(_mergers(tower))
+        connector = tuple(merger_targets(tower.vision, tower.prefix))
         _refuse_square_experts(decoder, place)
     ids = {name: config[key] for name in _SYMBOLS if isinstance(config.get(key := f"{name}_token_id"), int)}
     symbols = {name: row for name, row in ids.items() if name in ("image", "video")}
@@ -140,16 +140,6 @@ def _qwen(vision: Mapping[str, Any], tower: Tower, place: str) -> Tower:
         connector_width=merge**2 * tower.vision.width, taps=taps, place_and_time=False, placeholder="replace",
     )  # fmt: skip
     return replace(tower, vision=changed)
-
-
-def _mergers(tower: Tower) -> Iterator[Target]:
-    places = {"merger": ("connector", "patch_norm")}
-    for index in range(len(tower.vision.taps)):
-        places[f"deepstack_merger_list.{index}"] = (f"connector.taps.{index}", "cell_norm")
-    for theirs, (ours, norm) in places.items():
-        for name, part in (("norm", norm), ("linear_fc1", "up"), ("linear_fc2", "down")):
-            for kind in ("weight", "bias"):
-                yield Target(f"{ours}.{part}.{kind}", (f"{tower.prefix}{theirs}.{name}.{kind}",))
 
 
 def _refuse_square_experts(decoder: Decoder, place: str) -> None:

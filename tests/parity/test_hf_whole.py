@@ -17,6 +17,8 @@ from dsmoe_vl.data.segment import Modality, Picture, Segment
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.model.init import initialise
+from dsmoe_vl.pretrained.export_classes import export_class
+from dsmoe_vl.pretrained.exporting import write_weights
 from dsmoe_vl.pretrained.importing import import_models
 from dsmoe_vl.tasks.registry import build_backbone
 
@@ -271,3 +273,29 @@ def test_both_lists_are_closed(tmp_path):
             import_models(**part, output=tmp_path / "ours")
     with pytest.raises(ConfigError, match="has both parts already: leave --text and --vision out"):
         import_models(tmp_path, None, tmp_path / "ours", whole=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
+@torch.no_grad()
+def test_an_imported_model_leaves_as_it_came(name, tmp_path):
+    """Bit for bit, but for the kernel of two frames, of which still images need the sum alone."""
+    theirs = made(name, tmp_path / "theirs")
+    imported(tmp_path / "theirs", tmp_path / "ours")
+    recipe = load_recipe(tmp_path / "ours.toml")
+    form = export_class(recipe, (), text_only=False)
+    assert form.kind == name and form.architecture == type(theirs).__name__
+    output = tmp_path / "back"
+    output.mkdir()
+    write_weights(WeightsFile(tmp_path / "ours"), recipe, form, IMAGE, output)
+    (output / "config.json").write_text(json.dumps(form.config(128, IMAGE)))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", output))
+    assert set(before) == set(after)
+    for key, value in before.items():
+        found = after[key].transpose(1, 2) if ".mlp.experts." in key else after[key]
+        if key.endswith("patch_embed.proj.weight"):
+            found, value = found.sum(2), value.sum(2)
+        assert found.equal(value), key
+    again, info = type(theirs).from_pretrained(output, output_loading_info=True, attn_implementation="eager")
+    assert not any(info.values()), info
+    for one in texts(name)[1]:
+        torch.testing.assert_close(again.eval()(**one).logits, theirs(**one).logits, rtol=1e-5, atol=1e-5)
