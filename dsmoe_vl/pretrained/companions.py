@@ -87,6 +87,10 @@ def _pictures(form: ExportClass | OwnClass, recipe: Recipe) -> tuple[dict[str, A
             "vision_feature_select_strategy": "full", "image_token": "<image>", "num_additional_image_tokens": 0,
         }  # fmt: skip
         return pixels | size, more
+    if form.kind == "internvl":
+        side = vision.position_grid * vision.patch_size
+        size = {"size": {"height": side, "width": side}, "crop_to_patches": False}
+        return pixels | {"image_processor_type": "GotOcr2ImageProcessor"} | size, {}
     if form.kind in QWEN:
         area = vision.patch_size**2
         return pixels | {
@@ -113,8 +117,8 @@ def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...],
             "Control symbols in a text are ordinary text. Their ids: "
             "`tokenizer.convert_tokens_to_ids(\"<caption>\")` and likewise.",
         ]  # fmt: skip
-    elif form.kind in QWEN:
-        lines += _qwen_readme(names, form.recipe.model.vision.merge)
+    elif form.kind in (*QWEN, "internvl"):
+        lines += _bare_readme(names, form)
     else:
         trust = ", trust_remote_code=True" if isinstance(form, OwnClass) else ""
         lines += [
@@ -140,19 +144,29 @@ def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...],
     return "\n".join(lines) + "\n"
 
 
-def _qwen_readme(names: Mapping[str, str], merge: int) -> list[str]:
-    """The processor of the class writes symbols around a picture that the model has not seen in training."""
+def _bare_readme(names: Mapping[str, str], form: ExportClass | OwnClass) -> list[str]:
+    """Without the processor of the class, which writes symbols around a picture that training had not."""
+    vision = form.recipe.model.vision
+    is_qwen, cell = form.kind in QWEN, vision.merge**2
+    cells = str(vision.position_grid**2 // cell)
+    if is_qwen:
+        cells = f'(int(pictures["image_grid_thw"][0].prod()) // {cell})'
+    more = "mm_token_type_ids=(ids == image).int(), **pictures" if is_qwen else 'pixel_values=pictures["pixel_values"]'
+    last = (
+        "Version 4 of transformers finds pictures by the symbols around them, which prompts here do not have: it gives "
+        "the text other positions."
+        if is_qwen
+        else "Every picture is resized to one square; in training it kept its aspect ratio."
+    )
     return [
         "import torch", "from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer", "",
         'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")  # transformers 5',
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         'pictures = AutoImageProcessor.from_pretrained("THIS_FOLDER")(images=[picture], return_tensors="pt")',
         f'image, caption = tokenizer.convert_tokens_to_ids(["{names["<image>"]}", "{names["<caption>"]}"])',
-        f'ids = torch.tensor([[image] * (int(pictures["image_grid_thw"][0].prod()) // {merge**2}) + [caption]])',
-        "ids = model.generate(input_ids=ids, mm_token_type_ids=(ids == image).int(), **pictures, max_new_tokens=64)",
-        "```", "",
-        "Version 4 of transformers finds pictures by the symbols around them, which prompts here do not have: it gives "
-        "the text other positions.",
+        f"ids = torch.tensor([[image] * {cells} + [caption]])",
+        f"ids = model.generate(input_ids=ids, {more}, max_new_tokens=64)",
+        "```", "", last,
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.pretrained.decoder import Decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, connector_targets, merger_targets, qwen_tower, siglip_tower
+from dsmoe_vl.pretrained.tower import Tower, connector_targets, merger_targets, own_tower, siglip_tower
 
 BIASES = ("task_bias", "modality_bias", "selection_bias")  # of a router
 _DROP = "or give --own-code, or --drop-routing-bias, which changes what the model computes"
@@ -30,12 +30,16 @@ _PREFIXES = {  # on disk, as every version of transformers reads them: tower, co
         "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.",
         "language_model.lm_head.weight",
     ),
+    "internvl": (
+        "vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight",
+    ),
     "qwen3_vl": ("model.visual.", "model.visual.", "model.language_model.", "lm_head.weight"),
 }  # fmt: skip
 _PREFIXES["qwen3_vl_moe"] = _PREFIXES["qwen3_vl"]
 _ARCHITECTURES = {
     "lfm2_vl": "Lfm2VlForConditionalGeneration", "llava": "LlavaForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration", "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }  # fmt: skip
 QWEN = ("qwen3_vl", "qwen3_vl_moe")
 
@@ -77,7 +81,7 @@ class ExportClass:
             if self.kind in QWEN:
                 yield from merger_targets(self.tower.vision, _PREFIXES[self.kind][1])
                 return
-            yield from connector_targets(_PREFIXES[self.kind][1], self.kind == "lfm2_vl")
+            yield from connector_targets(_PREFIXES[self.kind][1], self.kind != "llava")
 
     def changed(self, name: str, value: Tensor) -> Tensor:
         """The value of a target, as the class needs it."""
@@ -99,6 +103,12 @@ class ExportClass:
             outer["text_config"] = text | {"model_type": f"{self.kind}_text"}
             outer["vision_config"] |= {"model_type": self.kind, "out_hidden_size": model.width}
             return outer | {"image_token_id": image_token}
+        if self.kind == "internvl":
+            return outer | {
+                "image_token_id": image_token, "image_seq_length": (vision.position_grid // vision.merge) ** 2,
+                "downsample_ratio": 1 / vision.merge, "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "default",
+            }  # fmt: skip
         if self.kind == "llava":
             return outer | {
                 "image_token_index": image_token, "image_seq_length": vision.position_grid**2,
@@ -135,6 +145,14 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
         return ExportClass(kind, recipe, decoder, changes=changes)
     prefixes = _PREFIXES[whole]
     tower = siglip_tower(recipe.model.vision, whole == "lfm2_vl", prefixes[0])
+    if whole == "internvl":
+        grid, merge = recipe.model.vision.position_grid, recipe.model.vision.merge
+        if grid % merge:
+            raise ConfigError(
+                f"model.vision.position_grid = {grid}: internvl has squares of that side in cells of {merge} x {merge} "
+                "patches: train with a multiple, or give --own-code, or --part text for the decoder alone"
+            )
+        tower = own_tower("internvl_vision", recipe.model.vision, prefixes[0])
     return ExportClass(whole, recipe, replace(decoder, prefix=prefixes[2], head=prefixes[3]), tower, changes)
 
 
@@ -159,7 +177,7 @@ def _qwen(recipe: Recipe, kind: str) -> ExportClass:
     decoder = Decoder(
         form.model, form.moe if is_sparse else None, recipe.tokenizer.vocab_size, dense, kind, text, head, is_sparse
     )
-    return ExportClass(QWEN[is_sparse], form, decoder, qwen_tower(form.model.vision, tower))
+    return ExportClass(QWEN[is_sparse], form, decoder, own_tower("qwen3_vl_vision", form.model.vision, tower))
 
 
 def _text_kind(recipe: Recipe, biases: Collection[str]) -> str:
@@ -263,6 +281,10 @@ _WHOLE: dict[str, dict[str, tuple[Any, ...]]] = {
         "connector_norm_eps": (1e-5,),
     },
     "llava": _ANY | {"merge": (1,), "final_norm": (False,), "connector_norm": ("none",)},
+    "internvl": _ANY | {
+        "layer_scale": (True,), "prefix_tokens": (1,), "position_resize": ("bicubic",), "final_norm": (False,),
+        "connector_norm": ("joined",), "connector_norm_eps": (1e-5,),
+    },
     "qwen3_vl": {key: values for key, values in _ANY.items() if key not in ("taps", "connector_width")} | {
         "norm_eps": (1e-6,), "positions": ("learned+rotary",), "rope_base": (10000.0,),
         "position_resize": ("align_corners",), "final_norm": (False,), "connector_norm": ("patch",),

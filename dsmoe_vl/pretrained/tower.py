@@ -137,9 +137,10 @@ class Tower:
         if family.class_token is None:
             yield Target("vision.position.weight", (position,))
         else:
-            yield Target("vision.position.weight", (position,), _of_patches, "without that of the class token")
+            how = "without that of the class token"
+            yield Target("vision.position.weight", (position,), _of_patches, how, _with_first)
             sources = (f"{theirs}{family.class_token}", position)
-            yield Target("vision.prefix", sources, _class_token, "with its position")
+            yield Target("vision.prefix", sources, _class_token, "with its position", lambda own: (own[None], None))
         for index in range(self.vision.layers):
             yield from self._layer(theirs + family.layer.format(index), f"vision.layers.{index}.")
         norms = {"vision.embedding_norm": family.norm_before, "vision.norm": family.final}
@@ -148,10 +149,19 @@ class Tower:
                 yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
 
     def config(self) -> dict[str, Any]:
-        """The keys of config.json that say these settings, for SigLIP, SigLIP2 and Qwen3-VL; `read_tower` reads them
-        back."""
+        """The keys of config.json that say these settings, for SigLIP, SigLIP2, InternViT and Qwen3-VL; `read_tower`
+        reads them back."""
         vision, naflex = self.vision, self.family.flat_patches
         activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn)
+        if self.family.class_token is not None:
+            side = [vision.patch_size * vision.position_grid] * 2
+            return {
+                "model_type": "internvl_vision", "hidden_size": vision.width, "intermediate_size": vision.ffn_width,
+                "num_hidden_layers": vision.layers, "num_attention_heads": vision.heads, "num_channels": 3,
+                "patch_size": [vision.patch_size] * 2, "image_size": side, "hidden_act": activation,
+                "layer_norm_eps": vision.norm_eps, "norm_type": "layer_norm", "attention_bias": True,
+                "use_qk_norm": False, "use_mean_pooling": True, "use_absolute_position_embeddings": True,
+            }  # fmt: skip
         if self.family.rope_base:
             return {
                 "hidden_size": vision.width, "intermediate_size": vision.ffn_width, "depth": vision.layers,
@@ -239,13 +249,12 @@ def connector_targets(theirs: str, is_normed: bool) -> Iterator[Target]:
 
 def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
     """The tower that a vision encoder of ours with SigLIP's form is exported as."""
-    family = FAMILIES["siglip2_vision_model" if naflex else "siglip_vision_model"]
-    return Tower(vision, family, prefix, True, _HALF, _HALF)
+    return own_tower("siglip2_vision_model" if naflex else "siglip_vision_model", vision, prefix)
 
 
-def qwen_tower(vision: VisionConfig, prefix: str) -> Tower:
-    """The tower that a vision encoder of ours with Qwen3-VL's form is exported as."""
-    return Tower(vision, FAMILIES["qwen3_vl_vision"], prefix, False, _HALF, _HALF)
+def own_tower(kind: str, vision: VisionConfig, prefix: str) -> Tower:
+    """The tower that a vision encoder of ours is exported as, if it has the form of the family."""
+    return Tower(vision, FAMILIES[kind], prefix, True, _HALF, _HALF)
 
 
 def merger_targets(vision: VisionConfig, theirs: str) -> Iterator[Target]:
@@ -262,6 +271,11 @@ def merger_targets(vision: VisionConfig, theirs: str) -> Iterator[Target]:
 def _of_patches(found: Sequence[Tensor]) -> Tensor:
     table = only(found)
     return table.reshape(-1, table.shape[-1])[1:]
+
+
+def _with_first(table: Tensor) -> tuple[Tensor]:
+    """The inverse of `_of_patches`, with a position of zeros for a class token that has its own."""
+    return (torch.cat((table.new_zeros(1, table.shape[1]), table))[None],)
 
 
 def _class_token(found: Sequence[Tensor]) -> Tensor:
