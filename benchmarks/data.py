@@ -38,7 +38,8 @@ from data_tools.formats import Record
 from data_tools.parts import Settings
 from data_tools.tokenizer.train import train
 from data_tools.writer import write_index
-from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
+from dsmoe_vl.config.model import VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig
 from dsmoe_vl.data.decode import decode_image, fit_grid, resized, to_patches
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples

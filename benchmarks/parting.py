@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.load import load_recipe
-from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe, TokenizerConfig, VisionConfig
+from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
+from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.model.init import initialise

@@ -1,4 +1,4 @@
-"""Import other makers' weights: `python launch/import_hf.py [--text DIR] [--vision DIR] --output DIR`.
+"""Import other makers' weights: `python launch/import_hf.py [--text DIR] [--vision DIR] [--whole DIR] --output DIR`.
 
 DIR is a folder as transformers' `save_pretrained` writes it: config.json and safetensors files. Nothing in it is run,
 and nothing is downloaded. Training starts from the output with `model.init_from = "OUTPUT"` in the recipe, whose shapes
@@ -24,9 +24,10 @@ _OF_TOWER = (
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Import weights of a language model, a vision encoder, or both.")
+    parser = argparse.ArgumentParser(description="Import weights of a language model and a vision encoder.")
     parser.add_argument("--text", type=Path, metavar="DIR", help="a language model: Qwen3(-MoE), Llama, Mixtral, ...")
     parser.add_argument("--vision", type=Path, metavar="DIR", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
+    parser.add_argument("--whole", type=Path, metavar="DIR", help="both with their connector: Qwen3-VL, InternVL, ...")
     parser.add_argument(
         "--controls", nargs="+", default=[], metavar="NAME=PIECE", help="reserved pieces for symbols, as image=[IMG]"
     )
@@ -50,7 +51,9 @@ def import_and_show(args: argparse.Namespace) -> int:
     how = Upcycling(**{option.name: getattr(args, option.name) for option in fields(Upcycling)})
     controls = dict(pair.partition("=")[::2] for pair in args.controls)
     experts = how if how.experts else None
-    done = import_models(args.text, args.vision, args.output, experts=experts, controls=controls, probe=args.probe)
+    done = import_models(
+        args.text, args.vision, args.output, whole=args.whole, experts=experts, controls=controls, probe=args.probe
+    )
     for part, count in done.parameters.items():
         print(f"  {part:<12} {count:>15,} parameters imported")
     for part, count in done.fresh.items():
@@ -59,12 +62,14 @@ def import_and_show(args: argparse.Namespace) -> int:
         print(f"  tokenizer    {done.tokenizer}")
         if done.tokenizer.unread:
             print(f"warning: {done.tokenizer.unread}")
-    elif args.text is not None:
+    elif language := args.text or args.whole:
         print(
-            f"warning: {args.text} has neither tokenizer.model nor tokenizer.json: the rows of its embedding are "
+            f"warning: {language} has neither tokenizer.model nor tokenizer.json: the rows of its embedding are "
             "pieces of a tokenizer that is not there; with another one they mean other pieces, and only the layers are "
             "of use"
         )
+    if done.settings.get("model", {}).get("rope_sections"):
+        print("  videos       frames have positions as still images one after another, without timestamps between them")
     print(f'wrote {args.output}; in the recipe: model.init_from = "{args.output}"')
     return 0
 

@@ -25,6 +25,7 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
         raise ConfigError(f"{key} = {value!r} in {file}: {rule}")
     for rules in (
         _model(recipe),
+        _rope_scaling(recipe),
         _moe(recipe),
         _capacity(recipe),
         _data(recipe, world_size),
@@ -58,6 +59,26 @@ def _model(recipe: Recipe) -> Iterator[Rule]:
         f"gives a head width of {head}; rotary embeddings need an even one",
     )
     yield model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {model.heads}"
+    sections = model.rope_sections
+    yield (
+        not sections
+        or (len(sections) == 3 and min(sections) >= 0 and sum(sections) == head // 2
+            and all(3 * (count - 1) + axis < head // 2 for axis, count in enumerate(sections) if axis and count)),
+        "model.rope_sections",
+        f"must be three numbers, for time, row and column, whose sum is half of the head width, {head // 2}; of every "
+        "three pairs at most one turns with the row and one with the column",
+    )  # fmt: skip
+    taps = vision.taps
+    yield (
+        taps == tuple(sorted(set(taps))) and all(0 <= layer < vision.layers for layer in taps),
+        "model.vision.taps",
+        f"must be different layers of the encoder in order, from 0 to {vision.layers - 1}",
+    )
+    yield (
+        len(taps) <= model.layers,
+        "model.vision.taps",
+        f"has more layers than the decoder: model.layers = {model.layers}",
+    )
     step = (4 if "rotary" in vision.positions else 1) * vision.heads
     yield (
         vision.width % step == 0,
@@ -73,6 +94,36 @@ def _model(recipe: Recipe) -> Iterator[Rule]:
         f'must be the side of the learned table with model.vision.positions = "{vision.positions}"'
         if learned
         else f'has no effect with model.vision.positions = "{vision.positions}": leave it at 0',
+    )
+
+
+def _rope_scaling(recipe: Recipe) -> Iterator[Rule]:
+    scaling, key = recipe.model.rope_scaling, "model.rope_scaling"
+    is_by_turns = scaling.kind in ("llama3", "yarn")
+    yield (
+        scaling.kind != "none" or scaling.factor == 1,
+        f"{key}.factor",
+        f'has no effect with {key}.kind = "none": set the kind, or leave it at 1',
+    )
+    yield (
+        not is_by_turns or scaling.original_length > 0,
+        f"{key}.original_length",
+        f'must be the context of the first training with {key}.kind = "{scaling.kind}"',
+    )
+    yield (
+        scaling.low_frequency_factor < scaling.high_frequency_factor,
+        f"{key}.low_frequency_factor",
+        f"must be below {key}.high_frequency_factor = {scaling.high_frequency_factor}",
+    )
+    yield (
+        scaling.beta_slow < scaling.beta_fast,
+        f"{key}.beta_slow",
+        f"must be below {key}.beta_fast = {scaling.beta_fast}",
+    )
+    yield (
+        scaling.kind != "yarn" or recipe.model.rope_base > 1,
+        "model.rope_base",
+        f'must be above 1 with {key}.kind = "yarn"',
     )
 
 

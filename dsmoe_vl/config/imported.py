@@ -35,11 +35,7 @@ def fill_in(table: dict[str, Any], place: str) -> list[str]:
             f"model.init_from = {folder!r} in {place}: {file} cannot be read: {reason}. Name a folder that "
             "launch/import_hf.py wrote"
         ) from None
-    for section, defaults in found.pop(DEFAULTS, {}).items():
-        for key, value in defaults.items():
-            own = table.setdefault(section, {})
-            if isinstance(own, dict):
-                own.setdefault(key, value)
+    _add_missing(table, found.pop(DEFAULTS, {}))
     tokenizer = found.get("tokenizer")
     if isinstance(tokenizer, dict) and "path" in tokenizer:
         tokenizer["path"] = str(file.parent / tokenizer["path"])
@@ -53,6 +49,13 @@ def imported_roots(folder: str) -> frozenset[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset()
     return frozenset(name.partition(".")[0] for name in found)
+
+
+def _add_missing(table: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for key, value in defaults.items():
+        own = table.setdefault(key, {} if isinstance(value, dict) else value)
+        if isinstance(value, dict) and isinstance(own, dict):
+            _add_missing(own, value)
 
 
 def _merge(table: dict[str, Any], found: dict[str, Any], prefix: str, file: Path, place: str) -> list[str]:

@@ -24,6 +24,7 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+    places: torch.Tensor
     task_ids: torch.Tensor
     modality_ids: torch.Tensor
     real: torch.Tensor

@@ -127,6 +127,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
     tokens = np.zeros(length, np.int64)
     labels = np.full(length, IGNORE, np.int64)
     positions = np.zeros(length, np.int64)
+    places = np.zeros((length, 3), np.int64)
     task_ids = np.zeros(length, np.int64)
     modality_ids = np.full(length, Modality.TEXT, np.int64)
     patches: list[np.ndarray] = []
@@ -145,6 +146,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         tokens[start:end] = segment.tokens
         labels[start:end] = segment.labels
         positions[start:end] = np.arange(segment.length)
+        places[start:end] = segment.places(shape.merge)
         task_ids[start:end] = segment.task
         modality_ids[start:end] = segment.modality
         for term in TASKS[segment.task].terms:
@@ -175,6 +177,7 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         tokens=tokens,
         labels=labels,
         positions=positions,
+        places=places,
         task_ids=task_ids,
         modality_ids=modality_ids,
         real=np.arange(length) < end,
@@ -237,6 +240,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
         tokens=flat("tokens"),
         labels=flat("labels"),
         positions=flat("positions"),
+        places=flat("places"),
         task_ids=flat("task_ids"),
         modality_ids=flat("modality_ids"),
         real=flat("real"),

@@ -79,6 +79,29 @@ class Segment:
     def patch_count(self) -> int:
         return sum(len(picture.patches) for picture in self.pictures)
 
+    def places(self, merge: int) -> np.ndarray:
+        """Time, row and column of each token for interleaved MRoPE: int64 [n, 3].
+
+        A text token has the number that follows the largest so far, three times. A vision token has that number as its
+        time, and adds its own row and column in the grid of its picture's tokens to it (Wang et al. 2024, section 2.1,
+        of Qwen2-VL). Frames are pictures one after another.
+        """
+        found = np.zeros((self.length, 3), np.int64)
+        number = end = 0
+        for picture in self.pictures:
+            tokens, first = np.unique(picture.cell_token, return_index=True)
+            between = max(int(tokens[0]) - end, 0)
+            found[end : end + between] = number + np.arange(between)[:, None]
+            number += between
+            # Cells that share a token are neighbours: its place is that of the first, counted in tokens.
+            cells = np.divmod(first, picture.grid[1] // merge)
+            row, column = (np.unique(axis, return_inverse=True)[1] for axis in cells)
+            found[tokens] = number + np.stack((0 * row, row, column), axis=-1)
+            number += int(max(row.max(), column.max())) + 1
+            end = int(tokens[-1]) + 1
+        found[end:] = number + np.arange(self.length - end)[:, None]
+        return found
+
     def after(self, begin: Sequence[int]) -> Segment:
         """This segment after the text tokens `begin`, which have no targets; itself if there are none."""
         if not begin:
@@ -102,7 +125,8 @@ class Segment:
 class Pack:
     """One fixed-shape row of a batch, as numpy arrays.
 
-    tokens, labels, positions, task_ids, modality_ids int64 [L]; real bool [L]; segment_lengths: their sum is <= L, the
+    tokens, labels, positions, task_ids, modality_ids int64 [L]; places int64 [L, 3], see `Segment.places`; real bool
+    [L]; segment_lengths: their sum is <= L, the
     rest is padding. picture_lengths: patches of each picture, their sum is <= P. patches: uint8 [p, C] of each picture;
     without pictures one cell of zeros. patch_positions int64 [P, 2] (row, column).
     cell_position int64 [Q] in 0..L, L for padding; cell_weight float32 [Q]: 1 / cells on the same token, 0 for padding;
@@ -116,6 +140,7 @@ class Pack:
     tokens: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
+    places: np.ndarray
     task_ids: np.ndarray
     modality_ids: np.ndarray
     real: np.ndarray

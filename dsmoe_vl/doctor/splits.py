@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.weights import one_process_tensors
-from dsmoe_vl.config.recipe import MoEConfig, PartConfig, Recipe, SourceConfig
+from dsmoe_vl.config.model import MoEConfig
+from dsmoe_vl.config.recipe import PartConfig, Recipe, SourceConfig
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
 from dsmoe_vl.data.segment import Pack
@@ -74,7 +75,9 @@ def shrink(recipe: Recipe) -> Recipe:
         model=replace(
             model, width=16 * kv_heads * ratio, layers=dense + 2, heads=kv_heads * ratio, kv_heads=kv_heads,
             ffn_width=32, head_width=16 if model.head_width else 0,
-            vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32),
+            rope_sections=(4, 2, 2) if model.rope_sections else (),
+            vision=replace(vision, width=32, layers=1, heads=2, ffn_width=32, connector_width=0,
+                           taps=(0,) if vision.taps else ()),
         ),
         moe=replace(
             moe, experts=experts, top_k=min(moe.top_k, experts), ffn_width=16, first_dense_layers=dense,

@@ -20,11 +20,21 @@ class KeyValueCache:
         `like`. The first forward must fill it with the prompts."""
         shape = (len(prompt_lengths), kv_heads, max(prompt_lengths) + room, head_width)
         self.lengths = torch.tensor(prompt_lengths, device=like.device)  # int64 [S], tokens of each sequence
+        self.ahead = torch.zeros_like(self.lengths)  # int64 [S], see `positions`
         self.longest = max(prompt_lengths)  # kept on the host, to avoid a synchronisation with the device
         self.layers = [
             LayerCache(self, prompt_lengths, like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)
         ]
         self.visible = self._visible()
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the next token of each sequence, int64 [S]: its length, unless `continue_at` said otherwise."""
+        return self.lengths + self.ahead
+
+    def continue_at(self, positions: Tensor) -> None:
+        """Give the tokens after the prompts these positions and those after them, int64 [S]."""
+        self.ahead = positions - self.lengths
 
     def advance(self) -> None:
         """Count the token that every layer has just stored."""
@@ -34,7 +44,7 @@ class KeyValueCache:
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the sequences `rows`, int64 [S']; a sequence may be given several times."""
-        self.lengths = self.lengths.index_select(0, rows)
+        self.lengths, self.ahead = (x.index_select(0, rows) for x in (self.lengths, self.ahead))
         self.visible = self._visible()
         for layer in self.layers:
             layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))

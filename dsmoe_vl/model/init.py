@@ -25,10 +25,10 @@ def initialise(model: VisionLanguageModel, seed: int) -> None:
         fill(where)
 
 
-def first_values(model: VisionLanguageModel, seed: int, picture_scale: float = 1.0) -> Callable[[Placed], None]:
+def first_values(model: VisionLanguageModel, seed: int, connector_scale: float = 1.0) -> Callable[[Placed], None]:
     """A function that fills one parameter. Matrices: normal with variance 1 / fan-in; those that write into the
     residual stream are divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3); what the decoder sees of
-    pictures is times `picture_scale`. Biases zero, norm weights one.
+    pictures is times `connector_scale`. Biases zero, norm weights one.
 
     A parameter's values depend only on the seed and its name; an expert's also on its number, so that a rank can fill
     its own alone. A module's OWN_START has the values of parameters that start otherwise.
@@ -50,7 +50,7 @@ def first_values(model: VisionLanguageModel, seed: int, picture_scale: float = 1
         if "layers" in where.name and where.name.endswith(_INTO_RESIDUAL):
             std /= (2 * depth[where.name.split(".")[0]]) ** 0.5
         if where.name in _FROM_PICTURES:
-            std *= picture_scale
+            std *= connector_scale
         return std
 
     @torch.no_grad()

@@ -126,19 +126,13 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-def rotary_1d(positions: Tensor, head_width: int, base: float) -> Tensor:
-    """Rotary embedding of a sequence (Su et al. 2021, eq. 34). positions int64 [T] -> complex64 [T, 1, d / 2]."""
-    angles = positions.float().unsqueeze(-1) * _frequencies(head_width // 2, base, positions.device)
-    return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
-
-
 def rotary_2d(positions: Tensor, head_width: int, base: float = 100.0) -> Tensor:
     """Rotary embedding of a grid: the first half of the pairs rotates with the row, the second with the column.
 
     positions int64 [T, 2] -> complex64 [T, 1, d / 2]. The base is small because a grid has tens of rows, not thousands.
     """
-    frequencies = _frequencies(head_width // 4, base, positions.device)
-    angles = (positions.float().unsqueeze(-1) * frequencies).flatten(1)
+    turns = frequencies(head_width // 4, base, positions.device)
+    angles = (positions.float().unsqueeze(-1) * turns).flatten(1)
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
 
 
@@ -148,5 +142,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
-def _frequencies(count: int, base: float, device: torch.device) -> Tensor:
+def frequencies(count: int, base: float, device: torch.device) -> Tensor:
+    """Radians a position of each pair of features, from one on: float32 [count]."""
     return base ** (-torch.arange(count, dtype=torch.float32, device=device) / count)

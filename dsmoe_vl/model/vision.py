@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_vl.config.recipe import VisionConfig
+from dsmoe_vl.config.model import VisionConfig
 from dsmoe_vl.model.attention import Attention, SegmentLayout
 from dsmoe_vl.model.layers import GELU_KINDS, RMSNorm, Scale, SwiGLU, rotary_2d
 from dsmoe_vl.model.positions import LearnedPositions
@@ -60,9 +60,11 @@ class VisionEncoder(nn.Module):
         self.embedding_norm = _norm(config) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.layers))
         self.norm = _norm(config) if config.final_norm else nn.Identity()
+        self.taps = config.taps
 
-    def forward(self, patches: Tensor, positions: Tensor, layout: SegmentLayout) -> Tensor:
-        """patches uint8 [N, C], positions int64 [N, 2], layout of the pictures -> [N, Dv]."""
+    def forward(self, patches: Tensor, positions: Tensor, layout: SegmentLayout) -> tuple[Tensor, ...]:
+        """patches uint8 [N, C], positions int64 [N, 2], layout of the pictures -> the features [N, Dv], and those that
+        leave each layer of `taps`."""
         pixels = patches.to(self.patch_embedding.weight.dtype).div_(127.5).sub_(1.0)
         x = self.patch_embedding(pixels)
         if self.position is not None:
@@ -79,13 +81,16 @@ class VisionEncoder(nn.Module):
             rotation = torch.ones(rows, *rotation.shape[1:], dtype=rotation.dtype, device=x.device).index_copy(
                 0, own, rotation
             )
-        return self._encode(x, rotation, longer).index_select(0, own)
+        return tuple(found.index_select(0, own) for found in self._encode(x, rotation, longer))
 
-    def _encode(self, x: Tensor, rotation: Tensor | None, layout: SegmentLayout) -> Tensor:
+    def _encode(self, x: Tensor, rotation: Tensor | None, layout: SegmentLayout) -> tuple[Tensor, ...]:
         x = self.embedding_norm(x)
-        for layer in self.layers:
+        tapped = []
+        for index, layer in enumerate(self.layers):
             x = layer(x, rotation, layout)
-        return self.norm(x)
+            if index in self.taps:
+                tapped.append(x)
+        return self.norm(x), *tapped
 
 
 def _norm(config: VisionConfig) -> nn.Module:
@@ -116,33 +121,63 @@ def _places_after(layout: SegmentLayout, prefix: int, patches: int) -> tuple[Ten
     return own, cumulative[:-1], SegmentLayout.build(cumulative.int(), layout.longest + prefix)
 
 
-class Connector(nn.Module):
-    """Maps each cell of merge x merge patches to one vector of the decoder's width, and adds its place and time.
+class _Projection(nn.Module):
+    """Maps each cell of merge x merge patches to one vector of the decoder's width. `norm`: as `connector_norm`."""
+
+    def __init__(self, config: VisionConfig, width: int, norm: str) -> None:
+        super().__init__()
+        self.cell_size = config.merge**2
+        joined, hidden = config.width * self.cell_size, config.connector_width or width
+        eps = config.connector_norm_eps
+        self.patch_norm = nn.LayerNorm(config.width, eps) if norm == "patch" else nn.Identity()
+        self.cell_norm = nn.LayerNorm(joined, eps) if norm == "joined" else nn.Identity()
+        self.up = nn.Linear(joined, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def project(self, features: Tensor) -> Tensor:
+        """features [N, Dv] -> [Q, D]."""
+        cells = self.cell_norm(self.patch_norm(features).view(-1, self.cell_size * features.shape[-1]))
+        return self.down(F.gelu(self.up(cells)))
+
+
+class TapConnector(_Projection):
+    """Of an earlier layer of the encoder, for an early layer of the decoder (DeepStack, Meng et al. 2024)."""
+
+    def __init__(self, config: VisionConfig, width: int) -> None:
+        super().__init__(config, width, "joined")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [N, Dv] -> [Q, D]."""
+        return self.project(features)
+
+
+class Connector(_Projection):
+    """Projects the cells, and adds their place and time. Features of taps have connectors of their own.
 
     Rotary embeddings encode only distances in the encoder and the order of cells in the decoder, not a cell's place.
     """
 
     def __init__(self, config: VisionConfig, width: int) -> None:
-        super().__init__()
-        self.cell_size, self.merge = config.merge**2, config.merge
-        joined, eps = config.width * self.cell_size, config.connector_norm_eps
-        self.patch_norm = nn.LayerNorm(config.width, eps) if config.connector_norm == "patch" else nn.Identity()
-        self.cell_norm = nn.LayerNorm(joined, eps) if config.connector_norm == "joined" else nn.Identity()
-        self.up = nn.Linear(joined, width)
-        self.down = nn.Linear(width, width)
+        super().__init__(config, width, config.connector_norm)
+        self.merge = config.merge
         self.place = nn.Linear(2 * 2 * _PLACE_PERIODS, width, bias=False) if config.place_and_time else None
         self.time = nn.Linear(2 * _TIME_PERIODS, width, bias=False) if config.place_and_time else None
+        self.taps = nn.ModuleList(TapConnector(config, width) for _ in config.taps)
 
-    def forward(self, features: Tensor, positions: Tensor, cell_time: Tensor) -> Tensor:
-        """features [N, Dv], positions int64 [N, 2], cell_time float32 [Q] seconds (-1: a still image) -> [Q, D]."""
-        cells = self.cell_norm(self.patch_norm(features).view(-1, self.cell_size * features.shape[-1]))
-        embedded = self.down(F.gelu(self.up(cells)))
+    def forward(self, features: tuple[Tensor, ...], positions: Tensor, cell_time: Tensor) -> tuple[Tensor, ...]:
+        """features [N, Dv] and those of the taps, positions int64 [N, 2], cell_time float32 [Q] seconds (-1: a still
+        image) -> [Q, D] for each of the features."""
+        last, *tapped = features
+        deep = [connector(part) for connector, part in zip(self.taps, tapped, strict=True)]
+        return self._placed(self.project(last), positions, cell_time), *deep
+
+    def _placed(self, embedded: Tensor, positions: Tensor, cell_time: Tensor) -> Tensor:
         if self.place is None or self.time is None:
             return embedded
         places = positions.view(-1, self.cell_size, 2)[:, 0] // self.merge  # row and column of the cell
         place = _sinusoids(places.float(), _PLACE_PERIODS, *_CELLS).flatten(1)
         time = _sinusoids(cell_time, _TIME_PERIODS, *_SECONDS) * (cell_time >= 0).unsqueeze(-1)
-        return embedded + self.place(place.type_as(features)) + self.time(time.type_as(features))
+        return embedded + self.place(place.type_as(embedded)) + self.time(time.type_as(embedded))
 
 
 def _sinusoids(values: Tensor, count: int, shortest: float, longest: float) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: T tokens of all packs, N patches, Q cells, D width, V vocabulary, X targ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,8 +20,9 @@ from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.model.attention import Attention, SegmentLayout
 from dsmoe_vl.model.cache import KeyValueCache, LayerCache
-from dsmoe_vl.model.layers import GatedSwiGLU, RMSNorm, SwiGLU, rotary_1d
+from dsmoe_vl.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from dsmoe_vl.model.lora import add_adapters
+from dsmoe_vl.model.rotary import Rotary
 from dsmoe_vl.model.vision import Connector, VisionEncoder
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.experts import Experts
@@ -120,7 +121,8 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         model = recipe.model
-        self.rope_base, self.head_width = model.rope_base, model.width_of_head
+        self.rotary = Rotary(model)
+        self.replaces_placeholder = model.vision.placeholder == "replace"
         self.activation_checkpointing = activation_checkpointing
         self.vision = VisionEncoder(model.vision)
         self.connector = Connector(model.vision, model.width)
@@ -139,18 +141,22 @@ class VisionLanguageModel(nn.Module):
         Every batch uses every parameter, so all ranks run the same collectives.
         """
         context = TokenContext(
-            rotation=rotary_1d(batch.positions, self.head_width, self.rope_base),
+            rotation=self.rotary(batch.places if self.rotary.by_place else batch.positions),
             task_ids=batch.task_ids,
             modality_ids=batch.modality_ids,
             real=batch.real,
             layout=SegmentLayout.build(batch.cu_segments, batch.max_segment),
         )
-        return self._decode(self.embedding(batch.tokens) + self._embed_pictures(batch), context, cache)
+        if cache is not None and self.rotary.by_place:
+            last = batch.places.index_select(0, batch.cu_segments[1:] - 1)
+            cache.continue_at(last.amax(dim=-1) + 1)
+        cells, *deep = self._embed_pictures(batch)
+        return self._decode(self._embed_tokens(batch) + cells, context, cache, deep)
 
     def extend(self, tokens: Tensor, task_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """One more text token for each of the S cached sequences: int64 [S] each -> hidden states [S, D]."""
         context = TokenContext(
-            rotation=rotary_1d(cache.lengths, self.head_width, self.rope_base),
+            rotation=self.rotary(cache.positions),
             task_ids=task_ids,
             modality_ids=torch.full_like(task_ids, Modality.TEXT),
             real=torch.ones_like(task_ids, dtype=torch.bool),
@@ -160,11 +166,24 @@ class VisionLanguageModel(nn.Module):
         cache.advance()
         return hidden
 
-    def _embed_pictures(self, batch: Batch) -> Tensor:
-        """Picture features to add to the token embeddings: [T, D], zero for text tokens."""
+    def _embed_tokens(self, batch: Batch) -> Tensor:
+        """The token embeddings [T, D]; zero where cells take their place."""
+        embedded = self.embedding(batch.tokens)
+        if not self.replaces_placeholder:
+            return embedded
+        kept = embedded.new_ones(len(embedded) + 1, 1).index_fill(0, batch.cell_position, 0.0)
+        return embedded * kept[:-1]
+
+    def _embed_pictures(self, batch: Batch) -> list[Tensor]:
+        """Picture features, zero for text tokens: [T, D] to add to the token embeddings, and one more for each of the
+        first decoder layers that has a tap, to add to what leaves it."""
         layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
         features = self.vision(batch.patches, batch.patch_positions, layout)
-        cells = self.connector(features, batch.patch_positions, batch.cell_time)
+        found = self.connector(features, batch.patch_positions, batch.cell_time)
+        return [self._at_tokens(cells, batch) for cells in found]
+
+    def _at_tokens(self, cells: Tensor, batch: Batch) -> Tensor:
+        """[Q, D] -> [T, D]: at each token the mean of its cells."""
         placed = cells.new_zeros(len(batch.tokens) + 1, cells.shape[-1])  # the last row receives the padding cells
         placed = placed.index_add(0, batch.cell_position, cells * batch.cell_weight.unsqueeze(-1).type_as(cells))
         if len(batch.frame_tokens):
@@ -173,7 +192,7 @@ class VisionLanguageModel(nn.Module):
         return placed[:-1]
 
     def _decode(
-        self, x: Tensor, context: TokenContext, cache: KeyValueCache | None
+        self, x: Tensor, context: TokenContext, cache: KeyValueCache | None, deep: Sequence[Tensor] = ()
     ) -> tuple[Tensor, RouterStats | None]:
         collected = []
         for index, layer in enumerate(self.layers):
@@ -183,4 +202,6 @@ class VisionLanguageModel(nn.Module):
                 x, stats = layer(x, context, None if cache is None else cache.layers[index])
             if stats is not None:
                 collected.append(stats)
+            if index < len(deep):
+                x = x + deep[index]
         return self.norm(x), RouterStats.stack(collected)

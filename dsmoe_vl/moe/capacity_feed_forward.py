@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dsmoe_vl.config.recipe import MoEConfig
+from dsmoe_vl.config.model import MoEConfig
 from dsmoe_vl.moe.experts import Expert, Experts
 from dsmoe_vl.moe.feed_forward import run_sorted
 from dsmoe_vl.moe.router import Router

@@ -121,7 +121,8 @@ def _adapter_products(recipe: Recipe, prefix: str) -> float:
 
 def _per_patch(recipe: Recipe, context: float) -> float:
     vision, width = recipe.model.vision, recipe.model.width
-    cell = vision.merge**2 * vision.width * width + width * width
+    hidden = vision.connector_width or width
+    cell = (1 + len(vision.taps)) * (vision.merge**2 * vision.width * hidden + hidden * width)
     cell += PLACE_AND_TIME_FEATURES * width * vision.place_and_time
     return _per_patch_encoder(recipe, context) + 2 * cell / vision.merge**2
 

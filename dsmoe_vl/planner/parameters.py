@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
+from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
 from dsmoe_vl.config.parts import adapters_of, is_adapted
-from dsmoe_vl.config.recipe import LoraConfig, ModelConfig, MoEConfig, Recipe, VisionConfig, learned_tasks
+from dsmoe_vl.config.recipe import LoraConfig, Recipe, learned_tasks
 from dsmoe_vl.config.task_table import TASKS
 
 PLACE_AND_TIME_FEATURES = 64  # sinusoids of a cell's place and time, inputs of the connector
@@ -156,13 +157,19 @@ def _vision_layer(vision: VisionConfig) -> Named:
 
 
 def _connector(vision: VisionConfig, width: int) -> Named:
-    cell = vision.merge**2 * vision.width
-    if vision.connector_norm == "patch":
-        yield from _under("patch_norm", _norm(vision.width, bias=True))
-    elif vision.connector_norm == "joined":
-        yield from _under("cell_norm", _norm(cell, bias=True))
-    yield from _under("up", _linear(width, cell, bias=True))
-    yield from _under("down", _linear(width, width, bias=True))
+    yield from _projector(vision, width, vision.connector_norm)
     if vision.place_and_time:
         yield "place.weight", (width, PLACE_AND_TIME_FEATURES // 2)
         yield "time.weight", (width, PLACE_AND_TIME_FEATURES // 2)
+    for index in range(len(vision.taps)):
+        yield from _under(f"taps.{index}", _projector(vision, width, "joined"))
+
+
+def _projector(vision: VisionConfig, width: int, norm: str) -> Named:
+    cell, hidden = vision.merge**2 * vision.width, vision.connector_width or width
+    if norm == "patch":
+        yield from _under("patch_norm", _norm(vision.width, bias=True))
+    elif norm == "joined":
+        yield from _under("cell_norm", _norm(cell, bias=True))
+    yield from _under("up", _linear(hidden, cell, bias=True))
+    yield from _under("down", _linear(width, hidden, bias=True))

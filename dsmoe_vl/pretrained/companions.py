@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.files import write_atomically
-from dsmoe_vl.pretrained.export_classes import ExportClass
+from dsmoe_vl.pretrained.export_classes import QWEN, ExportClass
 from dsmoe_vl.pretrained.exported_tokenizer import name_of, write_tokenizer
 from dsmoe_vl.pretrained.own_class import OwnClass, write_code
 
@@ -43,6 +44,8 @@ def write_companions(
     the adapters in them, 0 without."""
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     config = form.config(recipe.data.pack_length, tokenizer.control("<image>")) | ids | {"dtype": dtype}
+    if form.kind in QWEN:
+        config["video_token_id"] = tokenizer.control("<video>")
     if "text_config" in config:
         config["text_config"] = config["text_config"] | ids | {"dtype": dtype}
     _write(output / "config.json", config)
@@ -60,9 +63,11 @@ def write_companions(
         write_atomically(output / "chat_template.jinja", _template(tokenizer))
         pictures, processor = _pictures(form, recipe)
         _write(output / "preprocessor_config.json", pictures)
-        _write(output / "processor_config.json", processor)
+        if processor:
+            _write(output / "processor_config.json", processor)
     merged = f"Adapters (LoRA) of rank {merged_rank} are merged, in float32, then rounded to {dtype}."
-    readme = _readme(form, recipe, (*lost, *more), merged if merged_rank else "")
+    names = {symbol: name_of(tokenizer, tokenizer.control(symbol)) for symbol in ("<image>", "<caption>")}
+    readme = _readme(form, recipe, (*lost, *more), names, merged if merged_rank else "")
     write_atomically(output / "README.md", readme)
     return more
 
@@ -92,6 +97,17 @@ def _pictures(form: ExportClass | OwnClass, recipe: Recipe) -> tuple[dict[str, A
             "num_additional_image_tokens": vision.prefix_tokens,
         }  # fmt: skip
         return pixels | size, more
+    if form.kind == "internvl":
+        side = vision.position_grid * vision.patch_size
+        size = {"size": {"height": side, "width": side}, "crop_to_patches": False}
+        return pixels | {"image_processor_type": "GotOcr2ImageProcessor"} | size, {}
+    if form.kind in QWEN:
+        area = vision.patch_size**2
+        return pixels | {
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": vision.patch_size, "temporal_patch_size": 2,
+            "merge_size": vision.merge,
+            "size": {"shortest_edge": vision.merge**2 * area, "longest_edge": data.image_max_patches * area},
+        }, {}  # fmt: skip
     size = {
         "image_processor_type": "Lfm2VlImageProcessor", "encoder_patch_size": vision.patch_size,
         "downsample_factor": vision.merge, "do_image_splitting": False, "use_thumbnail": False, "min_image_tokens": 1,
@@ -100,7 +116,9 @@ def _pictures(form: ExportClass | OwnClass, recipe: Recipe) -> tuple[dict[str, A
     return pixels | size, {"processor_class": "Lfm2VlProcessor"}
 
 
-def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...], merged: str) -> str:
+def _readme(
+    form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...], names: Mapping[str, str], merged: str
+) -> str:
     lines = ["---", "library_name: transformers", "---", "", f"# {recipe.run.name}", ""]
     lines += [f"Trained with dsmoe_vl, exported as `{form.architecture}`.", "", "```python"]
     if not form.is_whole:
@@ -111,6 +129,8 @@ def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...],
             "Control symbols in a text are ordinary text. Their ids: "
             "`tokenizer.convert_tokens_to_ids(\"<caption>\")` and likewise.",
         ]  # fmt: skip
+    elif form.kind in (*QWEN, "internvl"):
+        lines += _bare_readme(names, form)
     else:
         trust = ", trust_remote_code=True" if isinstance(form, OwnClass) else ""
         lines += [
@@ -135,6 +155,32 @@ def _readme(form: ExportClass | OwnClass, recipe: Recipe, lost: tuple[str, ...],
     tasks = ", ".join(spec.name for spec in learned_tasks(recipe))
     lines += ["", f"Control symbols: {symbols}. Learned tasks: {tasks}."]
     return "\n".join(lines) + "\n"
+
+
+def _bare_readme(names: Mapping[str, str], form: ExportClass | OwnClass) -> list[str]:
+    """Without the processor of the class, which writes symbols around a picture that training had not."""
+    vision = form.recipe.model.vision
+    is_qwen, cell = form.kind in QWEN, vision.merge**2
+    cells = str(vision.position_grid**2 // cell)
+    if is_qwen:
+        cells = f'(int(pictures["image_grid_thw"][0].prod()) // {cell})'
+    more = "mm_token_type_ids=(ids == image).int(), **pictures" if is_qwen else 'pixel_values=pictures["pixel_values"]'
+    last = (
+        "Version 4 of transformers finds pictures by the symbols around them, which prompts here do not have: it gives "
+        "the text other positions."
+        if is_qwen
+        else "Every picture is resized to one square; in training it kept its aspect ratio."
+    )
+    return [
+        "import torch", "from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer", "",
+        'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")  # transformers 5',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        'pictures = AutoImageProcessor.from_pretrained("THIS_FOLDER")(images=[picture], return_tensors="pt")',
+        f'image, caption = tokenizer.convert_tokens_to_ids(["{names["<image>"]}", "{names["<caption>"]}"])',
+        f"ids = torch.tensor([[image] * {cells} + [caption]])",
+        f"ids = model.generate(input_ids=ids, {more}, max_new_tokens=64)",
+        "```", "", last,
+    ]  # fmt: skip
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

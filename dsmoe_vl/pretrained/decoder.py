@@ -11,10 +11,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsmoe_vl.config.recipe import ModelConfig, MoEConfig
+from dsmoe_vl.config.model import ModelConfig, MoEConfig
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.moe.placement import expert_name
 from dsmoe_vl.pretrained.mapping import (
     Target,
+    expert_of,
     expert_targets,
     halved,
     joined,
@@ -25,6 +27,7 @@ from dsmoe_vl.pretrained.mapping import (
     turned,
     turned_back,
 )
+from dsmoe_vl.pretrained.rope import read_base, read_scaling, read_sections, rope_config
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Decoder:
     kind: str  # the model_type of config.json
     prefix: str = "model."
     head: str = "lm_head.weight"
+    has_stacks: bool = False  # one tensor has the matrices of all experts, as in Qwen3-VL-MoE
 
     @property
     def family(self) -> _Family:
@@ -124,7 +128,8 @@ class Decoder:
         """Of one layer with experts: the tensors under `ours`, from those under `theirs`."""
         assert self.moe is not None
         yield Target(f"{ours}router.weight", (f"{theirs}gate.weight",))
-        for number in range(self.moe.experts):
+        yield from self._stacked(self.moe, theirs, ours) if self.has_stacks else ()
+        for number in range(0 if self.has_stacks else self.moe.experts):
             names = [f"{theirs}experts.{number}.{name}.weight" for name in self.family.expert_names]
             yield from expert_targets(f"{ours}experts", number, (names[0], names[1], names[2]))
         if self.family.selection_bias:
@@ -134,6 +139,21 @@ class Decoder:
             yield from _swiglu(f"{theirs}{self.family.shared}.", f"{ours}shared.")
         if self.family.shared_gate:
             yield Target(f"{ours}shared.gate.weight", (f"{theirs}{self.family.shared}_gate.weight",))
+
+    def _stacked(self, moe: MoEConfig, theirs: str, ours: str) -> Iterator[Target]:
+        """Those of one source follow each other, so that it is read once."""
+        width, hidden = self.model.width, moe.ffn_width
+        both, down = (2 * hidden, width), (width, hidden)
+        numbers = range(moe.experts)
+        names = {w: [expert_name(f"{ours}experts.{w}", n) for n in numbers] for w in ("w1", "w2", "w3")}
+        for n in numbers:
+            for weight, rows in (("w1", slice(hidden)), ("w3", slice(hidden, None))):
+                how = f"expert {n}, rows from {rows.start or 0} on"
+                make, source = expert_of(n, both, rows), f"{theirs}experts.gate_up_proj"
+                yield Target(names[weight][n], (source,), make, how, stack=moe.experts)
+        for n in numbers:
+            make, source = expert_of(n, down, slice(None)), f"{theirs}experts.down_proj"
+            yield Target(names["w2"][n], (source,), make, f"expert {n}", stack=moe.experts)
 
     def config(self, positions: int) -> dict[str, Any]:
         """The keys of config.json that say these settings, for transformers 4 and 5; `read_decoder` reads them back.
@@ -146,9 +166,8 @@ class Decoder:
             "intermediate_size": model.ffn_width, "num_hidden_layers": model.layers,
             "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
             "head_dim": model.width_of_head, "hidden_act": "silu", "max_position_embeddings": positions,
-            "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_base,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
-            "tie_word_embeddings": model.tied, "vocab_size": self.vocab_size,
+            "rms_norm_eps": model.norm_eps, **rope_config(model), "tie_word_embeddings": model.tied,
+            "vocab_size": self.vocab_size,
         }  # fmt: skip
         if moe is None:
             return found
@@ -201,9 +220,10 @@ def read_decoder(config: Mapping[str, Any], names: Collection[str], place: str) 
     model = ModelConfig(
         width=width, layers=need("num_hidden_layers"), heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads, ffn_width=need("intermediate_size"),
-        rope_base=_rope_base(config, place), head_width=0 if head_width * heads == width else head_width,
+        rope_base=read_base(config, place), head_width=0 if head_width * heads == width else head_width,
         norm_eps=need("rms_norm_eps"), qk_norm=family.qk_norm, qkv_bias=family.qkv_bias,
-        tied="lm_head.weight" not in names,
+        tied="lm_head.weight" not in names, rope_sections=read_sections(config, place),
+        rope_scaling=read_scaling(config, place),
     )  # fmt: skip
     if not family.sparse:
         return Decoder(model, None, need("vocab_size"), model.layers, kind)
@@ -231,21 +251,6 @@ def _refuse(config: Mapping[str, Any], place: str) -> None:
     for key, (ours, theirs) in unlike.items():
         if theirs != ours:
             raise ConfigError(f"{place}: {key} = {theirs!r} is not read; models with {ours!r} are")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"{place}: rope scaling of type {kind!r} is not read; models without are")
-
-
-def _rope_base(config: Mapping[str, Any], place: str) -> float:
-    """Where transformers 5 writes it, else where transformers 4 did. Each of them ignores the other's."""
-    found = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
-    if found is None:
-        raise ConfigError(
-            f"{place}: neither rope_parameters.rope_theta nor rope_theta is there, and a guess would be wrong without "
-            "a word: add the model's own"
-        )
-    return float(found)
 
 
 def _dense_layers(config: Mapping[str, Any], place: str) -> int:

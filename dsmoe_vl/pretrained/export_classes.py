@@ -6,18 +6,20 @@ the setting and the fix.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe, VisionConfig
+from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
+from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.pretrained.decoder import Decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, clip_tower, connector_targets, siglip_tower
+from dsmoe_vl.pretrained.tower import Tower, clip_tower, connector_targets, merger_targets, own_tower, siglip_tower
 
 BIASES = ("task_bias", "modality_bias", "selection_bias")  # of a router
 _DROP = "or give --own-code, or --drop-routing-bias, which changes what the model computes"
@@ -29,8 +31,18 @@ _PREFIXES = {  # on disk, as every version of transformers reads them: tower, co
         "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.",
         "language_model.lm_head.weight",
     ),
+    "internvl": (
+        "vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight",
+    ),
+    "qwen3_vl": ("model.visual.", "model.visual.", "model.language_model.", "lm_head.weight"),
 }  # fmt: skip
-_ARCHITECTURES = {"lfm2_vl": "Lfm2VlForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}
+_PREFIXES["qwen3_vl_moe"] = _PREFIXES["qwen3_vl"]
+_ARCHITECTURES = {
+    "lfm2_vl": "Lfm2VlForConditionalGeneration", "llava": "LlavaForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}  # fmt: skip
+QWEN = ("qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,10 @@ class ExportClass:
         yield from self.decoder.targets()
         if self.tower is not None:
             yield from self.tower.targets()
-            yield from connector_targets(_PREFIXES[self.kind][1], self.kind == "lfm2_vl")
+            if self.kind in QWEN:
+                yield from merger_targets(self.tower.vision, _PREFIXES[self.kind][1])
+                return
+            yield from connector_targets(_PREFIXES[self.kind][1], self.kind != "llava")
 
     def changed(self, name: str, value: Tensor) -> Tensor:
         """The value of a target, as the class needs it."""
@@ -95,6 +110,17 @@ class ExportClass:
             "architectures": [self.architecture], "model_type": self.kind, "text_config": text,
             "vision_config": self.tower.config(), "tie_word_embeddings": model.tied, "projector_hidden_act": "gelu",
         }  # fmt: skip
+        if self.kind in QWEN:
+            del outer["projector_hidden_act"]
+            outer["text_config"] = text | {"model_type": f"{self.kind}_text"}
+            outer["vision_config"] |= {"model_type": self.kind, "out_hidden_size": model.width}
+            return outer | {"image_token_id": image_token}
+        if self.kind == "internvl":
+            return outer | {
+                "image_token_id": image_token, "image_seq_length": (vision.position_grid // vision.merge) ** 2,
+                "downsample_ratio": 1 / vision.merge, "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "default",
+            }  # fmt: skip
         if self.kind == "llava":
             return outer | {
                 "image_token_index": image_token, "image_seq_length": vision.position_grid**2,
@@ -114,6 +140,13 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
     """
     form = None if text_only else _whole_form(recipe.model.vision)
     whole = form and form.partition(" ")[0]
+    if whole == "qwen3_vl":
+        return _qwen(recipe, _text_kind(recipe, biases))
+    if whole is not None and recipe.model.rope_sections:
+        raise ConfigError(
+            f"model.rope_sections = {list(recipe.model.rope_sections)}: {whole} has none: give --part text for the "
+            "decoder alone, whose texts are the same without them"
+        )
     kind = _text_kind(recipe, biases)
     recipe, changes = _in_form(recipe, kind)
     if whole == "llava":  # its tower has a last norm, and takes the features before it
@@ -127,9 +160,41 @@ def export_class(recipe: Recipe, biases: Collection[str], text_only: bool) -> Ex
     prefixes = _PREFIXES[whole]
     if form == _CLIP_FORM:
         tower = clip_tower(recipe.model.vision, prefixes[0])
+    elif whole == "internvl":
+        grid, merge = recipe.model.vision.position_grid, recipe.model.vision.merge
+        if grid % merge:
+            raise ConfigError(
+                f"model.vision.position_grid = {grid}: internvl has squares of that side in cells of {merge} x {merge} "
+                "patches: train with a multiple, or give --own-code, or --part text for the decoder alone"
+            )
+        tower = own_tower("internvl_vision", recipe.model.vision, prefixes[0])
     else:
         tower = siglip_tower(recipe.model.vision, whole == "lfm2_vl", prefixes[0])
     return ExportClass(whole, recipe, replace(decoder, prefix=prefixes[2], head=prefixes[3]), tower, changes)
+
+
+def _qwen(recipe: Recipe, kind: str) -> ExportClass:
+    """Qwen3-VL with or without experts. Raises ConfigError for a decoder that it has not."""
+    sections, moe = recipe.model.rope_sections, recipe.moe
+    form, _ = _in_form(recipe, kind)
+    is_sparse, width = kind == "qwen3_moe", recipe.model.width
+    unlike = {
+        f"model.rope_sections = {list(sections)}: qwen3_vl has three": not sections,
+        f"a decoder like {kind}: qwen3_vl has one like qwen3 or qwen3_moe": kind not in ("qwen3", "qwen3_moe"),
+        "gates that do not sum to 1: those of qwen3_vl_moe do": is_sparse and not form.moe.renormalise,
+        f"moe.ffn_width = {moe.ffn_width}, model.width = {width}: transformers cannot tell which way such experts of "
+        "qwen3_vl_moe are written": is_sparse and width in (moe.ffn_width, 2 * moe.ffn_width),
+    }
+    wrong = next((what for what, is_so in unlike.items() if is_so), None)
+    if wrong is not None:
+        raise ConfigError(f"{wrong}: train otherwise, or give --part text for the decoder alone")
+    form = replace(form, model=replace(form.model, rope_sections=sections))
+    tower, _, text, head = _PREFIXES["qwen3_vl"]
+    dense = moe.first_dense_layers if is_sparse else form.model.layers
+    decoder = Decoder(
+        form.model, form.moe if is_sparse else None, recipe.tokenizer.vocab_size, dense, kind, text, head, is_sparse
+    )
+    return ExportClass(QWEN[is_sparse], form, decoder, own_tower("qwen3_vl_vision", form.model.vision, tower))
 
 
 def _text_kind(recipe: Recipe, biases: Collection[str]) -> str:
@@ -211,6 +276,7 @@ def _in_form(recipe: Recipe, kind: str) -> tuple[Recipe, dict[str, float]]:
     model, moe = recipe.model, recipe.moe
     moe = replace(moe, experts=moe.experts_per_layer[0] if moe.experts_per_layer else moe.experts, experts_per_layer=())
     moe = replace(moe, backend="dropless", renormalise=moe.renormalise and moe.top_k > 1)
+    model = replace(model, rope_sections=())  # a text without pictures has the same positions without them
     changes: dict[str, float] = {}
     if kind == "qwen2_moe":
         if moe.shared_ffn_width and not moe.shared_gate:  # its gate will be sigmoid(0)
@@ -224,7 +290,7 @@ def _in_form(recipe: Recipe, kind: str) -> tuple[Recipe, dict[str, float]]:
 _ANY = {
     "norm": ("layer",), "bias": (True,), "qk_norm": (False,), "ffn": ("gelu", "gelu_tanh", "quick_gelu"),
     "layer_scale": (False,), "positions": ("learned",), "prefix_tokens": (0,), "pre_norm": (False,),
-    "place_and_time": (False,),
+    "place_and_time": (False,), "connector_width": (0,), "taps": ((),),
 }  # fmt: skip
 _LLAVA: dict[str, tuple[Any, ...]] = {"merge": (1,), "final_norm": (False,), "connector_norm": ("none",)}
 _CLIP_FORM = "llava with CLIP's encoder"
@@ -235,6 +301,15 @@ _WHOLE: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "llava": _ANY | _LLAVA,
     _CLIP_FORM: _ANY | _LLAVA | {"prefix_tokens": (1,), "pre_norm": (True,)},
+    "internvl": _ANY | {
+        "layer_scale": (True,), "prefix_tokens": (1,), "position_resize": ("bicubic",), "final_norm": (False,),
+        "connector_norm": ("joined",), "connector_norm_eps": (1e-5,),
+    },
+    "qwen3_vl": {key: values for key, values in _ANY.items() if key not in ("taps", "connector_width")} | {
+        "norm_eps": (1e-6,), "positions": ("learned+rotary",), "rope_base": (10000.0,),
+        "position_resize": ("align_corners",), "final_norm": (False,), "connector_norm": ("patch",),
+        "connector_norm_eps": (1e-6,),
+    },
 }  # fmt: skip
 
 
@@ -245,11 +320,12 @@ def _whole_form(vision: VisionConfig) -> str:
         kind: {key: values[0] for key, values in needs.items() if getattr(vision, key) not in values}
         for kind, needs in _WHOLE.items()
     }
+    if vision.connector_width != (joined := vision.merge**2 * vision.width):
+        wrong["qwen3_vl"]["connector_width"] = joined
     nearest = min(wrong, key=lambda kind: len(wrong[kind]))
     if not wrong[nearest]:
         return nearest
-    settings = ", ".join(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}".replace("'", '"')
-                         for key, value in wrong[nearest].items())  # fmt: skip
+    settings = ", ".join(f"{key} = {json.dumps(value)}" for key, value in wrong[nearest].items())
     raise ConfigError(
         f"no class has this vision encoder and connector; the nearest, {nearest}, needs in [model.vision]: {settings}. "
         "Train with them, or give --own-code, or --part text for the decoder alone"

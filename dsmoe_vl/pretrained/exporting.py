@@ -14,8 +14,9 @@ checkpoint that no rule knows, and one of the class that nothing fills, are erro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -67,12 +68,39 @@ class _Outgoing:
         empty = torch.empty(self.spec.shape, dtype=self.spec.dtype, device="meta")
         return {name: Spec(part.dtype, tuple(part.shape)) for name, part in self.target.parts(empty)}
 
+    def tensors(self, made: Callable[[_Outgoing], Tensor]) -> Iterator[Tensor]:
+        """Those of `specs`, from our value."""
+        yield from (part for _, part in self.target.parts(made(self)))
+
     def value(self, weights: WeightsFile) -> Tensor:
         """Ours. A norm that the class has and never uses is filled with ones."""
         if self.stored is not None:
             return weights.read(self.stored)
         fill = 1.0 if self.target.name.endswith("norm.weight") else 0.0
         return torch.full(self.spec.shape, fill, dtype=self.spec.dtype)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Matrices of experts that the class has in one tensor: each transposed, [E, in, out], as transformers 4 reads
+    them; version 5 turns them."""
+
+    items: tuple[_Outgoing, ...]
+
+    @property
+    def spec(self) -> Spec:
+        """Of the tensor."""
+        first, experts = self.items[0].spec, self.items[0].target.stack
+        return Spec(first.dtype, (experts, first.shape[1], len(self.items) // experts * first.shape[0]))
+
+    def specs(self) -> dict[str, Spec]:
+        """Of the tensor, by its name."""
+        return {self.items[0].target.sources[0]: self.spec}
+
+    def tensors(self, made: Callable[[_Outgoing], Tensor]) -> Iterator[Tensor]:
+        """The tensor, from our values."""
+        experts, width, rows = self.spec.shape
+        yield torch.cat([made(item) for item in self.items]).view(experts, rows, width).transpose(1, 2).contiguous()
 
 
 def export_hf(
@@ -128,25 +156,28 @@ def write_weights(
 
     weights: a checkpoint of the recipe's model, or a folder that `import_models` wrote.
     """
-    shards: list[list[_Outgoing]] = [[]]
+    shards: list[list[_Outgoing | _Stack]] = [[]]
     filled = 0
-    for item in _outgoing(weights, recipe, form):
+    for item in _stacked(_outgoing(weights, recipe, form)):
         if filled and filled + item.spec.size > limit:
             shards.append([])
             filled = 0
         shards[-1].append(item)
         filled += item.spec.size
     added = {name: weights.read(source) for name, source in form.absorbed.items()}
-    if form.replaces_placeholder:
+    if form.replaces_placeholder and recipe.model.vision.placeholder == "add":
         width = form.recipe.model.width
         added[_BIAS] = weights.flat("embedding.weight", image_token * width, (image_token + 1) * width)
 
-    def made(items: list[_Outgoing]) -> Iterator[Tensor]:
+    def value(item: _Outgoing) -> Tensor:
+        found = item.value(weights)
+        if item.target.name in added:
+            found = (found.double() + added[item.target.name].double()).to(found.dtype)
+        return form.changed(item.target.name, found)
+
+    def made(items: list[_Outgoing | _Stack]) -> Iterator[Tensor]:
         for item in items:
-            value = item.value(weights)
-            if item.target.name in added:
-                value = (value.double() + added[item.target.name].double()).to(value.dtype)
-            yield from (part for _, part in item.target.parts(form.changed(item.target.name, value)))
+            yield from item.tensors(value)
 
     places: dict[str, str] = {}
     total = 0
@@ -184,6 +215,14 @@ def _outgoing(weights: WeightsFile, recipe: Recipe, form: ExportClass | OwnClass
         if name in ours and not _is_null_expert(name, weights):
             raise CheckpointError(f"{weights.folder} has no tensor {name}: name another run")
         yield _Outgoing(target, Spec(dtype, shape), None)
+
+
+def _stacked(items: Iterable[_Outgoing]) -> Iterator[_Outgoing | _Stack]:
+    """With those of one stack, which follow each other, together."""
+    for key, group in groupby(items, lambda item: item.target.sources[0] if item.target.stack else item.target.name):
+        found = tuple(group)
+        yield _Stack(found) if found[0].target.stack else found[0]
+        assert found[0].target.stack or len(found) == 1, key
 
 
 def _is_null_expert(name: str, weights: WeightsFile) -> bool:

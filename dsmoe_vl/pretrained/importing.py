@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ from dsmoe_vl.pretrained.source import SourceFolder
 from dsmoe_vl.pretrained.tokenizer import FoundTokenizer, find_tokenizer
 from dsmoe_vl.pretrained.tower import Tower, read_tower
 from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
+from dsmoe_vl.pretrained.whole import Whole, is_whole, read_whole
 from dsmoe_vl.tasks.registry import build_backbone
 
 OF_TOWER = ("vision.",)
 OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
+OF_CONNECTOR = ("connector.",)
 _ONE_ROW_A_PIECE = ("embedding.weight", "head.weight")
 _NEW = ("router.task_bias", "router.modality_bias")  # of ours alone: they start at zero
+_OF_NEW_CONNECTOR = 1.5  # root mean square of its outputs, for features of a last norm
 _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
 
@@ -68,39 +72,51 @@ def import_models(
     vision: Path | None,
     output: Path,
     *,
+    whole: Path | None = None,
     experts: Upcycling | None = None,
     controls: Mapping[str, str] | None = None,
     probe: bool = False,
 ) -> Imported:
-    """Write the folder `output`.
+    """Write the folder `output`, from a language model, a vision encoder, both, or a whole model.
 
     experts: what becomes of a dense language model, if it is not to stay one. controls: pieces of the tokenizer that
     stand for our symbols, by the symbols' names in the recipe. probe: ask transformers for what training compares at
     its start. Raises ConfigError, CheckpointError, OSError.
     """
-    _check(text, vision, experts, controls, probe)
+    language = whole or text
+    _check(text, vision, whole)
+    _check_options(language, experts, controls, probe)
     recipe, targets = Recipe(), dict[str, tuple[SourceFolder, Target]]()
     settings: dict[str, Any] = {}
     left_out: dict[str, list[str]] = {}
     owned: tuple[str, ...] = ()
     tokenizer: FoundTokenizer | None = None
-    if text is not None:
-        folder = SourceFolder(text)
+    found: Whole | None = None
+    if language is not None:
+        folder = _folder(language, whole is not None)
         with reading_config(folder.place):
-            decoder = read_decoder(folder.config, folder.places, folder.place)
-        decoder = with_tie(decoder, folder)
+            if whole is not None:
+                found = read_whole(folder.config, folder.preprocessor, folder.places, folder.place)
+            decoder = read_decoder(folder.config, folder.places, folder.place) if found is None else found.decoder
+        if found is None:
+            decoder = with_tie(decoder, folder)
         if experts is not None:
             decoder = upcycled(decoder, experts, folder.place)
-        tokenizer = find_tokenizer(folder, decoder.vocab_size, controls or {})
+        tokenizer = find_tokenizer(folder, decoder.vocab_size, controls or {}, {} if found is None else found.symbols)
         recipe, settings = _with_decoder(recipe, decoder, tokenizer)
         recipe_from_table({key: table for key, table in settings.items() if key != DEFAULTS}, folder.place)
         require_known_experts(decoder, folder)
-        left_out[str(text)] = _take(
-            folder, _grown(decoder.targets(), tokenizer), lambda name: _is_no_tensor(name, decoder), targets
-        )
+        wanted = _grown(decoder.targets(), tokenizer)
         owned += OF_DECODER
+        if found is None:
+            left_out[str(language)] = _take(folder, wanted, _is_no_tensor, targets)
+        else:
+            recipe = replace(recipe, model=replace(recipe.model, vision=found.tower.vision))
+            settings["model"]["vision"] = asdict(found.tower.vision)
+            left_out[str(language)] = _take(folder, chain(wanted, found.pictures()), found.leaves_out, targets)
+            owned += OF_TOWER + OF_CONNECTOR
     if vision is not None:
-        folder = SourceFolder(vision)
+        folder = _folder(vision, False)
         require_pixels(folder)
         with reading_config(folder.place):
             tower = read_tower(folder.config, folder.preprocessor, folder.places, folder.place)
@@ -121,15 +137,26 @@ def import_models(
             _write(output, targets, shapes)
             if tokenizer is not None:
                 shutil.copyfile(tokenizer.tokenizer.path, output / tokenizer.settings.path)
+            if language is not None and found is None:
+                pictures = {"connector_scale": _strength_of_text(output)}
+                settings.setdefault(DEFAULTS, {})["model"] = {"vision": pictures}
             write_json(output / MODEL_NAME, settings)
             write_json(output / ORIGIN_NAME, _origin(targets, left_out, fresh))
-            if probe and text is not None:
-                make_probe(text, output, _pieces(recipe, tokenizer))
+            if probe and language is not None:
+                pieces = _pieces(recipe, tokenizer)
+                make_probe(language, output, pieces if found is None else min(pieces, found.pieces), found is not None)
     except BaseException:
         for file in output.iterdir():  # else the next try would find a folder that is not empty
             file.unlink()
         raise
     return Imported(settings, _by_part(targets, shapes), _by_part(fresh, shapes), tokenizer)
+
+
+def _strength_of_text(output: Path) -> float:
+    """The root mean square of the embedding, over that of what a connector from nothing puts out."""
+    embedding = WeightsFile(output).read("embedding.weight")
+    mean = float(torch.linalg.vector_norm(embedding, dtype=torch.float32)) / math.sqrt(embedding.numel())
+    return float(f"{mean / _OF_NEW_CONNECTOR:.3g}")
 
 
 def _by_part(names: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -141,16 +168,30 @@ def _by_part(names: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> dict[
     return parts
 
 
-def _check(text: Path | None, vision: Path | None, experts: Upcycling | None, controls: Any, probe: bool) -> None:
+def _check(text: Path | None, vision: Path | None, whole: Path | None) -> None:
+    """Raises ConfigError unless there is something to import, and each part from one folder."""
+    if text is None and vision is None and whole is None:
+        raise ConfigError("nothing to import: give --text DIR, --vision DIR or both, or --whole DIR")
+    if whole is not None and (text or vision):
+        raise ConfigError(f"--whole {whole} has both parts already: leave --text and --vision out")
+
+
+def _check_options(language: Path | None, experts: Upcycling | None, controls: Any, probe: bool) -> None:
     """Options that need something else. Raises ConfigError."""
-    if text is None and vision is None:
-        raise ConfigError("nothing to import: give --text DIR, --vision DIR or both")
-    if text is None and experts is not None:
+    if language is None and experts is not None:
         raise ConfigError(f"--experts {experts.experts}: needs a language model to make them of: give --text DIR")
-    if text is None and controls:
+    if language is None and controls:
         raise ConfigError("--controls names pieces of the tokenizer of --text DIR: give it too")
-    if probe and (text is None or (experts is not None and not experts.is_exact)):
+    if probe and (language is None or (experts is not None and not experts.is_exact)):
         raise ConfigError("--probe: needs --text DIR, and outputs that stay the same: no --noise, no --fresh-share")
+
+
+def _folder(path: Path, as_whole: bool) -> SourceFolder:
+    """Raises ConfigError for a whole model in the place of a part."""
+    folder = SourceFolder(path)
+    if is_whole(folder.config) and not as_whole:
+        raise ConfigError(f"{path} is a whole model, {folder.config['model_type']}: give --whole {path}")
+    return folder
 
 
 def _pieces(recipe: Recipe, found: FoundTokenizer | None) -> int:
@@ -175,6 +216,8 @@ def _with_decoder(recipe: Recipe, decoder: Decoder, found: FoundTokenizer | None
     changed = replace(recipe, model=model, moe=moe, tokenizer=TokenizerConfig(vocab_size=rows))
     tokenizer: dict[str, Any] = {"vocab_size": rows} if found is None else found.table()
     tables: dict[str, Any] = {"model": _plain(decoder.model), "tokenizer": tokenizer}
+    if model.rope_scaling.kind != "none":
+        tables["model"]["rope_scaling"] = asdict(model.rope_scaling)
     tables["moe"] = {"first_dense_layers": moe.first_dense_layers}
     if decoder.moe is not None:
         same = ("experts", "top_k", "ffn_width", "shared_ffn_width", "shared_gate", "renormalise", "first_dense_layers")
@@ -190,8 +233,10 @@ def _plain(settings: Any) -> dict[str, Any]:
 
 
 def _vision_settings(tower: Tower) -> dict[str, Any]:
-    ours = ("merge", "connector_norm", "connector_norm_eps", "place_and_time")  # of the connector: the recipe's
-    return {name: value for name, value in asdict(tower.vision).items() if name not in ours}
+    """Without those of the connector, which are the recipe's."""
+    ours = ("merge", "place_and_time", "placeholder")
+    return {name: value for name, value in asdict(tower.vision).items() if name not in ours
+            and not name.startswith("connector_")}  # fmt: skip
 
 
 def _take(

@@ -59,7 +59,8 @@ class Target:
     """A tensor of our model, and the tensors of theirs that it is made of. `how`: in words, for origin.json.
 
     `undo` is the inverse of `make`: one tensor for each source, or None where another target gives that source. Targets
-    without `undo` can be imported only. A target without sources is fp32, and made of nothing else.
+    without `undo` can be imported only. A target without sources is fp32, and made of nothing else. `stack`: if above
+    0, the one source has the matrices of so many experts, [E, in, out], of which this is one, or some rows of one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Target:
     make: Make = only
     how: str = "as it is"
     undo: Undo | None = None
+    stack: int = 0
 
     def parts(self, value: Tensor) -> list[tuple[str, Tensor]]:
         """Their tensors, by name, from ours."""
@@ -114,6 +116,21 @@ def qkv(head_width: int) -> Make:
     return make
 
 
+def fused_qkv(head_width: int) -> Make:
+    """As `qkv`, of one source that has the three of equal size one after another."""
+    return lambda found: qkv(head_width)(only(found).chunk(3))
+
+
+def split_fused_qkv(head_width: int) -> Undo:
+    """The inverse of `fused_qkv`."""
+
+    def undo(target: Tensor) -> tuple[Tensor]:
+        q, k, v = target.chunk(3)
+        return (torch.cat((from_neighbours(q, head_width), from_neighbours(k, head_width), v)),)
+
+    return undo
+
+
 def split_qkv(head_width: int, heads: int, kv_heads: int, turn: bool = True) -> Undo:
     """The inverse of `qkv`; with `turn` false, rotary pairs stay side by side."""
 
@@ -128,6 +145,17 @@ def expert_targets(stacked: str, number: int, sources: tuple[str, str, str]) -> 
     """Of one expert: `sources` are its gate (w1), down (w2) and up (w3) matrices. `stacked`: up to ".experts"."""
     names = (expert_name(f"{stacked}.{weight}", number) for weight in ("w1", "w2", "w3"))
     return [Target(name, (source,)) for name, source in zip(names, sources, strict=True)]
+
+
+def expert_of(number: int, shape: tuple[int, int], rows: slice) -> Make:
+    """Rows of one expert's matrix. The source stacks those of all experts, [E, *shape], or transposed, as some versions
+    of transformers write them; the two sizes must differ."""
+
+    def make(found: Sequence[Tensor]) -> Tensor:
+        matrix = only(found)[number]
+        return (matrix.t() if tuple(matrix.shape) == shape[::-1] else matrix)[rows].contiguous()
+
+    return make
 
 
 def folded_pixels(

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.config.task_table import TASKS, task_number
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import write_atomically
+from dsmoe_vl.model.rotary import Rotary
 from dsmoe_vl.planner.parameters import experts_of_layers, sparse_layers
 from dsmoe_vl.pretrained import own_code
 from dsmoe_vl.pretrained.importing import OF_DECODER, OF_TOWER, stored_shapes
@@ -26,7 +28,8 @@ _MOE = ("top_k", "ffn_width", "shared_ffn_width", "shared_gate", "renormalise", 
 
 @dataclass(frozen=True)
 class OwnClass:
-    """As `ExportClass`, for the class in `own_code/`: its tensors have our names. Raises ConfigError for PR-MoE."""
+    """As `ExportClass`, for the class in `own_code/`: its tensors have our names. Raises ConfigError for PR-MoE,
+    MRoPE and DeepStack."""
 
     recipe: Recipe
     kind: str = "dsmoe_vl"
@@ -38,6 +41,13 @@ class OwnClass:
     def __post_init__(self) -> None:
         if self.recipe.moe.residual:
             raise ConfigError("moe.residual = true: it is not in the code for transformers: train with false")
+        model = self.recipe.model
+        for key, value in (("rope_sections", model.rope_sections), ("vision.taps", model.vision.taps)):
+            if value:
+                raise ConfigError(
+                    f"model.{key} = {list(value)}: it is not in the code for transformers: give --part text for the "
+                    "decoder alone"
+                )
 
     def targets(self) -> Iterator[Target]:
         """All tensors of the folder: those of the model without the heads of its tasks."""
@@ -58,6 +68,7 @@ class OwnClass:
         model = asdict(recipe.model)
         vision = model.pop("vision")
         del model["init_from"]
+        rotary = Rotary(recipe.model)
         files = {"AutoConfig": "DsmoeVLConfig"}
         files |= dict.fromkeys(("AutoModelForImageTextToText", "AutoModelForCausalLM"), self.architecture)
         return {
@@ -67,6 +78,7 @@ class OwnClass:
             "moe_table": {key: getattr(recipe.moe, key) for key in _MOE},
             "experts": list(experts_of_layers(recipe)) if sparse_layers(recipe) else [],
             "vocab_size": recipe.tokenizer.vocab_size, "tasks": len(TASKS), "task": task_number("caption"),
+            "rope_frequencies": rotary.frequencies(torch.device("cpu")).tolist(), "rope_magnitude": rotary.magnitude,
             "image_token_id": image_token, "max_position_embeddings": positions,
         }  # fmt: skip
 

@@ -51,15 +51,16 @@ class Probe:
         return torch.tensor(self.lengths).cumsum(0) - 1
 
 
-def make_probe(text: Path, output: Path, pieces: int) -> None:
+def make_probe(text: Path, output: Path, pieces: int, is_whole: bool = False) -> None:
     """Ask transformers' model of the folder `text`, in fp32 on the CPU, about the first `pieces` of its vocabulary, V:
-    rows behind them may be given to our symbols. Raises ConfigError, OSError."""
+    rows behind them may be given to our symbols, or stand for pictures. Raises ConfigError, OSError."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     except ImportError:
         raise ConfigError("--probe asks transformers, which is not installed: `pip install transformers`") from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32, local_files_only=True).eval()
+        kind = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
+        model = kind.from_pretrained(text, dtype=torch.float32, local_files_only=True).eval()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"--probe: transformers cannot open {text}: {' '.join(str(error).split())[:300]}") from None
     generator = torch.Generator().manual_seed(_SEED)

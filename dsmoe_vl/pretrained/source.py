@@ -27,6 +27,7 @@ class SourceFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._files = folder, TensorFiles(folder)
+        self._last: tuple[str, Tensor] | None = None
         self.config = self.json("config.json", needed=True)
         self.preprocessor = self.json("preprocessor_config.json", needed=False)
 
@@ -63,7 +64,11 @@ class SourceFolder:
             ) from None
 
     def read(self, name: str) -> Tensor:
-        """A tensor. Raises CheckpointError if a value of it is not finite."""
+        """A tensor; the last one is kept, for several targets in a row. Raises CheckpointError if a value of it is not
+        finite."""
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        self._last = None
         file = self.places[name]
         try:
             spec = self.spec(name)
@@ -75,6 +80,7 @@ class SourceFolder:
             raise CheckpointError(
                 f"{self.folder / self.places[name]}: {name} has values that are not finite: download it again"
             )
+        self._last = name, tensor
         return tensor
 
     def _require(self, file: str, names: Collection[str]) -> None:

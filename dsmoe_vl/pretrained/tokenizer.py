@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.data.sentencepiece_model import SentencePieceModel
 from dsmoe_vl.data.tokenizer import Tokenizer, hash_rows
 from dsmoe_vl.data.tokenizer_json import TokenizerJson
+from dsmoe_vl.data.vocabulary import read_vocabulary
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.pretrained.mapping import Target
 from dsmoe_vl.pretrained.source import SourceFolder
@@ -86,9 +88,12 @@ def with_mean_rows(table: Tensor, new: range, pieces: int, rows: int) -> Tensor:
     return result
 
 
-def find_tokenizer(folder: SourceFolder, old_rows: int, controls: Mapping[str, str]) -> FoundTokenizer | None:
+def find_tokenizer(
+    folder: SourceFolder, old_rows: int, controls: Mapping[str, str], symbols: Mapping[str, int] = MappingProxyType({})
+) -> FoundTokenizer | None:
     """The tokenizer of a folder whose embedding has `old_rows` rows; None if it has none. `controls`: pieces that stand
-    for our symbols, by name. Raises ConfigError."""
+    for our symbols, by name; `symbols`: their ids in the folder's own model, where `controls` say nothing. Raises
+    ConfigError."""
     for name, piece in controls.items():
         if name not in CONTROLS or not piece:
             advice = "name a piece" if name in CONTROLS else did_you_mean(name, CONTROLS)
@@ -97,14 +102,17 @@ def find_tokenizer(folder: SourceFolder, old_rows: int, controls: Mapping[str, s
     if path is None:
         return None
     said = folder.json(_CONFIG, needed=False)
-    settings = TokenizerConfig(controls=ControlsConfig(**controls))
+    vocabulary = read_vocabulary(path)
+    known = {name: vocabulary.piece(row) for name, row in symbols.items() if row < vocabulary.size
+             and vocabulary.is_spare(row)}  # fmt: skip
+    settings = TokenizerConfig(controls=ControlsConfig(**(known | dict(controls))))
     bare = Tokenizer(path, settings)
     if bare.vocabulary.size > old_rows:
         raise ConfigError(
             f"{path} has {bare.vocabulary.size} pieces, but vocab_size = {old_rows} in {folder.place}: it belongs "
             "to other weights, or pieces were added to it after they were trained; put the weights' own there"
         )
-    eos = _eos(said, folder.config, bare)
+    eos = _eos(said, folder.config.get("text_config") or folder.config, bare)
     if not eos and bare.vocabulary.eos is None:
         raise ConfigError(
             f"{path}: no file beside it names a reserved piece that ends a text: add eos_token to tokenizer_config.json"

@@ -1,8 +1,9 @@
 """Vision encoders of other makers: what their config.json means, and which of their tensors ours are made of. Those of
 SigLIP, SigLIP2 and CLIP are read in both directions, to import and to export.
 
-Read: SigLIP and SigLIP2 (of fixed size and NaFlex), CLIP, DINOv2, InternViT. Their features are those that
-vision-language models take: after the last norm, for CLIP the last layer but one, for InternViT without a norm.
+Read: SigLIP and SigLIP2 (of fixed size and NaFlex), CLIP, DINOv2, InternViT, and Qwen3-VL's for still images. Features
+are those that vision-language models take: after the last norm, for CLIP the last layer but one, for InternViT and
+Qwen3-VL without a norm.
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_vl.config.recipe import VisionConfig
+from dsmoe_vl.config.model import VisionConfig
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.pretrained.mapping import Make, Target, folded_pixels, in_thirds, joined, only
+from dsmoe_vl.pretrained.mapping import (
+    Make,
+    Target,
+    folded_pixels,
+    fused_qkv,
+    in_thirds,
+    joined,
+    only,
+    split_fused_qkv,
+)
 
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,6 +51,8 @@ class _Family:
     scales: tuple[str, str] | None = None
     skipped_layers: int = 0  # at the end
     flat_patches: bool = False  # the patch embedding is a matrix, by row, column and channel; else a convolution
+    norm_eps: float = 0.0  # 0: config.json says it
+    rope_base: float = 0.0  # of the rotary embedding, if it has one; queries, keys and values are then one tensor
 
 
 _SIGLIP_LAYER = {
@@ -79,11 +91,20 @@ FAMILIES = {
         "embeddings.patch_embeddings.projection", "embeddings.position_embeddings", None, _IMAGENET,
         class_token="embeddings.cls_token", scales=("lambda_1", "lambda_2"),
     ),
+    "qwen3_vl_vision": _Family(
+        "blocks.{}.",
+        {
+            "attention_norm": "norm1", "feed_forward_norm": "norm2", "feed_forward.up": "mlp.linear_fc1",
+            "feed_forward.down": "mlp.linear_fc2", "attention.out": "attn.proj", "qkv": "attn.qkv",
+        },
+        "patch_embed.proj", "pos_embed.weight", None, (_HALF, _HALF), resize="align_corners", norm_eps=1e-6,
+        rope_base=10000.0,
+    ),
 }  # fmt: skip
 _WITHIN = {"siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model", "clip": "clip_vision_model"}
 _PREFIXES = (
     "", "vision_model.", "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.",
-    "model.vision_tower.vision_model.",
+    "model.vision_tower.vision_model.", "model.visual.", "visual.",
 )  # fmt: skip
 # Tensors that no feature depends on.
 _LEFT_OUT = re.compile(
@@ -118,11 +139,10 @@ class Tower:
         if family.class_token is None:
             yield Target("vision.position.weight", (position,))
         else:
-            yield Target(
-                "vision.position.weight", (position,), _of_patches, "without that of the class token", _with_class
-            )
+            how = "without that of the class token"
+            yield Target("vision.position.weight", (position,), _of_patches, how, self._with_class)
             sources = (f"{theirs}{family.class_token}", position)
-            yield Target("vision.prefix", sources, _class_token, "with its position", lambda own: (own[0], None))
+            yield Target("vision.prefix", sources, _class_token, "with its position", self._class)
         for index in range(self.vision.layers):
             yield from self._layer(theirs + family.layer.format(index), f"vision.layers.{index}.")
         norms = {"vision.embedding_norm": family.norm_before, "vision.norm": family.final}
@@ -131,9 +151,26 @@ class Tower:
                 yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
 
     def config(self) -> dict[str, Any]:
-        """The keys of config.json that say these settings, for SigLIP, SigLIP2 and CLIP; `read_tower` reads them back,
-        but takes CLIP's last layer for one that is not used."""
+        """The keys of config.json that say these settings, for SigLIP, SigLIP2, CLIP, InternViT and Qwen3-VL;
+        `read_tower` reads them back, but takes CLIP's last layer for one that is not used."""
         vision, naflex = self.vision, self.family.flat_patches
+        activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn)
+        if self.family.class_token is not None and not self.is_clip:
+            side = [vision.patch_size * vision.position_grid] * 2
+            return {
+                "model_type": "internvl_vision", "hidden_size": vision.width, "intermediate_size": vision.ffn_width,
+                "num_hidden_layers": vision.layers, "num_attention_heads": vision.heads, "num_channels": 3,
+                "patch_size": [vision.patch_size] * 2, "image_size": side, "hidden_act": activation,
+                "layer_norm_eps": vision.norm_eps, "norm_type": "layer_norm", "attention_bias": True,
+                "use_qk_norm": False, "use_mean_pooling": True, "use_absolute_position_embeddings": True,
+            }  # fmt: skip
+        if self.family.rope_base:
+            return {
+                "hidden_size": vision.width, "intermediate_size": vision.ffn_width, "depth": vision.layers,
+                "num_heads": vision.heads, "in_channels": 3, "patch_size": vision.patch_size,
+                "temporal_patch_size": 2, "spatial_merge_size": vision.merge, "hidden_act": activation,
+                "num_position_embeddings": vision.position_grid**2, "deepstack_visual_indexes": list(vision.taps),
+            }  # fmt: skip
         size: dict[str, Any] = {"num_patches": vision.position_grid**2}
         if not naflex:
             size = {"image_size": vision.position_grid * vision.patch_size}
@@ -142,8 +179,7 @@ class Tower:
             "model_type": "siglip2_vision_model" if naflex else fixed, "hidden_size": vision.width,
             "intermediate_size": vision.ffn_width, "num_hidden_layers": vision.layers,
             "num_attention_heads": vision.heads, "num_channels": 3, "patch_size": vision.patch_size,
-            "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == vision.ffn),
-            "layer_norm_eps": vision.norm_eps, "vision_use_head": False,
+            "hidden_act": activation, "layer_norm_eps": vision.norm_eps, "vision_use_head": False,
         }  # fmt: skip
 
     @property
@@ -167,20 +203,32 @@ class Tower:
         for name in ("feed_forward.up", "feed_forward.down", "attention.out"):
             for kind in ("weight", "bias"):
                 yield Target(f"{ours}{name}.{kind}", (f"{theirs}{parts[name]}.{kind}",))
-        weights = tuple(f"{theirs}{parts[part]}.weight" for part in "qkv")
-        yield Target(f"{ours}attention.qkv.weight", weights, joined, "queries, keys and values", in_thirds)
-        if self.has_qkv_bias:
-            biases = tuple(f"{theirs}{parts[part]}.bias" for part in "qkv")
-            yield Target(f"{ours}attention.qkv.bias", biases, joined, "queries, keys and values", in_thirds)
-        else:
-            yield Target(f"{ours}attention.qkv.bias", weights[:1], _zero_biases, "zeros: there are none")
+        yield from self._qkv(theirs, f"{ours}attention.qkv.")
         if self.family.scales is not None:
             for scale, name in zip(("attention_scale", "feed_forward_scale"), self.family.scales, strict=True):
                 yield Target(f"{ours}{scale}.weight", (f"{theirs}{name}",))
 
+    def _qkv(self, theirs: str, ours: str) -> Iterator[Target]:
+        parts = self.family.parts
+        if self.family.rope_base:
+            head, how = self.vision.width // self.vision.heads, "rotary pairs of queries and keys side by side"
+            for kind in ("weight", "bias"):
+                sources = (f"{theirs}{parts['qkv']}.{kind}",)
+                yield Target(f"{ours}{kind}", sources, fused_qkv(head), how, split_fused_qkv(head))
+            return
+        weights = tuple(f"{theirs}{parts[part]}.weight" for part in "qkv")
+        yield Target(f"{ours}weight", weights, joined, "queries, keys and values", in_thirds)
+        if self.has_qkv_bias:
+            biases = tuple(f"{theirs}{parts[part]}.bias" for part in "qkv")
+            yield Target(f"{ours}bias", biases, joined, "queries, keys and values", in_thirds)
+        else:
+            yield Target(f"{ours}bias", weights[:1], _zero_biases, "zeros: there are none")
+
     def _patches(self, part: int) -> Make:
         def make(found: Sequence[Tensor]) -> Tensor:
             weight, bias = found[0], found[1] if len(found) > 1 else None
+            if weight.dim() == 5:  # of two frames: those of a still image are equal
+                weight = weight.sum(2)
             if weight.dim() == 2:  # by row, column and channel
                 side = self.vision.patch_size
                 weight = weight.view(-1, side, side, 3).permute(0, 3, 1, 2)
@@ -192,8 +240,18 @@ class Tower:
         """For pixels from -1 to 1, as ours."""
         side = self.vision.patch_size
         kernel = weight.view(-1, 3, side, side)
+        if self.family.rope_base:  # of two frames, which are equal
+            return (kernel / 2).unsqueeze(2).expand(-1, -1, 2, -1, -1).contiguous(), None
         theirs = kernel.permute(0, 2, 3, 1).flatten(1) if self.family.flat_patches else kernel
         return (theirs,) if self.is_clip else (theirs, None)
+
+    def _with_class(self, table: Tensor) -> tuple[Tensor]:
+        """The inverse of `_of_patches`, with a position of zeros for the class token, which has its own in it."""
+        whole = torch.cat((table.new_zeros(1, table.shape[1]), table))
+        return (whole if self.is_clip else whole[None],)
+
+    def _class(self, own: Tensor) -> tuple[Tensor, None]:
+        return (own[0] if self.is_clip else own[None]), None
 
 
 def connector_targets(theirs: str, is_normed: bool) -> Iterator[Target]:
@@ -208,8 +266,23 @@ def connector_targets(theirs: str, is_normed: bool) -> Iterator[Target]:
 
 def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
     """The tower that a vision encoder of ours with SigLIP's form is exported as."""
-    family = FAMILIES["siglip2_vision_model" if naflex else "siglip_vision_model"]
-    return Tower(vision, family, prefix, True, _HALF, _HALF)
+    return own_tower("siglip2_vision_model" if naflex else "siglip_vision_model", vision, prefix)
+
+
+def own_tower(kind: str, vision: VisionConfig, prefix: str) -> Tower:
+    """The tower that a vision encoder of ours is exported as, if it has the form of the family."""
+    return Tower(vision, FAMILIES[kind], prefix, True, _HALF, _HALF)
+
+
+def merger_targets(vision: VisionConfig, theirs: str) -> Iterator[Target]:
+    """Of Qwen3-VL's connectors: one of the last layer, and one for each tap."""
+    places = {"merger": ("connector", "patch_norm")}
+    for index in range(len(vision.taps)):
+        places[f"deepstack_merger_list.{index}"] = (f"connector.taps.{index}", "cell_norm")
+    for name, (ours, norm) in places.items():
+        for their_part, part in (("norm", norm), ("linear_fc1", "up"), ("linear_fc2", "down")):
+            for kind in ("weight", "bias"):
+                yield Target(f"{ours}.{part}.{kind}", (f"{theirs}{name}.{their_part}.{kind}",))
 
 
 def clip_tower(vision: VisionConfig, prefix: str) -> Tower:
@@ -220,11 +293,6 @@ def clip_tower(vision: VisionConfig, prefix: str) -> Tower:
 def _of_patches(found: Sequence[Tensor]) -> Tensor:
     table = only(found)
     return table.reshape(-1, table.shape[-1])[1:]
-
-
-def _with_class(table: Tensor) -> tuple[Tensor]:
-    """The inverse of `_of_patches` for CLIP: the class token has its position in it already."""
-    return (torch.cat((table.new_zeros(1, table.shape[1]), table)),)
 
 
 def _class_token(found: Sequence[Tensor]) -> Tensor:
@@ -270,19 +338,22 @@ def read_tower(config: Mapping[str, Any], preprocessor: Mapping[str, Any], names
         found = need(key)
         return int(found[0] if isinstance(found, list) else found)
 
-    patch, patches = side("patch_size"), config.get("num_patches")
+    patch, patches = side("patch_size"), config.get("num_patches", config.get("num_position_embeddings"))
     grid = math.isqrt(patches) if patches else side("image_size") // patch
     hidden = config.get("intermediate_size") or width * need("mlp_ratio")
     vision = VisionConfig(
-        patch_size=patch, width=width, layers=need("num_hidden_layers") - family.skipped_layers,
-        heads=need("num_attention_heads"), ffn_width=hidden,
-        norm="rms" if config.get("norm_type") == "rms_norm" else "layer", norm_eps=need("layer_norm_eps"), bias=True,
-        qk_norm=False, ffn=_ACTIVATIONS[activation], layer_scale=family.scales is not None, positions="learned",
+        patch_size=patch, width=width, layers=need("num_hidden_layers", "depth") - family.skipped_layers,
+        heads=need("num_attention_heads", "num_heads"), ffn_width=hidden,
+        norm="rms" if config.get("norm_type") == "rms_norm" else "layer",
+        norm_eps=family.norm_eps or need("layer_norm_eps"), bias=True,
+        qk_norm=False, ffn=_ACTIVATIONS[activation], layer_scale=family.scales is not None,
+        positions="learned+rotary" if family.rope_base else "learned",
+        rope_base=(config.get("rope_parameters") or {}).get("rope_theta", family.rope_base) or VisionConfig.rope_base,
         position_grid=grid, position_resize=family.resize, prefix_tokens=int(family.class_token is not None),
         pre_norm=family.norm_before is not None, final_norm=family.final is not None,
     )  # fmt: skip
     mean, std = family.pixels
     return Tower(
-        vision, family, prefix, f"{prefix}{family.layer.format(0)}{family.parts['q']}.bias" in names,
+        vision, family, prefix, f"{prefix}{family.layer.format(0)}{family.parts.get('q')}.bias" in names,
         preprocessor.get("image_mean", mean), preprocessor.get("image_std", std),
     )  # fmt: skip

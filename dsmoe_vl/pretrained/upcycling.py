@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_vl.config.recipe import MoEConfig
+from dsmoe_vl.config.model import MoEConfig
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.moe.placement import expert_name
 from dsmoe_vl.pretrained.decoder import Decoder

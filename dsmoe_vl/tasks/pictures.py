@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsmoe_vl.config.recipe import DataConfig, VisionConfig
+from dsmoe_vl.config.model import VisionConfig
+from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.augment import Augmentation
 from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches

@@ -57,7 +57,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
         spread_experts(model, plan, ranks.rank % plan.ep_size)
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     rule_of = rules(plan.recipe)
-    fill = first_values(backbone, plan.recipe.run.seed, plan.recipe.model.picture_scale)
+    fill = first_values(backbone, plan.recipe.run.seed, plan.recipe.model.vision.connector_scale)
     imported = imported_values(plan.recipe.model.init_from if imports else "")
     partition = _partitioner(plan, model) if plan.zero_stage == 3 else None
     for where in list(placed(model)):

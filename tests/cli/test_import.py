@@ -298,3 +298,30 @@ def test_a_dense_model_with_experts_made_of_it(tiny, tmp_path):
     arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--dry-run", "moe.balance_weight=0.5"]
     result = finish(start(python(TRAIN, *arguments)))
     assert result.status == 0 and "3 of 6 experts" in result.out, result.out + result.err
+
+
+def test_a_whole_model_is_imported_and_trains(tiny, tmp_path):
+    """With its probe and its tokenizer, whose piece for pictures becomes the symbol."""
+    torch.manual_seed(0)
+    tower = {
+        "hidden_size": 48, "depth": 3, "num_heads": 3, "intermediate_size": 80, "patch_size": 8,
+        "out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [4, 3, 3], "mrope_interleaved": True}
+    ids = {"image_token_id": 302, "video_token_id": 304, "vision_start_token_id": 301, "vision_end_token_id": 301}
+    config = transformers.Qwen3VLMoeConfig(vision_config=tower, text_config={**DECODER, "rope_parameters": rope}, **ids)
+    transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+    byte_level(tmp_path / "whole" / "tokenizer.json")
+    (tmp_path / "whole" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    result = imported(tmp_path, tmp_path / "model", "whole")
+    assert result.status == 0, result.err
+    settings = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert settings["tokenizer"]["controls"] == {"image": "<|image_pad|>", "video": "</s>"}
+    assert "videos       frames have positions as still images one after another" in result.out
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())
+    assert all(name.endswith(("task_bias", "modality_bias")) for name in origin["first_values"])
+    text = without_shapes(tiny, tmp_path / "model")
+    (tmp_path / "recipe.toml").write_text(text[: text.index("[tokenizer]")] + text[text.index("[run]") :])
+    arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", tmp_path / "recipe.toml", "--run-dir", tmp_path / "run"]
+    result = finish(start(python(TRAIN, *arguments, "run.steps=1", "run.samples_every=0", "run.evaluate_every=0")))
+    assert result.status == 0 and "as its makers' program computes it" in result.out, result.out + result.err

@@ -23,17 +23,15 @@ from dsmoe_vl.checkpoint.manifest import read_manifest
 from dsmoe_vl.checkpoint.training_state import Saver, optimizer_updates, restore
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.command import leave
+from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
 from dsmoe_vl.config.recipe import (
     DataConfig,
     LoraConfig,
-    ModelConfig,
-    MoEConfig,
     PartConfig,
     Recipe,
     SourceConfig,
     TasksConfig,
     TokenizerConfig,
-    VisionConfig,
 )
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.data.pack import collate
@@ -75,8 +73,9 @@ AS_OTHERS = replace(
     vision=replace(
         RECIPE.model.vision, norm="layer", bias=True, qk_norm=False, ffn="gelu_tanh", layer_scale=True,
         positions="learned+rotary", position_grid=3, prefix_tokens=2, pre_norm=True, connector_norm="joined",
-        place_and_time=False,
+        place_and_time=False, connector_width=20, taps=(0, 1), placeholder="replace",
     ),
+    rope_sections=(2, 2, 2),
 )  # fmt: skip
 MOE_AS_OTHERS = {"shared_gate": True, "renormalise": False}
 ALL_TERMS = {
@@ -164,7 +163,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     take_step = OptimizerStep(plan, ranks, engine, HostGroup(), device)
     terms, norms, dropped = [], [], []
     seen: list[bool] = []
-    engine.module.backbone.vision.register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
+    engine.module.backbone.vision.register_forward_hook(lambda _, __, out: seen.append(out[0].requires_grad))
     first = 0
     if args.resume:
         manifest = read_manifest(args.resume)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsmoe_vl.config.model import ModelConfig
 from dsmoe_vl.model.attention import SegmentLayout, segment_attention
-from dsmoe_vl.model.layers import RMSNorm, rotary_1d, rotate
+from dsmoe_vl.model.layers import RMSNorm, rotate
+from dsmoe_vl.model.rotary import Rotary
 
 
 def _reference(q, k, v, lengths, causal):
@@ -78,9 +80,10 @@ def test_rms_norm_equals_pytorch():
 def test_rotation_depends_on_the_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 16), torch.randn(1, 1, 16)
+    rotary = Rotary(ModelConfig(width=16, heads=1, kv_heads=1))
 
     def score(at_q, at_k):
-        turned = [rotate(x, rotary_1d(torch.tensor([p]), 16, 10000.0)) for x, p in ((q, at_q), (k, at_k))]
+        turned = [rotate(x, rotary(torch.tensor([p]))) for x, p in ((q, at_q), (k, at_k))]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(3, 1), score(103, 101), rtol=1e-4, atol=1e-4)

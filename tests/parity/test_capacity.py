@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsmoe_vl.config.recipe import MoEConfig
+from dsmoe_vl.config.model import MoEConfig
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.layers import SwiGLU
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, expert_slots, within_capacity

@@ -31,6 +31,10 @@ FORMS = {
         "moe.shared_ffn_width=32", "moe.shared_gate=true", "moe.renormalise=false", "model.vision.norm=layer",
         "model.vision.bias=true", "model.vision.ffn=gelu", "model.vision.positions=learned",
         "model.vision.position_grid=5", "model.vision.prefix_tokens=1", "model.vision.layer_scale=true",
+        "model.vision.placeholder=replace",
+    ),
+    "pictures with places of their own, and taps": (
+        "model.rope_sections=[2, 1, 1]", "model.vision.taps=[0]", "model.vision.connector_width=24", "model.tied=false",
     ),
     "capacity that would drop": ("moe.backend=capacity", "moe.eval_capacity_factor=0.5", "moe.min_capacity=1"),
     "capacity, residual": ("moe.backend=capacity", "moe.residual=true", "moe.top_k=1", "moe.eval_capacity_factor=0.5"),

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dsmoe_vl.config.recipe import MoEConfig, Recipe, TokenizerConfig, VisionConfig
+from dsmoe_vl.config.model import MoEConfig, VisionConfig
+from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
+from dsmoe_vl.config.rope import RopeScalingConfig
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import ConfigError
@@ -44,6 +46,18 @@ CASES = {
     "mixtral": ("Mixtral", {"num_local_experts": 12, "num_experts_per_tok": 2, "sliding_window": None}),
     "olmoe": ("Olmoe", {"num_experts": 12, "num_experts_per_tok": 3, "norm_topk_prob": False}),
 }
+# Of texts longer than the original context.
+LONG = {"original_max_position_embeddings": 8, "rope_theta": 50.0, "factor": 4.0}
+SCALINGS = {
+    "linear": ("Qwen3", {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}),
+    "llama3": ("Qwen3", {"rope_type": "llama3", **LONG, "low_freq_factor": 0.3, "high_freq_factor": 1.2}),
+    "yarn": ("Qwen3", {"rope_type": "yarn", **LONG, "beta_fast": 1.0, "beta_slow": 0.1}),
+    "yarn, a factor of its own": ("Qwen3Moe", {"rope_type": "yarn", **LONG, "attention_factor": 1.3,
+                                               "beta_fast": 1.1, "beta_slow": 0.2, "truncate": False}),
+    "yarn, as DeepSeek": ("Qwen3", {"rope_type": "yarn", **LONG, "mscale": 1.0, "mscale_all_dim": 0.5}),
+}  # fmt: skip
+MORE = {"Qwen3": {"head_dim": 20}, "Qwen3Moe": {**SPARSE, "head_dim": 20, "norm_topk_prob": True}}
+CASES |= {name: (kind, {**MORE[kind], "rope_parameters": table}) for name, (kind, table) in SCALINGS.items()}
 TOWER = VisionConfig(patch_size=2, merge=2, width=8, layers=1, heads=2, ffn_width=12)
 
 
@@ -113,6 +127,9 @@ def test_logits_and_a_gradient_are_equal(name, tmp_path):
     logits = ours.head(hidden[: sum(map(len, texts))])
     expected = torch.cat([theirs(text[None]).logits[0] for text in texts])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    if name in SCALINGS:
+        ours.rotary.scaling, ours.rotary.magnitude = RopeScalingConfig(), 1.0  # the test can tell
+        assert (ours.head(ours(batch)[0][: len(logits)]) - expected).abs().max() > 0.01
     labels = torch.cat(texts)
     for found in (logits, expected):
         F.cross_entropy(found, labels).backward()
@@ -125,14 +142,29 @@ def test_logits_and_a_gradient_are_equal(name, tmp_path):
     [
         ("llama", {"model_type": "gemma"}, "model_type = 'gemma' is not read, but .* the nearest that is: llama"),
         ("llama", {"rope_parameters": None, "rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling of type 'llama3'"),
+        (
+            "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            "rope scaling of type 'dynamic' is not read, but .* the nearest that is: yarn",
+        ),
+        (
+            "llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            "rope scaling of type 'longrope' is not read, but .* the nearest that is: yarn",
+        ),
+        (
+            "llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "original_max_position_embeddings of the rope scaling 'yarn' is missing",
+        ),
+        (
+            "llama", {"rope_parameters": {"mrope_section": [2, 2, 2], "rope_theta": 1e4}},
+            r"mrope_section = \[2, 2, 2\] without mrope_interleaved is not read",
+        ),
         ("llama", {"attention_bias": True}, "attention_bias = True is not read"),
         ("mistral", {"sliding_window": 8}, "sliding_window = 8 is not read"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"layers \[1\] are dense; only the first ones may be"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not read"),
     ],
-)
+)  # fmt: skip
 def test_what_would_be_computed_otherwise_is_refused(name, change, message, tmp_path):
     made(name, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change

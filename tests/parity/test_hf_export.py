@@ -43,6 +43,17 @@ CASES = {
     "qwen3": ([DENSE], False),
     "qwen2": ([DENSE, NO_NORM, "model.qkv_bias=true"], False),
     "llama": ([DENSE, NO_NORM, "model.tied=false"], False),
+    "llama, a longer context": (
+        [DENSE, NO_NORM, 'model.rope_scaling.kind="llama3"', "model.rope_scaling.factor=4",
+         "model.rope_scaling.original_length=8"],
+        False,
+    ),
+    "qwen3, a longer context": (
+        [DENSE, "model.rope_sections=[4, 3, 3]", 'model.rope_scaling.kind="yarn"', "model.rope_scaling.factor=4",
+         "model.rope_scaling.original_length=8", "model.rope_scaling.beta_fast=1.0",
+         "model.rope_scaling.beta_slow=0.1"],
+        False,
+    ),
     "mixtral": ([NO_NORM, "moe.first_dense_layers=0"], False),
     "qwen2_moe": ([NO_NORM, "moe.shared_ffn_width=36"], False),
     "qwen2_moe, its own form": (

@@ -26,11 +26,15 @@ CASES = {
         'moe.routing="isolated"', "moe.experts_per_layer=[9, 12]", "model.tied=false", "moe.shared_ffn_width=36",
         "moe.shared_gate=true",
     ],
+    "a longer context": [
+        'model.rope_scaling.kind="yarn"', "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8",
+    ],
     "routed by task, norms over the width": ['moe.routing="task"', 'model.qk_norm="width"', "model.head_width=0"],
     "everything in the encoder": [
         *SIGLIP, "model.vision.place_and_time=true", 'model.vision.ffn="quick_gelu"', "model.vision.layer_scale=true",
         "model.vision.prefix_tokens=2", "model.vision.pre_norm=true", 'model.vision.position_resize="bicubic"',
-        "model.vision.final_norm=false", "model.qkv_bias=true", 'model.qk_norm="none"', "moe.top_k=1",
+        "model.vision.final_norm=false", 'model.vision.placeholder="replace"',
+        "model.vision.connector_width=30", "model.qkv_bias=true", 'model.qk_norm="none"', "moe.top_k=1",
     ],
     "rotary and learned positions": [
         *SIGLIP, "model.vision.qk_norm=true", 'model.vision.positions="learned+rotary"', 'model.vision.ffn="swiglu"',
@@ -115,9 +119,16 @@ def test_the_folder_needs_no_code_of_ours(tiny, tmp_path):
     assert done.stdout.split() == ["torch.float32", "True"]
 
 
-def test_what_the_code_lacks_is_refused(tiny, tmp_path):
-    run, _ = made(tiny, tmp_path / "run", ['moe.backend="capacity"', "moe.residual=true"])
-    with pytest.raises(
-        ConfigError, match=r"moe\.residual = true: it is not in the code for transformers: train with false"
-    ):
+LACKS = {
+    "residual": (['moe.backend="capacity"', "moe.residual=true"], "moe.residual = true: .* transformers: train with"),
+    "places": (["model.rope_sections=[4, 3, 3]"], r"model.rope_sections = \[4, 3, 3\]: .* give --part text"),
+    "taps": (["model.vision.taps=[0]"], r"model.vision.taps = \[0\]: .* give --part text"),
+}
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_what_the_code_lacks_is_refused(name, tiny, tmp_path):
+    settings, message = LACKS[name]
+    run, _ = made(tiny, tmp_path / "run", settings)
+    with pytest.raises(ConfigError, match=message):
         export_hf(run, tmp_path / "hf", own_code=True)

@@ -97,7 +97,7 @@ def test_features_are_equal(name, tmp_path):
         positions.append(place)
         lengths.append(rows * columns)
     layout = SegmentLayout.build(torch.from_numpy(np.cumsum(lengths, dtype=np.int32)), max(lengths))
-    found = ours(torch.cat(patches), torch.cat(positions), layout)
+    (found,) = ours(torch.cat(patches), torch.cat(positions), layout)
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 
 

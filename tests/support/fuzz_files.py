@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_vl.config.recipe import DataConfig, ModelConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
+from dsmoe_vl.config.model import ModelConfig, VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.sample import Sample

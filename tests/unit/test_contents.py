@@ -9,7 +9,8 @@ import pytest
 
 from data_tools.inspect import inspect
 from data_tools.tokenizer.train import train as train_tokenizer
-from dsmoe_vl.config.recipe import DataConfig, SourceConfig, VisionConfig
+from dsmoe_vl.config.model import VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.config.task_table import TASKS, CaptionConfig
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.loader import Loader

@@ -14,7 +14,7 @@ def test_only_what_the_decoder_sees_of_pictures_is_scaled():
     starts = []
     for scale in (1.0, 0.25):
         model = build_backbone(TINY)
-        fill = first_values(model, seed=3, picture_scale=scale)
+        fill = first_values(model, seed=3, connector_scale=scale)
         for where in placed(model):
             fill(where)
         starts.append(dict(model.named_parameters()))

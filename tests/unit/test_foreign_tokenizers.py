@@ -13,7 +13,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS, ControlsConfig
-from dsmoe_vl.config.recipe import ModelConfig, Recipe, TokenizerConfig
+from dsmoe_vl.config.model import ModelConfig
+from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer, hash_rows
 from dsmoe_vl.errors import ConfigError

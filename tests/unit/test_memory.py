@@ -13,7 +13,8 @@ import pytest
 
 from data_tools.synthetic.films import encode_mp4
 from data_tools.tokenizer.train import train as train_tokenizer
-from dsmoe_vl.config.recipe import DataConfig, ModelConfig, Recipe, SourceConfig, TasksConfig, VisionConfig
+from dsmoe_vl.config.model import ModelConfig, VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig
 from dsmoe_vl.config.task_table import CaptionConfig, RetrievalConfig
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.tokenizer import Tokenizer

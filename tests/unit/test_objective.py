@@ -2,7 +2,8 @@
 
 import torch
 
-from dsmoe_vl.config.recipe import MoEConfig, Recipe, SourceConfig
+from dsmoe_vl.config.model import MoEConfig
+from dsmoe_vl.config.recipe import Recipe, SourceConfig
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.objective.objective import Objective
 from dsmoe_vl.planner.resolve import resolve

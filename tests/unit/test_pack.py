@@ -269,3 +269,25 @@ def test_what_can_never_fit_is_refused() -> None:
     with pytest.raises(DataError, match="empty sample: k"):
         encoded(ref, "k", [], SHAPE)
     assert encoded(ref, "k", [segment(32, pictures=2)], SHAPE).patches == 48
+
+
+def test_places_of_pictures_are_their_rows_and_columns():
+    """Of Qwen2-VL's figure 3: text goes on after the longer side of a picture. Frames of pooled tokens alike."""
+    wide = Picture(np.zeros((32, 48), np.uint8), (4, 8), -1.0, np.arange(1, 9, dtype=np.int32))
+    tall = Picture(np.zeros((24, 48), np.uint8), (6, 4), -1.0, np.arange(9, 15, dtype=np.int32))
+    one = segment(17)
+    one.pictures = [wide, tall]
+    rows = [[0, 0, 0], *[[1, 1 + row, 1 + column] for row in range(2) for column in range(4)]]
+    rows += [[5, 5 + row, 5 + column] for row in range(3) for column in range(2)]
+    assert one.places(2).tolist() == [*rows, [8, 8, 8], [9, 9, 9]]
+
+    pooled = np.array([0, 0, 1, 0, 0, 1, 2, 2, 3], np.int32) + 1  # 3 x 3 cells, two by two
+    one.pictures = [Picture(np.zeros((36, 48), np.uint8), (6, 6), 0.5 * i, pooled + 4 * i) for i in range(2)]
+    square = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
+    found = one.places(2)
+    assert (found[1:5] - 1).tolist() == (found[5:9] - 3).tolist() == square
+    assert found[9:].tolist() == [[n] * 3 for n in range(5, 13)]
+
+    batch = collate([assemble([one, segment(3)], WIDE), assemble([segment(4)], WIDE)])
+    assert batch.places[:17].equal(torch.from_numpy(found))  # of a segment, not of the pack
+    assert batch.places[17:20].tolist() == batch.places[40:43].tolist() == [[0] * 3, [1] * 3, [2] * 3]

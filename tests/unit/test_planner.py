@@ -7,16 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsmoe_vl.config.recipe import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    MoEConfig,
-    Recipe,
-    RunConfig,
-    TokenizerConfig,
-    VisionConfig,
-)
+from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, LoraConfig, Recipe, RunConfig, TokenizerConfig
 from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
 from dsmoe_vl.planner.memory import estimate_memory
@@ -62,6 +54,8 @@ SWITCHED = [
                                            position_grid=3, prefix_tokens=5, layer_scale=True, connector_norm="patch")),
     tiny("tower like CLIP", vision=tower(norm="layer", bias=True, qk_norm=False, ffn="quick_gelu", pre_norm=True,
                                          positions="learned+rotary", position_grid=2, final_norm=False)),
+    tiny("Qwen3-VL's connectors", rope_sections=(1, 1, 0), vision=tower(connector_norm="patch", connector_width=9,
+                                                                        taps=(0,), placeholder="replace")),
     tiny("residual", moe={"backend": "capacity", "residual": True}),
     tiny("shared gate", moe={"shared_gate": True, "renormalise": False}),
 ]  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dsmoe_vl.config.recipe import ModelConfig, MoEConfig, Recipe
+from dsmoe_vl.config.model import ModelConfig, MoEConfig
+from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.drawing.heatmap import load_scale, rising_scale
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.moe.stats import GATE_BINS, RoutingSums, max_violation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsmoe_vl.config.recipe import VisionConfig
+from dsmoe_vl.config.model import VisionConfig
 from dsmoe_vl.data.pack import grid_positions
 from dsmoe_vl.model.vision import Connector
 
@@ -18,7 +18,7 @@ def vectors(seconds=-1.0):
     connector = Connector(CONFIG, 16)
     positions = torch.tensor(grid_positions((ROWS * 2, COLUMNS * 2), CONFIG.merge))
     cells = ROWS * COLUMNS
-    found = connector(torch.ones(cells * 4, CONFIG.width), positions, torch.full((cells,), seconds))
+    (found,) = connector((torch.ones(cells * 4, CONFIG.width),), positions, torch.full((cells,), seconds))
     return found.detach().view(ROWS, COLUMNS, -1)
 
 

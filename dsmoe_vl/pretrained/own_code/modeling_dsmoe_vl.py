@@ -23,7 +23,7 @@ from dsmoe_vl.pretrained.own_code.vision_dsmoe_vl import (
     RMSNorm,
     SwiGLU,
     VisionEncoder,
-    frequencies,
+    rotation,
 )
 
 _TEXT, _IMAGE = 0, 1  # rows of the routers' modality bias
@@ -31,19 +31,21 @@ _TEXT, _IMAGE = 0, 1  # rows of the routers' modality bias
 
 class DsmoeVLConfig(PretrainedConfig):  # type: ignore[misc]
     """The `_table`s are those of the trainer's recipe. `experts`: of each sparse layer. `task`: the row of the routers'
-    task bias, of `tasks`."""
+    task bias, of `tasks`. `rope_frequencies`: radians a position, d / 2; `rope_magnitude`: of cosines and sines."""
 
     model_type = "dsmoe_vl"
 
     def __init__(
         self, model_table: dict[str, Any] | None = None, moe_table: dict[str, Any] | None = None,
         vision_table: dict[str, Any] | None = None, experts: list[int] | None = None, vocab_size: int = 0,
-        tasks: int = 0, task: int = 0, image_token_id: int = 0, **kwargs: Any,
+        tasks: int = 0, task: int = 0, image_token_id: int = 0, rope_frequencies: list[float] | None = None,
+        rope_magnitude: float = 1.0, **kwargs: Any,
     ) -> None:  # fmt: skip
         model = model_table or {}
         self.model_table, self.moe_table, self.vision_table = model, moe_table or {}, vision_table or {}
         self.experts, self.tasks, self.task = experts or [], tasks, task
         self.vocab_size, self.image_token_id = vocab_size, image_token_id
+        self.rope_frequencies, self.rope_magnitude = rope_frequencies or [], rope_magnitude
         if model:  # the names by which transformers sizes its cache
             self.hidden_size, self.num_hidden_layers = model["width"], model["layers"]
             self.num_attention_heads, self.num_key_value_heads = model["heads"], model["kv_heads"]
@@ -140,9 +142,9 @@ class DecoderLayer(nn.Module):
             else SwiGLU(width, model["ffn_width"])
         )
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, modality: Tensor, cache: Any) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Tensor, modality: Tensor, cache: Any) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        x = x + self.attention(self.attention_norm(x), angles, mask, cache)
+        x = x + self.attention(self.attention_norm(x), turns, mask, cache)
         inner = self.feed_forward_norm(x)
         return x + (self.feed_forward(inner, modality) if self.sparse else self.feed_forward(inner))
 
@@ -206,7 +208,8 @@ class DsmoeVLForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
             cells = self.image_features(pixel_values, spatial_shapes)
             if len(cells) != int(is_cell.sum()):
                 raise ValueError(f"{int(is_cell.sum())} image tokens, but the pictures have {len(cells)} cells")
-            x = x.masked_scatter(is_cell.unsqueeze(-1), x[is_cell] + cells.to(x.dtype))
+            replaces = self.config.vision_table["placeholder"] == "replace"
+            x = x.masked_scatter(is_cell.unsqueeze(-1), cells.to(x.dtype) + (0 if replaces else x[is_cell]))
         real = torch.ones(len(x), before + length, dtype=torch.bool, device=x.device)
         if attention_mask is not None:
             real = attention_mask.bool()
@@ -216,12 +219,11 @@ class DsmoeVLForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         # A position sees itself even where it is padding: a row that sees nothing has no softmax.
         own = places[before:, None] == places
         mask = ((places[before:, None] >= places) & real[:, None] | own).unsqueeze(1)
-        angles = position_ids.float().unsqueeze(-1) * frequencies(
-            self.config.head_dim // 2, self.config.model_table["rope_base"], x.device
-        )
+        slow = torch.tensor(self.config.rope_frequencies, device=x.device)
+        turns = rotation(position_ids.float().unsqueeze(-1) * slow, self.config.rope_magnitude)
         modality = torch.where(is_cell, _IMAGE, _TEXT)
         for layer in self.layers:
-            x = layer(x, angles, mask, modality, past_key_values)
+            x = layer(x, turns, mask, modality, past_key_values)
         weight = self.embedding.weight if self.head is None else self.head.weight
         logits = F.linear(self.norm(x)[:, -logits_to_keep:], weight)
         loss = None

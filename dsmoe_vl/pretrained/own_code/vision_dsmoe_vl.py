@@ -89,10 +89,15 @@ def frequencies(count: int, base: float, device: torch.device) -> Tensor:
     return base ** (-torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of features: x [..., T, H, d] by angles [..., T, d / 2]."""
+def rotation(angles: Tensor, magnitude: float = 1.0) -> Tensor:
+    """Complex numbers that turn by the angles, and make `magnitude` times as large."""
+    return torch.polar(torch.full_like(angles, magnitude), angles)
+
+
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of features: x [..., T, H, d] by complex numbers [..., T, d / 2]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+    turned = pairs * turns.unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
@@ -121,13 +126,13 @@ class Attention(nn.Module):
             return nn.Identity()
         return RMSNorm(head_width, eps) if kind == "head" else NormOverHeads(heads * head_width, eps)
 
-    def forward(self, x: Tensor, angles: Tensor | None, mask: Tensor | None, cache: Any = None) -> Tensor:
-        """x [B, T, D], angles [B, T, d / 2], mask bool [B, 1, T, K] -> [B, T, D]."""
+    def forward(self, x: Tensor, turns: Tensor | None, mask: Tensor | None, cache: Any = None) -> Tensor:
+        """x [B, T, D], turns complex [B, T, d / 2], mask bool [B, 1, T, K] -> [B, T, D]."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_width))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = _rotate(q, angles), _rotate(k, angles)
+        if turns is not None:
+            q, k = _rotate(q, turns), _rotate(k, turns)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.index)
@@ -155,9 +160,9 @@ class VisionLayer(nn.Module):
         sizes = width, vision["ffn_width"]
         self.feed_forward: nn.Module = SwiGLU(*sizes) if gated else GELUFeedForward(*sizes, vision["ffn"])
 
-    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
         """x [1, N, Dv] -> [1, N, Dv]."""
-        x = x + self.attention_scale(self.attention(self.attention_norm(x), angles, None))
+        x = x + self.attention_scale(self.attention(self.attention_norm(x), turns, None))
         return x + self.feed_forward_scale(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -198,16 +203,17 @@ class VisionEncoder(nn.Module):
             x = x + self.position(rows, columns)
         angles = None
         if self.is_rotary:
-            turns = frequencies(self.head_width // 4, self.rope_base, x.device)
+            slow = frequencies(self.head_width // 4, self.rope_base, x.device)
             grid = torch.cartesian_prod(*(torch.arange(n, device=x.device).float() for n in (rows, columns)))
-            angles = (grid.view(-1, 2, 1) * turns).flatten(1)
+            angles = (grid.view(-1, 2, 1) * slow).flatten(1)
         before = 0 if self.prefix is None else len(self.prefix)
         if self.prefix is not None:
             x = torch.cat((self.prefix, x))
             angles = None if angles is None else F.pad(angles, (0, 0, before, 0))
         x = self.embedding_norm(x)[None]
+        turns = None if angles is None else rotation(angles)
         for layer in self.layers:
-            x = layer(x, angles)
+            x = layer(x, turns)
         return self.norm(x)[0, before:]
 
 
@@ -220,7 +226,8 @@ class Connector(nn.Module):
         joined = vision["width"] * self.merge**2
         self.patch_norm = nn.LayerNorm(vision["width"], eps) if kind == "patch" else nn.Identity()
         self.cell_norm = nn.LayerNorm(joined, eps) if kind == "joined" else nn.Identity()
-        self.up, self.down = nn.Linear(joined, width), nn.Linear(width, width)
+        hidden = vision["connector_width"] or width
+        self.up, self.down = nn.Linear(joined, hidden), nn.Linear(hidden, width)
         placed = vision["place_and_time"]
         self.place = nn.Linear(32, width, bias=False) if placed else None
         self.time = nn.Linear(32, width, bias=False) if placed else None  # of frames: zero for still images
