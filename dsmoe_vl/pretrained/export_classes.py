@@ -17,9 +17,10 @@ from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.parameters import sparse_layers
+from dsmoe_vl.pretrained.connector import connector_targets, merger_targets
 from dsmoe_vl.pretrained.decoder import Decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, clip_tower, connector_targets, merger_targets, own_tower, siglip_tower
+from dsmoe_vl.pretrained.tower import Tower, clip_tower, own_tower, siglip_tower
 
 BIASES = ("task_bias", "modality_bias", "selection_bias")  # of a router
 _DROP = "or give --own-code, or --drop-routing-bias, which changes what the model computes"

@@ -13,11 +13,12 @@ errors that name it.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,12 @@ def import_models(
             decoder = upcycled(decoder, experts, folder.place)
         tokenizer = find_tokenizer(folder, decoder.vocab_size, controls or {}, {} if found is None else found.symbols)
         recipe, settings = _with_decoder(recipe, decoder, tokenizer)
-        recipe_from_table({key: table for key, table in settings.items() if key != DEFAULTS}, folder.place)
+        _check_settings(settings, folder.place)
         require_known_experts(decoder, folder)
         wanted = _grown(decoder.targets(), tokenizer)
         owned += OF_DECODER
         if found is None:
-            left_out[str(language)] = _take(folder, wanted, _is_no_tensor, targets)
+            left_out[str(language)] = _take(folder, wanted, partial(_is_no_tensor, decoder), targets)
         else:
             recipe = replace(recipe, model=replace(recipe.model, vision=found.tower.vision))
             settings["model"]["vision"] = asdict(found.tower.vision)
@@ -123,7 +124,7 @@ def import_models(
         seen = replace(tower.vision, merge=recipe.model.vision.merge)
         recipe = replace(recipe, model=replace(recipe.model, vision=seen))
         settings.setdefault("model", {})["vision"] = _vision_settings(tower)
-        recipe_from_table({"model": {"vision": settings["model"]["vision"]}}, folder.place)
+        _check_settings({"model": {"vision": settings["model"]["vision"]}}, folder.place)
         left_out[str(vision)] = _take(folder, tower.targets(), tower.leaves_out, targets)
         owned += OF_TOWER
     shapes = stored_shapes(recipe)
@@ -186,6 +187,12 @@ def _check_options(language: Path | None, experts: Upcycling | None, controls: A
         raise ConfigError("--probe: needs --text DIR, and outputs that stay the same: no --noise, no --fresh-share")
 
 
+def _check_settings(settings: Mapping[str, Any], place: str) -> None:
+    """Raises ConfigError for a value that a recipe may not have. `place`: where it comes from."""
+    tables = {key: table for key, table in settings.items() if key != DEFAULTS}
+    recipe_from_table(json.loads(json.dumps(tables)), place)
+
+
 def _folder(path: Path, as_whole: bool) -> SourceFolder:
     """Raises ConfigError for a whole model in the place of a part."""
     folder = SourceFolder(path)
@@ -198,7 +205,7 @@ def _pieces(recipe: Recipe, found: FoundTokenizer | None) -> int:
     return recipe.tokenizer.vocab_size if found is None else min(found.old_rows, found.tokenizer.vocabulary.size)
 
 
-def _is_no_tensor(name: str, decoder: Decoder) -> bool:
+def _is_no_tensor(decoder: Decoder, name: str) -> bool:
     return name.endswith(_NO_TENSOR) or (decoder.model.tied and name == decoder.head)  # a copy of the embedding
 
 

@@ -254,16 +254,6 @@ class Tower:
         return (own[0] if self.is_clip else own[None]), None
 
 
-def connector_targets(theirs: str, is_normed: bool) -> Iterator[Target]:
-    """Of LLaVA's and, with a norm of joined cells, LFM2-VL's projector."""
-    names = {"connector.up": "linear_1", "connector.down": "linear_2"}
-    if is_normed:
-        names["connector.cell_norm"] = "layer_norm"
-    for ours, name in names.items():
-        for kind in ("weight", "bias"):
-            yield Target(f"{ours}.{kind}", (f"{theirs}{name}.{kind}",))
-
-
 def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
     """The tower that a vision encoder of ours with SigLIP's form is exported as."""
     return own_tower("siglip2_vision_model" if naflex else "siglip_vision_model", vision, prefix)
@@ -272,17 +262,6 @@ def siglip_tower(vision: VisionConfig, naflex: bool, prefix: str) -> Tower:
 def own_tower(kind: str, vision: VisionConfig, prefix: str) -> Tower:
     """The tower that a vision encoder of ours is exported as, if it has the form of the family."""
     return Tower(vision, FAMILIES[kind], prefix, True, _HALF, _HALF)
-
-
-def merger_targets(vision: VisionConfig, theirs: str) -> Iterator[Target]:
-    """Of Qwen3-VL's connectors: one of the last layer, and one for each tap."""
-    places = {"merger": ("connector", "patch_norm")}
-    for index in range(len(vision.taps)):
-        places[f"deepstack_merger_list.{index}"] = (f"connector.taps.{index}", "cell_norm")
-    for name, (ours, norm) in places.items():
-        for their_part, part in (("norm", norm), ("linear_fc1", "up"), ("linear_fc2", "down")):
-            for kind in ("weight", "bias"):
-                yield Target(f"{ours}.{part}.{kind}", (f"{theirs}{name}.{their_part}.{kind}",))
 
 
 def clip_tower(vision: VisionConfig, prefix: str) -> Tower:

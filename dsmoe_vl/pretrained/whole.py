@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.pretrained.connector import connector_targets, merger_targets
 from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
 from dsmoe_vl.pretrained.mapping import Target
-from dsmoe_vl.pretrained.tower import Tower, connector_targets, merger_targets, read_tower
+from dsmoe_vl.pretrained.tower import Tower, read_tower
 
 KINDS = ("internvl", "qwen3_vl", "qwen3_vl_moe")
 # What else is called a vision-language model, and where its weights are in a form that is read.
