@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -55,10 +55,12 @@ class Spec(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What goes into one file: the tensors' specs, and the tensors in the same order, made one by one."""
+    """What goes into one file: the tensors' specs, and what this rank has of the tensors. `assemble` makes these of it,
+    one by one and in the same order; it may be a collective."""
 
     specs: dict[str, Spec]
-    tensors: Iterable[Tensor]
+    parts: Iterable[Tensor]
+    assemble: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Share:
@@ -67,13 +69,18 @@ class Share(NamedTuple):
         return cls(specs, tensors.values())
 
     @property
+    def tensors(self) -> Iterable[Tensor]:
+        """The tensors."""
+        return self.assemble(self.parts)
+
+    @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.size for spec in self.specs.values())
 
     def kept(self) -> Share:
-        """Copies of the tensors, on the CPU, each freed when the next one is taken."""
-        return Share(self.specs, _released([value.to("cpu", copy=True) for value in self.tensors]))
+        """With copies on the CPU, each freed when the next one is taken."""
+        return self._replace(parts=_released([value.to("cpu", copy=True) for value in self.parts]))
 
 
 def _released(tensors: list[Tensor]) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ from dsmoe_vl.checkpoint import optimizer_files
 from dsmoe_vl.checkpoint.manifest import Manifest, Topology, entries
 from dsmoe_vl.checkpoint.optimizer_files import OptimizerFiles, Piece, optimizer_name, own_pieces
 from dsmoe_vl.checkpoint.optimizer_state import MASTER, after_loading, frozen, make_moments, ranges
+from dsmoe_vl.checkpoint.partitions import HostGroups, host_groups
 from dsmoe_vl.checkpoint.store import (
     CHECKPOINTS_NAME,
     DATA_NAME,
@@ -89,6 +90,7 @@ class Saver:
         self._copier = ThreadPoolExecutor(1, "checkpoint_copy")
         self._writer = ThreadPoolExecutor(1, "checkpoint_write", initializer=_give_way)
         self._save: _Save | None = None
+        self._groups: HostGroups | None = None
         self._has_told = False  # that training waits
         self._first_step = first_step
 
@@ -128,11 +130,11 @@ class Saver:
         }
         rank, ranks = self._ranks.rank, self._ranks.world_size
         weights, optimizer = shard_name(rank, ranks), optimizer_name(rank, ranks)
-        shares = {weights: own_weights(engine.module), optimizer: Share.of(state)}
+        if self._groups is None:
+            self._groups = host_groups(engine.module, self._host)
+        shares = {weights: own_weights(engine.module, self._groups), optimizer: Share.of(state)}
         copying = None
         if self._has_room(sum(share.size for share in shares.values())):
-            if self._plan.zero_stage == 3:  # making them is a collective, of this thread
-                shares[weights] = shares[weights].kept()
             copying = self._copier.submit(_copies, shares, _side_stream())
             copies = copying
             written = self._writer.submit(lambda: _write(folder, copies.result()))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsmoe_vl.checkpoint.partitions import HostGroups, Joint, is_partitioned, own_part
 from dsmoe_vl.checkpoint.tensor_files import Share, Spec
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe
@@ -19,11 +20,11 @@ from dsmoe_vl.moe.placement import Placed, expert_name, placed
 from dsmoe_vl.tasks.registry import build_backbone
 
 
-def own_weights(model: nn.Module) -> Share:
+def own_weights(model: nn.Module, groups: HostGroups) -> Share:
     """This rank's share of all weights and buffers, as `WeightsFile` stores them.
 
-    Each is in the share of one rank that has it. At ZeRO-3 making a tensor is a collective: the ranks that keep its
-    parts gather it, one at a time.
+    Each is in the share of one rank that has it. At ZeRO-3 the ranks that keep parts of a tensor put it together in
+    their `groups`, when it is made.
     """
     wanted = list(_assigned(model))
     buffers: dict[str, Tensor] = {}
@@ -31,42 +32,45 @@ def own_weights(model: nn.Module) -> Share:
         buffers = {_stored_name(name): buffer for name, buffer in model.named_buffers()}
     specs = {
         name: Spec(where.parameter.dtype, where.shape[-2:] if where.experts is not None else where.shape)
-        for where, rows in wanted
+        for where, _, rows in wanted
         for name in rows
     }
     specs |= Share.of(buffers).specs
+    if not any(is_partitioned(where) for where, _, _ in wanted):
+        values = (row for where, _, rows in wanted for row in _of(where.parameter.detach(), rows))
+        return Share(specs, chain(values, buffers.values()))
+    joints = [(Joint.of(where, owner), rows) for where, owner, rows in wanted]
 
-    def tensors() -> Iterator[Tensor]:
-        for where, rows in wanted:
-            whole = _whole(where, bool(rows))
-            for row in rows.values():
-                assert whole is not None
-                yield whole if row is None or whole.dim() == 2 else whole[row]
-        yield from buffers.values()
+    def assemble(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        left = iter(parts)
+        for (joint, rows), part in zip(joints, left, strict=False):  # the shorter first, or a buffer would be taken
+            whole = joint.whole(part, groups)
+            if whole is not None:
+                yield from _of(whole, rows)
+            del whole
+        yield from left
 
-    return Share(specs, tensors())
+    return Share(specs, chain((own_part(where) for where, _, _ in wanted), buffers.values()), assemble)
 
 
-def _assigned(model: nn.Module) -> Iterator[tuple[Placed, dict[str, int | None]]]:
-    """All parameters, and what of each is in this rank's share: the row of an expert, None for the whole, by name."""
+def _assigned(model: nn.Module) -> Iterator[tuple[Placed, int | None, dict[str, int | None]]]:
+    """All parameters, the rank that writes each, and what of it is in this rank's share: the row of an expert, None for
+    the whole, by name. Experts have no one writer: ranks with the same ones write some each."""
     loads = [0] * dist.get_world_size()
     for where in placed(model):
         if where.experts is None:
             owner = loads.index(min(loads))
             loads[owner] += where.numel
-            yield where, {where.name: None} if owner == dist.get_rank() else {}
+            yield where, owner, {where.name: None} if owner == dist.get_rank() else {}
         else:
             mine = range(where.copy_number, len(where.experts), where.copy_count)
-            yield where, {expert_name(where.name, where.experts[row]): row for row in mine}
+            yield where, None, {expert_name(where.name, where.experts[row]): row for row in mine}
 
 
-def _whole(where: Placed, wanted: bool) -> Tensor | None:
-    """The whole parameter; None if it is partitioned and not wanted."""
-    parameter = where.parameter
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone() if wanted else None
+def _of(whole: Tensor, rows: Mapping[str, int | None]) -> Iterator[Tensor]:
+    """What of a parameter is in the share."""
+    for row in rows.values():
+        yield whole if row is None or whole.dim() == 2 else whole[row]
 
 
 def _stored_name(name: str) -> str:

@@ -8,10 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsmoe_vl.checkpoint.manifest import Manifest, Topology, entries
+from dsmoe_vl.checkpoint.partitions import host_groups
 from dsmoe_vl.checkpoint.store import complete
 from dsmoe_vl.checkpoint.tensor_files import write_tensors
 from dsmoe_vl.checkpoint.weights import own_weights
 from dsmoe_vl.checkpoint.weights_file import WeightsFile, shard_name
+from dsmoe_vl.parallel.process_group import HostGroup
 
 
 def complete_with(folder: Path, weights: dict[str, Tensor], tokenizer_sha256: str, step: int = 7) -> None:
@@ -27,7 +29,7 @@ def complete_with(folder: Path, weights: dict[str, Tensor], tokenizer_sha256: st
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Write the weights of a distributed model, and wait for all ranks. Collective."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = own_weights(model)
+    own = own_weights(model, host_groups(model, HostGroup()))
     entry = write_tensors(folder / shard_name(rank, ranks), own).entry
     written: list[tuple[list[str], object]] = [([], None)] * ranks
     dist.all_gather_object(written, (list(own.specs), entry))
