@@ -68,7 +68,7 @@ class PicturesOnceDecoder(UncachedDecoder):
 
     def __init__(self, trained: TrainedModel, prompts: list[Segment], room: int) -> None:
         super().__init__(trained, prompts, room)
-        embedded = trained.model._embed_pictures(prompt_batch(trained, prompts))
+        (embedded,) = trained.model._embed_pictures(prompt_batch(trained, prompts))
         self.seen = embedded.split([prompt.length for prompt in prompts])
 
     def start(self) -> Tensor:
@@ -78,7 +78,7 @@ class PicturesOnceDecoder(UncachedDecoder):
         for seen, text in zip(self.seen, self.written, strict=True):
             parts += [seen, seen.new_zeros(len(text), seen.shape[-1])]
         placed = torch.cat(parts)
-        model._embed_pictures = lambda _: placed  # type: ignore[method-assign]
+        model._embed_pictures = lambda _: [placed]  # type: ignore[method-assign]
         try:
             return super().start()
         finally:

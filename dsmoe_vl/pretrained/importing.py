@@ -51,6 +51,7 @@ OF_DECODER = ("embedding.", "head.", "norm.", "layers.")
 OF_CONNECTOR = ("connector.",)
 _ONE_ROW_A_PIECE = ("embedding.weight", "head.weight")
 _NEW = ("router.task_bias", "router.modality_bias")  # of ours alone: they start at zero
+_ELEMENTS = 1 << 22  # that are read at once
 _OF_NEW_CONNECTOR = 1.5  # root mean square of its outputs, for features of a last norm
 _NO_TENSOR = ("rotary_emb.inv_freq",)  # of theirs: not trained
 
@@ -155,8 +156,11 @@ def import_models(
 
 def _strength_of_text(output: Path) -> float:
     """The root mean square of the embedding, over that of what a connector from nothing puts out."""
-    embedding = WeightsFile(output).read("embedding.weight")
-    mean = float(torch.linalg.vector_norm(embedding, dtype=torch.float32)) / math.sqrt(embedding.numel())
+    weights = WeightsFile(output)
+    count = math.prod(weights.shapes()["embedding.weight"])
+    starts = range(0, count, _ELEMENTS)
+    parts = (weights.flat("embedding.weight", start, min(start + _ELEMENTS, count)) for start in starts)
+    mean = math.sqrt(sum(float(part.float().square().sum()) for part in parts) / count)
     return float(f"{mean / _OF_NEW_CONNECTOR:.3g}")
 
 
@@ -289,7 +293,7 @@ def _write(output: Path, targets: Mapping[str, tuple[SourceFolder, Target]], sha
     def made() -> Iterator[Tensor]:
         for name, (folder, target) in targets.items():
             of = f"{name} from {', '.join(target.sources)} of {folder.folder}"
-            sources = [folder.read(source) for source in target.sources]
+            sources = [folder.read(source, keep=target.stack > 0) for source in target.sources]
             try:
                 value = target.make(sources)
             except RuntimeError as error:

@@ -63,9 +63,9 @@ class SourceFolder:
                 "folder with weights in bf16, fp16 or fp32"
             ) from None
 
-    def read(self, name: str) -> Tensor:
-        """A tensor; the last one is kept, for several targets in a row. Raises CheckpointError if a value of it is not
-        finite."""
+    def read(self, name: str, keep: bool = False) -> Tensor:
+        """A tensor. Raises CheckpointError if a value of it is not finite. `keep`: until another one is read, for
+        several targets in a row."""
         if self._last is not None and self._last[0] == name:
             return self._last[1]
         self._last = None
@@ -80,7 +80,7 @@ class SourceFolder:
             raise CheckpointError(
                 f"{self.folder / self.places[name]}: {name} has values that are not finite: download it again"
             )
-        self._last = name, tensor
+        self._last = (name, tensor) if keep else None
         return tensor
 
     def _require(self, file: str, names: Collection[str]) -> None:
