@@ -149,6 +149,8 @@ def checkpoint(results: Results) -> str:
         for name, label in (("write_over_plain", "plain write / save"), ("read_over_plain", "plain read / load")):
             figure = f"{min(found[name] for found in ranks):.2f}"
             table.row(result, f"{title}: time of a {label} of the same bytes", figure)
+        figure = f"{most('load_seconds'):.1f} s, {most('of_it_exchange_seconds'):.1f} s"
+        table.row(result, f"{title}: a load, of it exchange of weights between ranks", figure)
         peaks = [found["peak_over_kept"] for found in ranks]
         for phase in peaks[0]:
             figure = f"{max(of_rank[phase] for of_rank in peaks):.2f}"
