@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from dsmoe_vl.config.model import ModelConfig
+from dsmoe_vl.config.model import VisionConfig as Vision
 from dsmoe_vl.config.recipe import DataConfig, Recipe, TasksConfig
-from dsmoe_vl.config.recipe import VisionConfig as Vision
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig, task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.loader import Loader

@@ -70,7 +70,7 @@ def test_all_tensors_are_made_when_the_disk_refuses(tmp_path):
 
     share = Share.of({str(number): torch.ones(2) for number in range(3)})
     with pytest.raises(OSError, match="missing"):
-        write_tensors(tmp_path / "missing" / "a.safetensors", share._replace(tensors=make()))
+        write_tensors(tmp_path / "missing" / "a.safetensors", share._replace(parts=make()))
     assert made == [0, 1, 2]
 
 
