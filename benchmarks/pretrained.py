@@ -78,12 +78,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(Run.train, runs.values()))
-    found: dict[str, Any] = {"seeds": args.seeds, "steps": [], "losses": {REAL: [], NOTHING: []}}
-    for (way, _), run in runs.items():
-        lines = [line for line in run.metrics() if "eval_loss_caption" in line]
-        found["steps"] = [line["step"] for line in lines]
-        found["losses"][way].append([line["eval_loss_caption"] for line in lines])
-    return found
+    curves = {
+        key: {line["step"]: line["eval_loss_caption"] for line in run.metrics() if "eval_loss_caption" in line}
+        for key, run in runs.items()
+    }
+    steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))  # a stage's end is one more
+    losses = {way: [[curves[way, seed][step] for step in steps] for seed in args.seeds] for way in (REAL, NOTHING)}
+    return {"seeds": args.seeds, "steps": steps, "losses": losses}
 
 
 def main() -> int:
