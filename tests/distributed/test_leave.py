@@ -20,16 +20,16 @@ store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 dist.barrier()
 if rank == 0:
-    time.sleep(1)
+    time.sleep(0.5)
 tensor = torch.ones(10)
 work = dist.all_reduce(tensor, async_op=True)
 if rank == 0:
     work.wait()
-    time.sleep(3)
+    time.sleep(5)
 else:
     sys.setswitchinterval(100)
     del work, tensor
-    until = time.monotonic() + 2
+    until = time.monotonic() + 4
     while time.monotonic() < until:
         pass
 leave(0) if end == "leave" else sys.exit(0)
