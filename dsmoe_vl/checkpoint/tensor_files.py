@@ -132,7 +132,7 @@ def write_tensors(path: Path, share: Share, metadata: Mapping[str, str] | None =
                 put_values(tensor)
                 del tensor  # or it would be in memory while the next one is made
             return Written(out.end(), broken)
-    except OSError:
+    except Exception:
         for _ in tensors:
             pass
         raise
