@@ -17,7 +17,7 @@ _KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def read_base(config: Mapping[str, Any], place: str) -> float:
-    """Where transformers 5 writes it, else where transformers 4 did. Each ignores the other's, so two that differ do not
+    """Where transformers 5 writes it, else where transformers 4 did. Each ignores the other's: two that differ do not
     say which one the model was trained with. Raises ConfigError."""
     new, old = (config.get("rope_parameters") or {}).get("rope_theta"), config.get("rope_theta")
     if None not in (new, old) and new != old:
