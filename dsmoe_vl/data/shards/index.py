@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
@@ -22,6 +22,7 @@ from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
 from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
+from dsmoe_vl.data.source_map import mapped
 from dsmoe_vl.errors import DataError, FetchError
 from dsmoe_vl.files import require_regular
 
@@ -126,7 +127,8 @@ def _read_local(
     if sample >= scan.samples:
         raise DataError(f"damaged shard: {path}: {scan.damage}; samples from number {scan.samples} on are lost")
     start, end = scan.bounds[sample : sample + 2].tolist()
-    key, files, names = read_files(path, start, end, EXTENSIONS if media else TEXT_EXTENSIONS, data)
+    read = read_files(path, start, end, _wanted(source, media), data)
+    key, files, names = mapped(source.map, path, read) if source.map else read
     try:
         text = files.get("txt", b"").decode("utf-8-sig")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
@@ -139,6 +141,13 @@ def _read_local(
         check_pixels(f"{key}.{media_type}", files[media_type], data)
     habit = habit_of(key, names, key in scan.scattered)
     return Sample(key, source, epoch, files.get(media_type), media_type, text, meta, names, habit)
+
+
+def _wanted(source: SourceConfig, media: bool) -> Collection[str] | None:
+    """Extensions of the files to read; None for all, which a transformation may look at."""
+    if source.map:
+        return None
+    return EXTENSIONS if media else TEXT_EXTENSIONS
 
 
 def iterate_samples(
