@@ -1,5 +1,5 @@
 """Sparse vision-language models. `from dsmoe_vl import load` opens a trained one, see docs/use.md; `SparseMoE` is the
-sparse layer for other models, see docs/sparse_moe.md.
+sparse layer for other models, see docs/sparse_moe.md, and `SampleStream` the data for other trainers, see docs/data.md.
 
 Names are imported lazily, on first access: `import dsmoe_vl` alone does not import PyTorch.
 """
@@ -10,15 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsmoe_vl.data.sample_stream import SampleStream
     from dsmoe_vl.inference.api import Model, load
     from dsmoe_vl.moe.expert_parallel import spread_experts
     from dsmoe_vl.moe.sparse_moe import SparseMoE, auxiliary_loss
 
-__all__ = ["Model", "SparseMoE", "auxiliary_loss", "load", "spread_experts"]
+__all__ = ["Model", "SampleStream", "SparseMoE", "auxiliary_loss", "load", "spread_experts"]
 
 _PLACES = {
     "Model": "dsmoe_vl.inference.api",
     "load": "dsmoe_vl.inference.api",
+    "SampleStream": "dsmoe_vl.data.sample_stream",
     "SparseMoE": "dsmoe_vl.moe.sparse_moe",
     "auxiliary_loss": "dsmoe_vl.moe.sparse_moe",
     "spread_experts": "dsmoe_vl.moe.expert_parallel",
