@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dsmoe_vl.config.recipe import Recipe
@@ -37,7 +38,7 @@ def read_copy(recipe: Recipe, who: str) -> Copy:
     for part, sources in (("data.sources", recipe.data.sources), ("data.evaluation", recipe.data.evaluation)):
         for source in sources:
             place = f"{part}, {source.name}: {without_query(source.path)}"
-            _add(copy, place, lambda path=source.path: manifest_sha256(path, recipe.data))
+            _add(copy, place, partial(manifest_sha256, source.path, recipe.data))
     return copy
 
 
