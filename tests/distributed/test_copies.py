@@ -27,7 +27,7 @@ def train(tiny, hosts, tmp_path, *overrides):
     run = tmp_path / "run"
     arguments = [*tiny.arguments(run, "run.steps=2", "run.evaluate_every=0", *overrides)]
     arguments[arguments.index(str(tiny.recipe))] = str(tmp_path / "recipe.toml")
-    return try_ranks(TRAIN, arguments, 2, timeout_seconds=100, folders=hosts)
+    return try_ranks(TRAIN, arguments, 2, timeout_seconds=200, folders=hosts)
 
 
 def refusal(ranks):
@@ -40,7 +40,7 @@ def refusal(ranks):
 
 def test_equal_copies_train(tiny, hosts, tmp_path):
     ranks = train(tiny, hosts, tmp_path)
-    assert [rank.status for rank in ranks] == [0, 0], ranks
+    assert [rank.status for rank in ranks] == [0, 0], "\n".join(rank.err[-6000:] for rank in ranks)
 
 
 def test_another_tokenizer_of_the_same_size(tiny, hosts, tmp_path):
