@@ -60,8 +60,8 @@ def check_cluster(args: argparse.Namespace) -> int:
     from dsmoe_vl.parallel.device import device_name
 
     device_name()  # sets what DeepSpeed reads when it is imported
-    from dsmoe_vl.doctor.case import Request
-    from dsmoe_vl.doctor.cluster import examine_cluster
+    from dsmoe_vl.doctor.cluster.case import Request
+    from dsmoe_vl.doctor.cluster.examine import examine_cluster
 
     return examine_cluster(Request(args.recipe, args.deepspeed, args.overrides, args.hostfile, args.part, args.name))
 

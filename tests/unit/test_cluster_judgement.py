@@ -10,9 +10,9 @@ import pytest
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.copies import Copy
-from dsmoe_vl.doctor.between_hosts import judge, judge_plan
-from dsmoe_vl.doctor.findings import Finding, as_list, status
-from dsmoe_vl.doctor.host_facts import Accelerator, HostFacts, Interface, SourceRate, Space
+from dsmoe_vl.doctor.cluster.between_hosts import judge, judge_plan
+from dsmoe_vl.doctor.cluster.findings import Finding, as_list, status
+from dsmoe_vl.doctor.cluster.host_facts import Accelerator, HostFacts, Interface, SourceRate, Space
 from dsmoe_vl.planner.resolve import resolve
 
 ROOT = Path(__file__).parents[2]

@@ -6,11 +6,11 @@ from itertools import combinations
 
 import pytest
 
-from dsmoe_vl.doctor.host_facts import HostFacts, Interface
-from dsmoe_vl.doctor.hostfile import judge_names, read_environment, read_hostfile
-from dsmoe_vl.doctor.links import Link, Speed, judge_links, rounds
-from dsmoe_vl.doctor.over_ssh import own_address
-from dsmoe_vl.doctor.rendezvous import Member
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts, Interface
+from dsmoe_vl.doctor.cluster.hostfile import judge_names, read_environment, read_hostfile
+from dsmoe_vl.doctor.cluster.links import Link, Speed, judge_links, rounds
+from dsmoe_vl.doctor.cluster.over_ssh import own_address
+from dsmoe_vl.doctor.cluster.rendezvous import Member
 from dsmoe_vl.errors import ConfigError
 
 LOOPBACK = Interface("lo", True, ("127.0.0.1",), 0)

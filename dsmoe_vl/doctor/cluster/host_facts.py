@@ -13,10 +13,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from dsmoe_vl.errors import ConfigError, as_user_error
 from dsmoe_vl.parallel.device import device_name, free_host_bytes
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _SECONDS = 10.0  # for one part: a file system that does not answer must not keep the doctor waiting
 _PACKAGES = ("deepspeed", "numpy", "sentencepiece", "ninja")
 _VARIABLES = (
@@ -105,8 +104,9 @@ class HostFacts:
     infiniband: tuple[float, ...] = ()  # Gbit/s of each port that has a link
     own_address: str | None = None  # what the host's name means to itself
     environment: Mapping[str, str] = field(default_factory=dict)
-    clock: float = 0.0  # seconds since 1970, when the facts were sent
+    clock: float = 0.0  # seconds since 1970
     heard: float = 0.0  # the same moment by the clock of who judges
+    clock_error: float = 0.0  # seconds by which `heard` may be wrong
     port_in_use: bool | None = None  # MASTER_PORT, where nothing of this run can have taken it
     copy_rate: float | None = None  # bytes per second of a copy in memory
     matrix_rate: float | None = None  # FLOP/s of one rank's matrix products
@@ -283,8 +283,3 @@ def _is_taken(port: int) -> bool:
         except OSError:
             return True
     return False
-
-
-def stamped(facts: HostFacts) -> str:
-    """As JSON, with the clock of this moment."""
-    return replace(facts, clock=time.time()).to_json()

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_vl.data.background import BackgroundThread
-from dsmoe_vl.doctor.findings import ALL_HOSTS, Finding, Level
-from dsmoe_vl.doctor.host_facts import HostFacts
-from dsmoe_vl.doctor.one_host import asked_interfaces, matches
-from dsmoe_vl.doctor.rendezvous import Member, Rendezvous
+from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, Level
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts
+from dsmoe_vl.doctor.cluster.one_host import asked_interfaces, matches
+from dsmoe_vl.doctor.cluster.rendezvous import Member, Rendezvous
 
 _BYTES = 2**24  # of each rank in a collective whose bandwidth is measured
 _WARM, _TURNS, _SMALL_TURNS = 1, 3, 30

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from dsmoe_vl.doctor.findings import Finding
+from dsmoe_vl.doctor.cluster.findings import Finding
 
 _CONNECT_SECONDS = 5
 _AT_ONCE = 64
@@ -45,9 +45,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host has answered: its standard output, and when (seconds since 1970); or the problem with its fix."""
+    """What a host has answered: its standard output, and between when (seconds since 1970); or the problem with its
+    fix."""
 
     out: str = ""
+    asked: float = 0.0
     ended: float = 0.0
     problem: str = ""
     fix: str = ""
@@ -74,6 +76,7 @@ def ask(command: Command, seconds: float) -> Answer:
         f"cd {folder} 2>/dev/null || exit {_NO_FOLDER}; test -x {python} || exit {_NO_PYTHON}; "
         f"exec env {settings} {python} {shlex.join(command.arguments)}"
     )
+    asked = time.time()
     try:
         done = subprocess.run(
             ["ssh", *_OPTIONS, "--", host, f"sh -c {shlex.quote(script)}"],
@@ -84,7 +87,7 @@ def ask(command: Command, seconds: float) -> Answer:
     except subprocess.TimeoutExpired:
         return Answer(problem=f"no answer over ssh within {seconds:.0f} s", fix=f"see what this does: ssh {host} true")
     if done.returncode == 0:
-        return Answer(done.stdout, time.time())
+        return Answer(done.stdout, asked, time.time())
     return _failure(host, done.returncode, done.stderr)
 
 

@@ -14,12 +14,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsmoe_vl.doctor.host_facts import master_port
+from dsmoe_vl.doctor.cluster.host_facts import master_port
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.parallel.ranks import Ranks
 
-CONNECT_SECONDS = 30.0  # for a rank to reach the first host
-JOIN_SECONDS = 40.0  # for all ranks to be there: each imports torch first
+CONNECT_SECONDS = 60.0  # for a rank to reach the first host
+JOIN_SECONDS = 60.0  # for all ranks to be there: each imports torch first
 FACTS_SECONDS = 60.0  # for all hosts to have gathered theirs
 ANSWER_SECONDS = JOIN_SECONDS + FACTS_SECONDS + 30  # for rank 0 to tell the others what comes next
 _LEAVE_SECONDS = 5.0
@@ -33,6 +33,20 @@ class Member:
     rank: int
     host: str
     local_rank: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Of another host: seconds since 1970 by it, by this host's own at the same moment, and the error of the latter."""
+
+    clock: float
+    heard: float
+    clock_error: float
+
+    @classmethod
+    def between(cls, asked: float, clock: float, answered: float) -> Clock:
+        """The other host has looked at its clock between two moments of this one."""
+        return cls(clock, (asked + answered) / 2, (answered - asked) / 2)
 
 
 class Rendezvous:
@@ -102,9 +116,8 @@ class Rendezvous:
                 f"rank {self.ranks.rank} on {self.member.host} has heard nothing of rank 0 for {ANSWER_SECONDS:.0f} s"
             ) from error
 
-    def clocks(self, ranks: list[int]) -> dict[int, tuple[float, float]]:
-        """Seconds since 1970 by the clock of each of `ranks`, and by that of rank 0, at the same moment. They all call
-        it; the result is rank 0's."""
+    def clocks(self, ranks: list[int]) -> dict[int, Clock]:
+        """The clock of each of `ranks`, which all call this; the result is rank 0's."""
         asked = time.time()
         if self.ranks.rank == 0:
             self.tell("time?", "")
@@ -113,7 +126,7 @@ class Rendezvous:
         if self.ranks.rank:
             return {}
         told = self.collect("time", ranks, _LEAVE_SECONDS)
-        return {rank: (float(text), (asked + time.time()) / 2) for rank, text in told.items()}
+        return {rank: Clock.between(asked, float(text), time.time()) for rank, text in told.items()}
 
     def leave(self, ranks: list[int]) -> None:
         """Rank 0, whose process connects the others, waits a moment for them."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dsmoe_vl.doctor.findings import ALL_HOSTS, Finding, Level
-from dsmoe_vl.doctor.host_facts import Limited
+from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, Level
+from dsmoe_vl.doctor.cluster.host_facts import Limited
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import require_regular
 

@@ -13,10 +13,10 @@ from typing import Any
 from dsmoe_vl.config.deepspeed_json import load_deepspeed, setting
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.doctor.between_hosts import judge_plan
-from dsmoe_vl.doctor.findings import Finding, as_list, status
-from dsmoe_vl.doctor.host_facts import HostFacts, gather
-from dsmoe_vl.doctor.supply import with_supply
+from dsmoe_vl.doctor.cluster.between_hosts import judge_plan
+from dsmoe_vl.doctor.cluster.findings import Finding, as_list, status
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts, gather
+from dsmoe_vl.doctor.cluster.supply import with_supply
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
-from dsmoe_vl.doctor.between_hosts import judge
-from dsmoe_vl.doctor.case import Case
-from dsmoe_vl.doctor.findings import ALL_HOSTS, Finding
-from dsmoe_vl.doctor.host_facts import HostFacts, master_port, stamped
-from dsmoe_vl.doctor.hostfile import Hostfile, judge_names, read_hostfile
-from dsmoe_vl.doctor.links import judge_links, measure_links
-from dsmoe_vl.doctor.rendezvous import FACTS_SECONDS, JOIN_SECONDS, Member, Rendezvous
-from dsmoe_vl.doctor.ssh import Command, ask_all
+from dsmoe_vl.doctor.cluster.between_hosts import judge
+from dsmoe_vl.doctor.cluster.case import Case
+from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts, master_port
+from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, read_hostfile
+from dsmoe_vl.doctor.cluster.links import judge_links, measure_links
+from dsmoe_vl.doctor.cluster.rendezvous import FACTS_SECONDS, JOIN_SECONDS, Clock, Member, Rendezvous
+from dsmoe_vl.doctor.cluster.ssh import Command, ask_all
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.parallel.device import device_name
 
@@ -65,13 +65,13 @@ def meet(meeting: Rendezvous) -> tuple[list[Member], dict[int, str]]:
 
 def _facts_or_error(case: Case) -> str:
     try:
-        return stamped(case.facts())
+        return case.facts().to_json()
     except DsmoeVlError as error:
         return json.dumps({"error": str(error)})
 
 
 def _facts_of(
-    members: Sequence[Member], told: Mapping[int, str], clocks: Mapping[int, tuple[float, float]]
+    members: Sequence[Member], told: Mapping[int, str], clocks: Mapping[int, Clock]
 ) -> tuple[dict[str, HostFacts], list[Finding]]:
     """By host; and about the hosts that have none."""
     facts: dict[str, HostFacts] = {}
@@ -83,8 +83,9 @@ def _facts_of(
             failed.append(Finding("problem", member.host, "facts", problem, "make it as it is on the first host"))
         elif member.host not in facts:
             found = HostFacts.from_json(text)
-            clock, heard = clocks.get(member.rank, (0.0, 0.0))
-            facts[member.host] = replace(found, clock=clock, heard=heard)
+            if member.rank in clocks:
+                found = replace(found, **asdict(clocks[member.rank]))
+            facts[member.host] = found
     return facts, failed
 
 

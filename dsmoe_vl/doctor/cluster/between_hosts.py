@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dsmoe_vl.data.copies import differences
-from dsmoe_vl.doctor.findings import ALL_HOSTS, Finding, Level, unchecked
-from dsmoe_vl.doctor.host_facts import HostFacts
-from dsmoe_vl.doctor.one_host import Setting, judge_host
+from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, Level, unchecked
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts
+from dsmoe_vl.doctor.cluster.one_host import Setting, judge_host
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.plan import RunPlan
 
@@ -92,17 +92,24 @@ def _clocks(facts: Sequence[HostFacts]) -> Iterator[Finding]:
     """Against the middle of all clocks, so that one that is wrong does not make the others wrong."""
     if len(facts) < 2:
         return
+    for one in facts:
+        if not one.heard:
+            yield unchecked(one.host, "clock", "it was not told in time")
+    facts = [one for one in facts if one.heard]
+    if not facts:
+        return
     offsets = {one.host: one.clock - one.heard for one in facts}
     middle = sorted(offsets.values())[(len(offsets) - 1) // 2]
-    worst = max(abs(offset - middle) for offset in offsets.values())
+    errors = {one.host: one.clock_error for one in facts}
+    worst = max(abs(offset - middle) - errors[host] for host, offset in offsets.items())
     for host, offset in offsets.items():
-        skew = offset - middle
-        if abs(skew) >= _SKEW_SEEN:
+        skew, sure = offset - middle, abs(offset - middle) - errors[host]
+        if sure >= _SKEW_SEEN:
             text = f"its clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the others"
-            level: Level = "problem" if abs(skew) >= _SKEW_WRONG else "warning"
+            level: Level = "problem" if sure >= _SKEW_WRONG else "warning"
             yield Finding(level, host, "clock", text, "start its time service: chronyd, ntpd or systemd-timesyncd")
     if worst < _SKEW_SEEN:
-        yield Finding("ok", ALL_HOSTS, "clock", f"clocks differ by less than {_SKEW_SEEN:g} s")
+        yield Finding("ok", ALL_HOSTS, "clock", f"clocks differ by less than {_SKEW_SEEN + max(errors.values()):.1f} s")
 
 
 def _same_data(facts: Sequence[HostFacts]) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from dsmoe_vl.config.recipe import Recipe, SourceConfig
 from dsmoe_vl.data.shards.download import download, file_url
 from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
-from dsmoe_vl.doctor.host_facts import HostFacts, Limited, SourceRate
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts, Limited, SourceRate
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsmoe_vl.doctor.findings import Finding, unchecked
-from dsmoe_vl.doctor.host_facts import HostFacts, Interface
+from dsmoe_vl.doctor.cluster.findings import Finding, unchecked
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts, Interface
 from dsmoe_vl.planner.plan import RunPlan
 
 GIB = 2**30

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dsmoe_vl.doctor.between_hosts import judge
-from dsmoe_vl.doctor.case import Case, Request
-from dsmoe_vl.doctor.findings import Finding
-from dsmoe_vl.doctor.host_facts import master_port
-from dsmoe_vl.doctor.hostfile import read_hostfile
-from dsmoe_vl.doctor.over_ssh import examine_over_ssh, send_facts, send_links
-from dsmoe_vl.doctor.under_launcher import examine_as_rank
+from dsmoe_vl.doctor.cluster.between_hosts import judge
+from dsmoe_vl.doctor.cluster.case import Case, Request
+from dsmoe_vl.doctor.cluster.findings import Finding
+from dsmoe_vl.doctor.cluster.host_facts import master_port
+from dsmoe_vl.doctor.cluster.hostfile import read_hostfile
+from dsmoe_vl.doctor.cluster.over_ssh import examine_over_ssh, send_facts, send_links
+from dsmoe_vl.doctor.cluster.under_launcher import examine_as_rank
 
 
 def examine_cluster(request: Request) -> int:

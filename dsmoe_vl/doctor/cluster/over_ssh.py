@@ -7,20 +7,21 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 
-from dsmoe_vl.doctor.between_hosts import judge
-from dsmoe_vl.doctor.case import Case
-from dsmoe_vl.doctor.findings import ALL_HOSTS, Finding, unchecked
-from dsmoe_vl.doctor.host_facts import ROOT, HostFacts, master_port, stamped
-from dsmoe_vl.doctor.hostfile import Hostfile, judge_names, read_environment
-from dsmoe_vl.doctor.links import Link, Speed, judge_links, measure_links
-from dsmoe_vl.doctor.one_host import asked_interfaces, is_loopback
-from dsmoe_vl.doctor.rendezvous import Rendezvous
-from dsmoe_vl.doctor.ssh import Command, ask_all
-from dsmoe_vl.doctor.under_launcher import meet
+from dsmoe_vl.doctor.cluster.between_hosts import judge
+from dsmoe_vl.doctor.cluster.case import Case
+from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, unchecked
+from dsmoe_vl.doctor.cluster.host_facts import ROOT, HostFacts, master_port
+from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, read_environment
+from dsmoe_vl.doctor.cluster.links import Link, Speed, judge_links, measure_links
+from dsmoe_vl.doctor.cluster.one_host import asked_interfaces, is_loopback
+from dsmoe_vl.doctor.cluster.rendezvous import Clock, Rendezvous
+from dsmoe_vl.doctor.cluster.ssh import Command, ask_all
+from dsmoe_vl.doctor.cluster.under_launcher import meet
 from dsmoe_vl.parallel.device import device_name
 
 _ANSWER = "doctor's answer: "  # before the JSON that a host sends; its shell may print other lines
-_FACTS_SECONDS, _LINKS_SECONDS = 60.0, 120.0
+_TELL_TIME = f"import time; print({_ANSWER!r} + repr(time.time()))"
+_FACTS_SECONDS, _CLOCK_SECONDS, _LINKS_SECONDS = 100.0, 15.0, 150.0
 _RANKS_TO_MEASURE = 2  # of a host without GPUs
 _PREFIXES = ("NCCL_", "GLOO_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "MASTER_PORT")  # variables that hosts get from here
 
@@ -40,7 +41,12 @@ def examine_over_ssh(case: Case, hostfile: Hostfile) -> int:
     for host, answer in ask_all(commands, _FACTS_SECONDS).items():
         findings.append(answer.finding(host))
         if not answer.problem:
-            facts[host] = replace(HostFacts.from_json(_answer(answer.out)), heard=answer.ended)
+            facts[host] = HostFacts.from_json(_answer(answer.out))
+    clocks = ask_all({host: Command(host, ("-c", _TELL_TIME)) for host in facts}, _CLOCK_SECONDS)
+    for host, answer in clocks.items():
+        if not answer.problem:
+            clock = Clock.between(answer.asked, float(_answer(answer.out)), answer.ended)
+            facts[host] = replace(facts[host], **asdict(clock))
     if facts:
         findings += judge(list(facts.values()), hostfile.slots, plan)
     findings += _links(case, hostfile, facts, variables)
@@ -49,7 +55,7 @@ def examine_over_ssh(case: Case, hostfile: Hostfile) -> int:
 
 def send_facts(case: Case) -> int:
     """Be the process that a host is asked through."""
-    print(_ANSWER + stamped(case.facts(master_port() if case.ranks.rank == 0 else None)), flush=True)
+    print(_ANSWER + case.facts(master_port()).to_json(), flush=True)
     return 0
 
 
