@@ -219,7 +219,7 @@ def test_a_host_with_other_gpus(plan):
 
 def test_slow_storage(plan):
     slow = tuple(replace(one, bytes_per_second=1e3) for one in HEALTHY.sources)
-    only(cluster(sources=slow), plan, "problem", "storage", "0.0 MB/s", "copy the shards")
+    only(cluster(sources=slow), plan, "problem", "storage", "reads 1.0 kB/s", "copy the shards")
     unknown = tuple(replace(one, sample_tokens=0.0) for one in HEALTHY.sources)
     [finding] = bad(cluster(sources=unknown), plan)
     assert (finding.level, finding.check) == ("warning", "storage") and "not checked" in finding.text

@@ -56,8 +56,9 @@ def _versions(facts: Sequence[HostFacts]) -> Iterator[Finding]:
     if known:
         first = next(iter(known.values()))
         shown = ", ".join(f"{name} {value}" for name, value in first.items())
-        where = "" if len(known) == 1 else f" on {next(iter(known))}"
-        yield Finding("ok", ALL_HOSTS, "versions", f"{shown}{where}")
+        same = all(versions == first for versions in known.values())
+        where = f"the same on {len(known)} hosts" if same else f"those of {next(iter(known))}"
+        yield Finding("ok", ALL_HOSTS, "versions", shown if len(known) == 1 else f"{shown}: {where}")
         if "compiler" not in first and facts[0].device == "cpu":
             text = "there is no C++ compiler, with which DeepSpeed's CPU communication is built once"
             yield Finding("problem", facts[0].host, "versions", text, "install g++")

@@ -26,6 +26,7 @@ _BYTES = 2**24  # of each rank in a collective whose bandwidth is measured
 _WARM, _TURNS, _SMALL_TURNS = 1, 3, 30
 _GROUP_SECONDS, _LINK_SECONDS = 10.0, 20.0  # for one collective, for one link
 _ALL_SECONDS = 30.0  # after which no other round begins
+_FEW = 3  # errors in a message
 _LEAST_SHARE = 0.3  # of the expected bandwidth
 _MOST_SECONDS = 2e-3  # of latency between hosts in one room
 
@@ -150,17 +151,17 @@ def _speed(meeting: Rendezvous, link: Link, device: str) -> Speed:
 
 
 def _outcome(meeting: Rendezvous, link: Link) -> Speed | str:
-    """By the slowest rank, or the first error."""
+    """By the slowest rank, or the first errors."""
     of_ranks = meeting.collect(link.name, list(link.ranks), _LINK_SECONDS + 5)
-    tables = [json.loads(text) for text in of_ranks.values()]
-    errors = [table["error"] for table in tables if "error" in table]
-    if errors or len(tables) < len(link.ranks):
-        silent = sorted(set(link.ranks) - of_ranks.keys())
-        return errors[0] if errors else f"ranks {silent} do not answer"
+    tables = {rank: json.loads(text) for rank, text in of_ranks.items()}
+    errors = {rank: table["error"] for rank, table in tables.items() if "error" in table}
+    errors |= dict.fromkeys(set(link.ranks) - tables.keys(), "no answer")
+    if errors:
+        return "; ".join(f"rank {rank}: {error}" for rank, error in sorted(errors.items())[:_FEW])
     return Speed(
-        max(table["latency"] for table in tables),
-        min(table["all_reduce"] for table in tables),
-        min(table["all_to_all"] for table in tables),
+        max(table["latency"] for table in tables.values()),
+        min(table["all_reduce"] for table in tables.values()),
+        min(table["all_to_all"] for table in tables.values()),
     )
 
 

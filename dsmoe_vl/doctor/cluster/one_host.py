@@ -87,7 +87,7 @@ def _memory(facts: HostFacts, setting: Setting) -> Iterator[Finding]:
         return
     of_rank = setting.plan.memory.host + (setting.plan.memory.device if setting.plan.device == "cpu" else 0)
     need = of_rank * setting.ranks
-    text += f"; weights and states of {setting.shown} need {_gib(need)}"
+    text += f"; weights and states of {setting.shown}: {_gib(need)}"
     fix = "end other programs, use more hosts, a higher ZeRO stage, or a smaller model"
     if free < need:
         yield Finding("problem", facts.host, "memory", text, fix)
@@ -102,7 +102,7 @@ def _shm(facts: HostFacts, setting: Setting) -> Iterator[Finding]:
         yield unchecked(facts.host, "/dev/shm", facts.unknown["shm"])
         return
     need = _SHM_OF_RANK * setting.ranks
-    text = f"{_gib(facts.shm.free)} free of {_gib(facts.shm.total)}; {setting.shown} need {need / 2**20:.0f} MiB"
+    text = f"{_gib(facts.shm.free)} free of {_gib(facts.shm.total)}; needed by {setting.shown}: {need / 2**20:.0f} MiB"
     fix = "start the container with --shm-size=2g, mount a larger tmpfs there, or remove what killed runs have left"
     if facts.shm.free < need:
         yield Finding("problem", facts.host, "/dev/shm", text, fix)
@@ -235,7 +235,7 @@ def _supply(facts: HostFacts, setting: Setting) -> Iterator[Finding]:
     tokens = sum(one.weight * one.sample_tokens for one in sources) / weights
     peak = setting.ranks * facts.matrix_rate / (3 * plan.flops_per_token)  # tokens per second
     need = _BEST_SHARE * peak * size / tokens
-    text = f"{rate}; the host's {setting.shown} can use {_megabytes(need)}, {_BEST_SHARE:.0%} of their matrix products"
+    text = f"{rate}; {setting.shown} can use {_megabytes(need)}, at {_BEST_SHARE:.0%} of the rate of matrix products"
     fix = "raise data.workers, copy the shards to a faster disk, or give sources larger samples"
     if size / seconds < need * _WORST_SHARE / _BEST_SHARE:
         yield Finding("problem", facts.host, name, text, fix)
@@ -259,4 +259,4 @@ def _gib(number: float) -> str:
 
 
 def _megabytes(rate: float) -> str:
-    return f"{rate / 1e6:,.1f} MB/s"
+    return f"{rate / 1e6:,.1f} MB/s" if rate >= 1e6 else f"{rate / 1e3:.1f} kB/s"
