@@ -47,7 +47,7 @@ def assert_each_problem_is_said_once(result):
 
 
 def test_one_process(tiny):
-    result = finish(start(python(DOCTOR, *arguments(tiny))))
+    result = finish(start(python(DOCTOR, *arguments(tiny))), 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 0 and not found(result, "problem"), result.out + result.err
     ok = "\n".join(found(result, "ok"))
@@ -74,7 +74,7 @@ def mpirun(port, command):
 def test_two_ranks_under_a_launcher(tiny, launcher):
     port = free_port()
     environment = {"MASTER_PORT": str(port)} if launcher is mpirun else {}
-    result = finish(start(launcher(port, [DOCTOR, *arguments(tiny)]), **environment), 200)
+    result = finish(start(launcher(port, [DOCTOR, *arguments(tiny)]), **environment), 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 0, result.out + result.err
     assert "doctor of 2 of 2 ranks on 1 host" in result.out and "and a world size of 2: EP 2" in result.out
@@ -97,7 +97,7 @@ def two_hosts(tiny, *more, folders=(), **environment):
                 env=cpu_environment(**own, **environment.get(name, {}), PYTHONPATH=str(REPOSITORY)),
             )
         )  # fmt: skip
-    return [finish(process, 200) for process in processes]
+    return [finish(process, 280) for process in processes]
 
 
 def test_two_hosts_that_differ(tiny, tmp_path):
@@ -134,7 +134,7 @@ def test_a_rank_that_does_not_come(tiny):
     """The doctor ends, and names it."""
     own = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     process = start(python(DOCTOR, *arguments(tiny)), **own, LOCAL_SIZE="1", MASTER_PORT=str(free_port()))
-    result = finish(process, 200)
+    result = finish(process, 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 1 and "doctor of 1 of 2 ranks" in result.out, result.out + result.err
     [problem] = found(result, "problem")
@@ -144,7 +144,7 @@ def test_a_rank_that_does_not_come(tiny):
 
 def test_a_first_host_that_does_not_answer(tiny):
     own = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    result = finish(start(python(DOCTOR, *arguments(tiny)), **own, MASTER_PORT=str(free_port())), 200)
+    result = finish(start(python(DOCTOR, *arguments(tiny)), **own, MASTER_PORT=str(free_port())), 280)
     assert result.status == 2 and "Traceback" not in result.err, result.err
     assert f"rank 1 on {socket.gethostname()} and the first host, 127.0.0.1, cannot talk" in result.err
 
@@ -154,7 +154,7 @@ def test_a_port_in_use(tiny):
         other.bind(("", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        result = finish(start(python(DOCTOR, *arguments(tiny)), MASTER_PORT=port))
+        result = finish(start(python(DOCTOR, *arguments(tiny)), MASTER_PORT=port), 280)
     assert result.status == 1
     assert [line.startswith(f"port          MASTER_PORT {port} is in use") for line in found(result, "problem")] == [
         True
@@ -164,7 +164,7 @@ def test_a_port_in_use(tiny):
 def test_a_recipe_that_does_not_fit_the_world_size(tiny, tmp_path):
     config = {**json.loads(tiny.deepspeed(2).read_text()), "train_batch_size": 7}
     (tmp_path / "seven.json").write_text(json.dumps(config))
-    ranks = try_ranks(DOCTOR, [*map(str, arguments(tiny)), "--deepspeed", str(tmp_path / "seven.json")], 2, 200)
+    ranks = try_ranks(DOCTOR, [*map(str, arguments(tiny)), "--deepspeed", str(tmp_path / "seven.json")], 2, 260)
     assert [rank.status for rank in ranks] == [1, 0], ranks
     assert_each_problem_is_said_once(ranks[0])
     [problem] = found(ranks[0], "problem")
@@ -182,7 +182,7 @@ def test_a_recipe_that_does_not_fit_the_world_size(tiny, tmp_path):
     ],
 )
 def test_what_a_user_gets_wrong(tiny, more, words):
-    result = finish(start(python(DOCTOR, *arguments(tiny, *more))))
+    result = finish(start(python(DOCTOR, *arguments(tiny, *more))), 280)
     assert result.status == 2 and words in result.err and "Traceback" not in result.err, result.err
     assert result.out == ""
 
@@ -217,6 +217,6 @@ def test_hosts_of_a_hostfile(tiny, tmp_path, ssh):
 def test_a_hostfile_without_ssh(tiny, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("a slots=2\n")
-    result = finish(start(python(DOCTOR, *arguments(tiny, "--hostfile", hostfile)), PATH=str(tmp_path)))
+    result = finish(start(python(DOCTOR, *arguments(tiny, "--hostfile", hostfile)), PATH=str(tmp_path)), 280)
     assert result.status == 1 and "ssh is not installed here" in result.out, result.out + result.err
     assert "not checked: the hosts that answer have no two ranks" in result.out

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from dsmoe_vl.doctor.cluster.host_facts import HostFacts, Interface
-from dsmoe_vl.doctor.cluster.hostfile import judge_names, read_environment, read_hostfile
+from dsmoe_vl.doctor.cluster.hostfile import judge_names, passed_on, read_hostfile
 from dsmoe_vl.doctor.cluster.links import Link, Speed, judge_links, rounds
 from dsmoe_vl.doctor.cluster.over_ssh import own_address
 from dsmoe_vl.doctor.cluster.rendezvous import Member
@@ -136,12 +136,13 @@ def test_names_without_an_address(tmp_path):
     assert finding.level == "warning" and "here has no address for no-such-host.invalid" in finding.text
 
 
-def test_variables_for_all_hosts(tmp_path, monkeypatch):
-    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+def test_variables_for_all_hosts(tmp_path):
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\n\n# a comment\nA=b=c\n")
-    variables, findings = read_environment((tmp_path, tmp_path))
-    assert variables == {"GLOO_SOCKET_IFNAME": "eth0", "A": "b=c"}
-    assert [one.level for one in findings] == ["problem"] * 2 and "line 2: ''" in findings[0].text
+    here = {"PYTHONPATH": "/srv", "HOME": "/root", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "INFO"}
+    variables, findings = passed_on(here, (tmp_path, tmp_path))
+    assert variables == {"PYTHONPATH": "/srv", "GLOO_SOCKET_IFNAME": "eth0", "A": "b=c"}
+    assert [one.level for one in findings] == ["problem", "problem", "warning"]
+    assert "line 2: ''" in findings[0].text and findings[2].text.startswith("NCCL_DEBUG: set here")
 
 
 def test_the_address_that_others_use():

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,18 +144,16 @@ class Limited:
         self.unknown: dict[str, str] = {}
 
     def __call__(self, name: str, call: Callable[[], T], seconds: float = _SECONDS) -> T | None:
-        """The result; None if the call fails for a reason outside of this program, or takes longer."""
-        try:
-            return BackgroundThread[T]().submit(call).result(seconds)
-        except TimeoutError:
+        """The result; None if the call fails or takes longer. The other checks are made all the same."""
+        future = BackgroundThread[T]().submit(call)
+        if not wait([future], seconds).done:
             self.unknown[name] = f"no answer within {seconds:g} s"
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            self.unknown[name] = str(error)
-        except Exception as error:
-            known = as_user_error(error)
-            if known is None:
-                raise
-            self.unknown[name] = str(known)
+            return None
+        error = future.exception()
+        if error is None:
+            return future.result()
+        known = as_user_error(error)
+        self.unknown[name] = f"{type(error).__name__}: {error}" if known is None else str(known)
         return None
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,11 @@ from dsmoe_vl.files import require_regular
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(.*)")
 _EXAMPLE = "node-1 slots=8"
 _RESOLVE_SECONDS = 5.0
+# Beginnings of names: what `deepspeed` passes on to hosts by itself, and what matters there but is not passed on.
+_PASSED_ON, _ONLY_HERE = (
+    ("PYTHON", "MV2", "UCX", "MLFLOW"),
+    ("NCCL_", "GLOO_", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,13 @@ def judge_names(hostfile: Hostfile, here: str) -> Iterator[Finding]:
             yield Finding("warning", host, "hostfile", text, "correct the name, or add it to /etc/hosts on every host")
 
 
-def read_environment(folders: tuple[Path, ...] = (Path.home(), Path())) -> tuple[dict[str, str], list[Finding]]:
-    """The variables of `.deepspeed_env` in the home and the working directory, which `deepspeed` sets on all hosts of a
-    hostfile, and what it would fail on."""
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    variables: dict[str, str] = {}
+def passed_on(
+    environment: Mapping[str, str], folders: Sequence[Path] = (Path.home(), Path())
+) -> tuple[dict[str, str], list[Finding]]:
+    """The variables that `deepspeed` sets on all hosts: some of its own environment, and those of `.deepspeed_env` in
+    `folders`, the home and the working directory. And what is wrong with them."""
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    variables = {key: value for key, value in environment.items() if key.startswith(_PASSED_ON)}
     findings = []
     for path in dict.fromkeys((folder / name).absolute() for folder in folders):
         if not path.is_file():
@@ -102,4 +108,8 @@ def read_environment(folders: tuple[Path, ...] = (Path.home(), Path())) -> tuple
                 text = f"{path}, line {number}: {line!r} is not NAME=VALUE, and ends `deepspeed` with a traceback"
                 fix = "remove blank lines and comments from it"
                 findings.append(Finding("problem", ALL_HOSTS, "environment", text, fix))
+    if only_here := [key for key in environment if key.startswith(_ONLY_HERE) and key not in variables]:
+        text = f"{', '.join(only_here)}: set here, but `deepspeed --hostfile` does not pass it on to the hosts"
+        fix = f"add NAME=VALUE to {name}, or set it in what the hosts' shells read"
+        findings.append(Finding("warning", ALL_HOSTS, "environment", text, fix))
     return variables, findings

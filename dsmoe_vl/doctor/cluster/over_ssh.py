@@ -11,7 +11,7 @@ from dsmoe_vl.doctor.cluster.between_hosts import judge
 from dsmoe_vl.doctor.cluster.case import Case
 from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, unchecked
 from dsmoe_vl.doctor.cluster.host_facts import ROOT, HostFacts, master_port
-from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, read_environment
+from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, passed_on
 from dsmoe_vl.doctor.cluster.links import Link, Speed, judge_links, measure_links
 from dsmoe_vl.doctor.cluster.one_host import asked_interfaces, is_loopback
 from dsmoe_vl.doctor.cluster.rendezvous import Clock, Rendezvous
@@ -23,16 +23,14 @@ _ANSWER = "doctor's answer: "  # before the JSON that a host sends; its shell ma
 _TELL_TIME = f"import time; print({_ANSWER!r} + repr(time.time()))"
 _FACTS_SECONDS, _CLOCK_SECONDS, _LINKS_SECONDS = 100.0, 15.0, 150.0
 _RANKS_TO_MEASURE = 2  # of a host without GPUs
-_PREFIXES = ("NCCL_", "GLOO_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "MASTER_PORT")  # variables that hosts get from here
 
 
 def examine_over_ssh(case: Case, hostfile: Hostfile) -> int:
     """The exit status. Raises DsmoeVlError."""
     plan, findings = case.plan(max(1, sum(hostfile.slots.values())))
     findings += [*hostfile.findings, *judge_names(hostfile, case.host)]
-    variables, wrong = read_environment()
+    variables, wrong = passed_on(os.environ)
     findings += wrong
-    variables |= {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
     commands = {
         host: _command(case, host, "facts", variables | _world(0, slots, 0, slots))
         for host, slots in hostfile.slots.items()

@@ -101,4 +101,6 @@ def _failure(host: str, status: int, said: str) -> Answer:
     if status == _NO_SSH:
         fix = next((fix for text, fix in _FIXES if text in said), "see what this does: ssh {host} true")
         return Answer(problem=f"ssh -o BatchMode=yes {host}: {last}", fix=fix.format(host=host))
-    return Answer(problem=f"the doctor failed there with status {status}: {last}", fix="see what this does: ssh {host}")
+    return Answer(
+        problem=f"the doctor failed there with status {status}: {last}", fix=f"see its whole message: ssh {host}"
+    )

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from dsmoe_vl.doctor.cluster.between_hosts import judge
 from dsmoe_vl.doctor.cluster.case import Case
-from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding
+from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, unchecked
 from dsmoe_vl.doctor.cluster.host_facts import HostFacts, master_port
 from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, read_hostfile
 from dsmoe_vl.doctor.cluster.links import judge_links, measure_links
@@ -86,6 +86,9 @@ def _facts_of(
             if member.rank in clocks:
                 found = replace(found, **asdict(clocks[member.rank]))
             facts[member.host] = found
+    for host in dict.fromkeys(one.host for one in members):
+        if host not in facts and all(one.host != host for one in failed):
+            failed.append(unchecked(host, "facts", "its first rank, which gathers them, is not there"))
     return facts, failed
 
 
