@@ -19,10 +19,7 @@ _LINE = re.compile(r"(\S+)\s+slots=(\d+)(.*)")
 _EXAMPLE = "node-1 slots=8"
 _RESOLVE_SECONDS = 5.0
 # Beginnings of names: what `deepspeed` passes on to hosts by itself, and what matters there but is not passed on.
-_PASSED_ON, _ONLY_HERE = (
-    ("PYTHON", "MV2", "UCX", "MLFLOW"),
-    ("NCCL_", "GLOO_", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"),
-)
+_PASSED_ON, _ONLY_HERE = ("PYTHON", "MV2", "UCX", "MLFLOW"), ("NCCL_", "GLOO_")
 
 
 @dataclass(frozen=True)
