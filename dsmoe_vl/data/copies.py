@@ -20,39 +20,47 @@ _DIGITS = 12  # of a hash in a message
 
 @dataclass(frozen=True)
 class Copy:
-    """What one process sees. `who`: in messages, such as "rank 1 on node-2".
-
-    By the setting that names it, `hashes` has the hex SHA-256 of what could be read, `problems` why the rest could not.
-    """
+    """What one process sees. `who`: such as "rank 1 on node-2". `hashes`: hex SHA-256 of what it can read, by
+    what that is. `problems`: why it cannot read the rest."""
 
     who: str
     hashes: dict[str, str]
-    problems: dict[str, str]
+    problems: tuple[str, ...]
 
 
 def read_copy(recipe: Recipe, who: str) -> Copy:
     """Hash the recipe's tokenizer, and the manifests of its sources. Shards themselves are not read."""
-    copy = Copy(who, {}, {})
-    path = recipe.tokenizer.path
-    _add(copy, f"tokenizer.path = {path}", lambda: _tokenizer_sha256(recipe))
-    for part, sources in (("data.sources", recipe.data.sources), ("data.evaluation", recipe.data.evaluation)):
+    data = recipe.data
+    parts: list[tuple[str, str, Callable[[], str]]] = [
+        ("", f"tokenizer {recipe.tokenizer.path}", partial(_tokenizer_sha256, recipe))
+    ]
+    for part, sources in (("data.sources", data.sources), ("data.evaluation", data.evaluation)):
         for source in sources:
-            place = f"{part}, {source.name}: {without_query(source.path)}"
-            _add(copy, place, partial(manifest_sha256, source.path, recipe.data))
-    return copy
+            prefix = f"{part}, {source.name}: "
+            parts.append((prefix, prefix + without_query(source.path), partial(manifest_sha256, source.path, data)))
+    hashes, problems = dict[str, str](), []
+    for prefix, what, sha256 in parts:
+        try:
+            hashes[what] = sha256()
+        except Exception as error:
+            known = as_user_error(error)
+            if known is None:
+                raise
+            problems.append(f"{prefix}{known}")
+    return Copy(who, hashes, tuple(problems))
 
 
 def differences(copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
-    """The copies that differ from what most have, each with the message about it: one for every place."""
+    """The copies that differ from what most have, each with the message about it."""
     found = []
-    for place in dict.fromkeys(place for copy in copies for place in copy.hashes):
-        having = [copy for copy in copies if place in copy.hashes]
-        common = Counter(copy.hashes[place] for copy in having).most_common(1)[0][0]
-        usual = next(copy for copy in having if copy.hashes[place] == common)
+    for what in dict.fromkeys(what for copy in copies for what in copy.hashes):
+        having = [copy for copy in copies if what in copy.hashes]
+        common = Counter(copy.hashes[what] for copy in having).most_common(1)[0][0]
+        usual = next(copy for copy in having if copy.hashes[what] == common)
         for copy in having:
-            if copy.hashes[place] != common:
+            if copy.hashes[what] != common:
                 text = (
-                    f"{place} is another on {copy.who} (sha256 {copy.hashes[place][:_DIGITS]}) than on {usual.who} "
+                    f"{what} is another on {copy.who} (sha256 {copy.hashes[what][:_DIGITS]}) than on {usual.who} "
                     f"({common[:_DIGITS]}): copy it from there, or name one that all hosts share"
                 )
                 found.append((copy, text))
@@ -62,13 +70,3 @@ def differences(copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
 def _tokenizer_sha256(recipe: Recipe) -> str:
     Tokenizer.of(recipe)  # whether it can be used at all
     return hashlib.sha256(Path(recipe.tokenizer.path).read_bytes()).hexdigest()
-
-
-def _add(copy: Copy, place: str, sha256: Callable[[], str]) -> None:
-    try:
-        copy.hashes[place] = sha256()
-    except Exception as error:
-        known = as_user_error(error)
-        if known is None:
-            raise
-        copy.problems[place] = str(known)

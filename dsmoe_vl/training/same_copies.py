@@ -16,7 +16,7 @@ def require_same_copies(recipe: Recipe, ranks: Ranks, host: HostGroup) -> None:
     most; it names that rank and its host. Collective."""
     own = read_copy(recipe, f"rank {ranks.rank} on {socket.gethostname()}")
     copies = host.gather(own)
-    problems = [next(iter(copy.problems.values()), "") for copy in copies]
+    problems = ["".join(copy.problems[:1]) for copy in copies]
     if all(problems):
         raise DataError(problems[ranks.rank])
     for copy, problem in zip(copies, problems, strict=True):

@@ -47,7 +47,7 @@ def test_another_tokenizer_of_the_same_size(tiny, hosts, tmp_path):
     theirs = hosts[1] / "data" / "tokenizer.model"
     train_tokenizer([tiny.data / "videos_train"], theirs, vocab_size=320)
     message = refusal(train(tiny, hosts, tmp_path))
-    assert "tokenizer.path = data/tokenizer.model is another on rank 1" in message
+    assert "tokenizer data/tokenizer.model is another on rank 1" in message
     assert f"on {socket.gethostname()}" in message and "copy it from there" in message
     assert not (tmp_path / "run").exists()
 

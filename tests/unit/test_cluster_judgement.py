@@ -36,7 +36,7 @@ HEALTHY = HostFacts(
     copy_rate=8e9,
     matrix_rate=1e12,
     sources=(SourceRate("images", 2.0, 1e9, 5e4, 100.0), SourceRate("videos", 1.0, 1e9, 1e6, 400.0)),
-    copy=Copy("node-1", {"tokenizer.path = t": "11", "data.sources, images: a": "22"}, {}),
+    copy=Copy("node-1", {"tokenizer t": "11", "data.sources, images: a": "22"}, ()),
 )
 
 
@@ -115,14 +115,14 @@ def test_clocks_that_all_differ_from_the_judge_s_alike(plan):
 
 
 def test_another_tokenizer(plan):
-    copy = Copy("node-1", {**HEALTHY.copy.hashes, "tokenizer.path = t": "99"}, {})
+    copy = Copy("node-1", {**HEALTHY.copy.hashes, "tokenizer t": "99"}, ())
     [finding] = bad(cluster(3, copy=copy), plan)
     assert (finding.level, finding.host, finding.check) == ("problem", "node-1", "data")
-    assert "tokenizer.path = t is another on node-1" in finding.text and "copy it" in finding.text
+    assert "tokenizer t is another on node-1" in finding.text and "copy it" in finding.text
 
 
 def test_data_that_cannot_be_read(plan):
-    copy = Copy("node-1", {"tokenizer.path = t": "11"}, {"data.sources, images: a": "no such folder; check it"})
+    copy = Copy("node-1", {"tokenizer t": "11"}, ("data.sources, images: a: no such folder; check it",))
     [finding] = bad(cluster(copy=copy), plan)
     assert finding.level == "problem" and "data.sources, images: a: no such folder" in finding.text
 

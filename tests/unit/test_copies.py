@@ -13,20 +13,20 @@ from tests.support.tars import write_shards
 
 
 def test_the_one_that_differs_from_most_is_named():
-    copies = [Copy("node-1", {"a": "00", "b": "1"}, {}), Copy("node-2", {"a": "11", "b": "1"}, {})]
-    copies.append(Copy("node-3", {"a": "11", "b": "1"}, {"c": "no such file"}))
+    copies = [Copy("node-1", {"a": "00", "b": "1"}, ()), Copy("node-2", {"a": "11", "b": "1"}, ())]
+    copies.append(Copy("node-3", {"a": "11", "b": "1"}, ("no such file",)))
     [(copy, text)] = differences(copies)
     assert copy is copies[0]
     assert text.startswith("a is another on node-1 (sha256 00) than on node-2 (11): ")
 
 
 def test_of_two_the_first_is_right():
-    [(copy, _)] = differences([Copy("a", {"x": "0"}, {}), Copy("b", {"x": "1"}, {})])
+    [(copy, _)] = differences([Copy("a", {"x": "0"}, ()), Copy("b", {"x": "1"}, ())])
     assert copy.who == "b"
 
 
 def test_copies_without_differences():
-    assert differences([Copy("a", {"x": "0"}, {}), Copy("b", {}, {"x": "gone"})]) == []
+    assert differences([Copy("a", {"x": "0"}, ()), Copy("b", {}, ("gone",))]) == []
     assert differences([]) == []
 
 

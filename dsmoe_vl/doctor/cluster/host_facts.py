@@ -129,7 +129,7 @@ class HostFacts:
                 values[name] = tuple(kind(**_with_tuples(item)) for item in values[name])
         for name, single in (("shm", Space), ("run_folder", Space), ("copy", Copy)):
             if values[name] is not None:
-                values[name] = single(**values[name])
+                values[name] = single(**_with_tuples(values[name]))
         return cls(**_with_tuples(values))
 
 

@@ -211,8 +211,8 @@ def _copy(facts: HostFacts, setting: Setting) -> Iterator[Finding]:
     if facts.copy is None:
         yield unchecked(facts.host, "data", facts.unknown["copy"])
         return
-    for place, problem in facts.copy.problems.items():
-        yield Finding("problem", facts.host, "data", f"{place}: {problem}")
+    for problem in facts.copy.problems:
+        yield Finding("problem", facts.host, "data", problem)
     if not facts.copy.problems:
         yield Finding("ok", facts.host, "data", f"tokenizer and {len(facts.copy.hashes) - 1} manifests can be read")
 
