@@ -77,6 +77,7 @@ class Case:
     def report(self, findings: Sequence[Finding], what: str) -> int:
         """Print the list. Returns the exit status."""
         print(f"doctor of {what}, {self.request.recipe}, {self.request.deepspeed}")
-        print(as_list(findings, sys.stdout.isatty()))
+        # mpirun gives its ranks a terminal, whatever its own output is.
+        print(as_list(findings, colours=self.ranks.world_size == 1 and sys.stdout.isatty()))
         print(f"took {time.monotonic() - self._started:.0f} s", flush=True)
         return status(findings)
