@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -71,10 +71,8 @@ class ShardIndex:
         """
         if is_remote(str(folder)):
             index = _read_remote_manifest(str(folder), data)
-        elif not Path(folder).is_dir():
-            raise DataError(f"{folder}: no such folder of shards; check the source's path")
         else:
-            manifest = Path(folder) / INDEX_NAME
+            manifest = _existing(folder) / INDEX_NAME
             index = _read_manifest(manifest) if manifest.is_file() else _scan_folder(Path(folder))
         if index.samples == 0:
             raise DataError(f"{folder}: no samples in its shards")
@@ -89,6 +87,22 @@ class ShardIndex:
         """Short hash of names, sample counts and sizes: indexes with the same samples have the same one."""
         rows = [(shard.name, shard.samples, shard.bytes) for shard in self.shards]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def manifest_sha256(folder: str | Path, data: DataConfig = _DEFAULTS) -> str:
+    """Hex SHA-256 of the rows of a source's manifest, whatever its form; in a local folder without one, of the tars'
+    names and sizes. Does not look at the shards that a manifest names.
+
+    `folder`, `data` and errors as in `ShardIndex.load`.
+    """
+    if is_remote(str(folder)):
+        shards = _read_remote_manifest(str(folder), data).shards
+    elif (manifest := _existing(folder) / INDEX_NAME).is_file():
+        _, shards = _parse_manifest(require_regular(manifest).read_bytes(), str(manifest), _REINDEX_HINT)
+    else:
+        tars = sorted(Path(folder).glob("*.tar"))
+        shards = tuple(Shard(tar.name, 0, tar.stat().st_size, "") for tar in tars)
+    return hashlib.sha256(json.dumps([astuple(shard) for shard in shards]).encode()).hexdigest()
 
 
 class _Read(NamedTuple):
@@ -187,6 +201,12 @@ def iterate_samples(
     places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
     for number, sample in islice(places, first, None, step):
         yield read_sample(index, number, sample, source, media=media)
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder of shards; check the source's path")
+    return Path(folder)
 
 
 @lru_cache(maxsize=1024)
