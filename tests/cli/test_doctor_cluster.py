@@ -47,7 +47,7 @@ def assert_each_problem_is_said_once(result):
 
 
 def test_one_process(tiny):
-    result = finish(start(python(DOCTOR, *arguments(tiny))), 280)
+    result = finish(start(python(DOCTOR, *arguments(tiny)), MASTER_PORT=str(free_port())), 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 0 and not found(result, "problem"), result.out + result.err
     ok = "\n".join(found(result, "ok"))
@@ -107,6 +107,7 @@ def test_two_hosts_that_differ(tiny, tmp_path):
         shutil.copytree(tiny.data, folder / "data")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(tiny.recipe.read_text().replace(str(tiny.data), "data"))
+    (folders[1] / "data" / "tokenizer.model").unlink()
     train_tokenizer([tiny.data / "videos_train"], folders[1] / "data" / "tokenizer.model", vocab_size=320)
     manifest = folders[1] / "data" / "images_train" / "index.json"
     manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 1))

@@ -45,6 +45,7 @@ def test_equal_copies_train(tiny, hosts, tmp_path):
 
 def test_another_tokenizer_of_the_same_size(tiny, hosts, tmp_path):
     theirs = hosts[1] / "data" / "tokenizer.model"
+    theirs.unlink()
     train_tokenizer([tiny.data / "videos_train"], theirs, vocab_size=320)
     message = refusal(train(tiny, hosts, tmp_path))
     assert "tokenizer data/tokenizer.model is another on rank 1" in message
