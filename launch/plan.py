@@ -2,7 +2,8 @@
 
 Prints memory, step time and the whole run, estimated from figures of the cluster (launch/clusters/, docs/scaling.md).
 With --search it tries all ZeRO stages, expert parallel sizes, micro-batches, recomputation and offloading, prints the
-best few with reasons, and --write writes the best as a DeepSpeed JSON.
+best few with reasons, and --write writes the best as a DeepSpeed JSON. --calibrate FILE measures this machine's CPU
+instead, and writes a cluster file.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Exit status: 0 if the plan fits, 1 if it does not, 2 for a user's error."""
     args = parse()
-    return run(lambda: plan(args))
+    return run(lambda: calibrate(args) if args.calibrate else plan(args))
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -81,6 +82,15 @@ def plan(args: argparse.Namespace) -> int:
     for note in planned.notes if not args.search else ():
         print(f"note: {note}")
     return 0 if found.fits else 1
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Measure this machine. Returns the exit status. Raises DsmoeVlError."""
+    from dsmoe_vl.doctor.calibration import measure_cluster
+
+    write_atomically(args.calibrate, measure_cluster())
+    print(f"wrote {args.calibrate}")
+    return 0
 
 
 if __name__ == "__main__":
