@@ -59,7 +59,7 @@ def _language(
     layers: int, width: int, heads: int, kv_heads: int, vocab: int, head_width: int = 0, dense_ffn_width: int = 8,
     vision: VisionConfig | None = None, **moe: Any,
 ) -> Recipe:  # fmt: skip
-    """A recipe of these shapes; without experts all layers are dense. The encoder may be a tiny one that is not used."""
+    """A recipe of these shapes; without experts all layers are dense. Where no encoder is used there is a tiny one."""
     vision = vision or VisionConfig(width=8, layers=1, heads=1, ffn_width=8)
     model = ModelConfig(
         width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_width=head_width, ffn_width=dense_ffn_width,
@@ -97,7 +97,7 @@ POINTS = (
     Point("Qwen3.6-35B-A3B, EP 8 PP 2, balanced", _BRIDGE, 185.15, QWEN36, 16, 4096, 512, ep=8, pp=2, patches=784,
           remark="Gated DeltaNet in three of four layers"),
     Point("Llama 3 8B, FSDP, FP8", "Megatron-Bridge (00b7660), docs/performance-summary.md", 744.0, LLAMA3, 8, 8192,
-          128, stage=3, recomputed=5 / 32, fp8=True, remark=f"casts to FP8, and attention in bf16 with cuDNN; {_FUSED}"),
+          128, stage=3, recomputed=5 / 32, fp8=True, remark=f"casts to FP8, attention by cuDNN; {_FUSED}"),
 )  # fmt: skip
 
 
@@ -107,8 +107,9 @@ def plan_of(point: Point) -> RunPlan:
     recipe = replace(
         point.recipe,
         data=DataConfig(
-            sources=(SourceConfig.at("text"),), lanes=point.gpus, pack_length=length, pack_patches=max(point.patches, 4),
-            image_max_patches=max(point.patches, 4), frame_max_patches=4, video_frames=1, workers=1,
+            sources=(SourceConfig.at("text"),), lanes=point.gpus, pack_length=length,
+            pack_patches=max(point.patches, 4), image_max_patches=max(point.patches, 4), frame_max_patches=4,
+            video_frames=1, workers=1,
         ),
     )  # fmt: skip
     deepspeed = load_deepspeed(ROOT / "ds_configs/moe.json") | {

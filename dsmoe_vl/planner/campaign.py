@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from dsmoe_vl.planner.cluster import Cluster
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.products import PATCHES_USED
 from dsmoe_vl.planner.run_memory import checkpoint_bytes
 
 DAY = 86400.0
 # DataComp's largest pool: 12.8 B pairs in 450 TB (Gadre et al. 2023, appendix).
 BYTES_OF_A_PAIR = 35e3
-_START = (
-    120.0  # seconds from a failure to the first step, besides noticing it and reading the checkpoint: an assumption
-)
+# Assumptions, in seconds: from a failure to the first step, besides noticing it and reading the checkpoint; and between
+# saves, at least, since more of them in the background cost storage and gain little.
+_START, _OFTEN = 120.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Campaign:
     failure_seconds: float  # mean time between failures; inf: none
     save_every: float  # seconds: the best interval
     lost_share: float  # of the time, for saves and for work done again
-    pictures_per_second: float  # at most: of the largest size, if packs are full of them
+    pictures_per_second: float  # of the largest size, that have as many patches as packs use
     read_rate: float  # bytes/s from storage, for these
 
     @property
@@ -60,10 +61,10 @@ def campaign(plan: RunPlan, cluster: Cluster, step_seconds: float, tokens: float
     blocked = written / plan.world_size / cluster.host_bandwidth
     failures = cluster.failures_per_day * plan.world_size
     between = DAY / failures if failures else math.inf
-    every = max(best_interval(blocked, between), saving, step_seconds)
+    every = max(best_interval(blocked, between), saving, step_seconds, _OFTEN)
     restart = plan.recipe.run.stall_seconds + saving + _START
     data = plan.recipe.data
-    pictures = plan.packs_per_step * data.pack_patches / data.image_max_patches / step_seconds
+    pictures = plan.packs_per_step * data.pack_patches * PATCHES_USED / data.image_max_patches / step_seconds
     return Campaign(
         tokens=tokens,
         steps=math.ceil(tokens / plan.tokens_per_step),

@@ -35,6 +35,7 @@ class Cluster:
     memory_bandwidth: float = bounded(0.0, above=0)  # bytes/s
     memory_share: float = bounded(0.0, above=0, most=1)
     reserved_bytes: float = bounded(0.0, least=0)  # of a process before it has a model: context, libraries
+    fragmentation: float = bounded(0.0, least=0)  # of memory that comes and goes, above what is asked for
     operator_seconds: float = bounded(0.0, least=0)  # of the host, to start one operator
     link_bandwidth: float = bounded(0.0, above=0)  # bytes/s to the other accelerators of the node
     link_share: float = bounded(0.0, above=0, most=1)

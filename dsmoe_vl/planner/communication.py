@@ -49,12 +49,13 @@ def all_to_all(own_bytes: float, group: Group, cluster: Cluster) -> float:
     return max(inside, between)
 
 
-def gather(whole_bytes: float, group: Group, cluster: Cluster) -> float:
-    """Seconds to bring together what is spread over a group, `whole_bytes` for every rank, or to reduce and scatter."""
+def gather(whole_bytes: float, group: Group, cluster: Cluster, messages: int = 1) -> float:
+    """Seconds to bring together what is spread over a group, `whole_bytes` for every rank, or to reduce and scatter.
+    `messages`: in so many collectives, one after the other."""
     if group.size == 1:
         return 0.0
     inside = whole_bytes * (group.size - 1) / group.size / cluster.link_rate if group.inside > 1 else 0.0
-    steps = math.ceil(math.log2(group.size))
+    steps = messages * math.ceil(math.log2(group.size))
     if group.nodes == 1:
         return inside + steps * cluster.link_latency
     between = whole_bytes * (group.nodes - 1) / group.nodes / (group.inside * cluster.network_rate)

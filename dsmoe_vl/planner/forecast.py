@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.planner.campaign import DAY, Campaign, campaign
+from dsmoe_vl.planner.campaign import BYTES_OF_A_PAIR, DAY, Campaign, campaign
 from dsmoe_vl.planner.cluster import Cluster
 from dsmoe_vl.planner.describe import shown_bytes, shown_count, shown_flops
 from dsmoe_vl.planner.plan import RunPlan
@@ -17,10 +17,11 @@ from dsmoe_vl.planner.step_time import StepTime, busiest_rank, step_time, violat
 
 @dataclass(frozen=True)
 class Forecast:
-    """Estimates for full packs."""
+    """Estimates: time for average packs, memory for full ones."""
 
     plan: RunPlan
     cluster: Cluster
+    shape: Shape  # of an average micro-step
     memory: RunMemory
     time: StepTime
     run: Campaign
@@ -43,7 +44,8 @@ class Forecast:
     @property
     def flops_per_second(self) -> float:
         """Model FLOPs a second of one accelerator."""
-        return self.plan.flops_per_step / self.time.total / self.plan.world_size
+        flops = self.plan.flops.training(self.shape.tokens, self.shape.patches, self.shape.labels)
+        return self.plan.accumulation * flops / self.time.total
 
 
 def forecast(
@@ -60,7 +62,11 @@ def forecast(
             f"the plan is for {plan.device}, and cluster {cluster.name} has {cluster.device}: name another"
         )
     time = step_time(plan, cluster, busiest_expert, shape)
-    return Forecast(plan, cluster, run_memory(plan, cluster, shape), time, campaign(plan, cluster, time.total, tokens))
+    memory, average = (
+        run_memory(plan, cluster, shape),
+        shape or Shape.typical(plan.recipe, plan.micro_batch, plan.ep_size),
+    )
+    return Forecast(plan, cluster, average, memory, time, campaign(plan, cluster, time.total, tokens))
 
 
 def describe_forecast(found: Forecast) -> str:
@@ -102,7 +108,7 @@ def _step(found: Forecast) -> Iterator[tuple[str, str]]:
         yield item.name.replace("_", " "), f"{shown_seconds(seconds)}, {seconds / time.total:.0%}"
     load = busiest_rank(found.plan.recipe, found.plan.ep_size, violation(found.plan.recipe))
     if load:
-        yield "", f"imbalance: the busiest rank's experts have {load:.0%} more than the mean"
+        yield "", f"the busiest rank's experts have {load:.0%} more than the mean"
     yield "together", shown_seconds(time.total)
     yield "tokens", f"{found.tokens_per_second:,.0f}/s, {found.tokens_per_second / found.plan.world_size:,.0f} a rank"
     yield "model FLOPs", f"{shown_flops(found.flops_per_second)}/s a rank, {found.mfu:.1%} of the peak (MFU)"
@@ -122,8 +128,8 @@ def _run(found: Forecast) -> Iterator[tuple[str, str]]:
 
 def _data(found: Forecast) -> Iterator[tuple[str, str]]:
     run = found.run
-    yield "pictures", f"at most {run.pictures_per_second:,.0f}/s, of the largest size"
-    yield "reading", f"{run.read_rate / 1e9:,.2f} GB/s, at 35 kB a pair"
+    yield "pictures", f"{run.pictures_per_second:,.0f}/s of the largest size, or as many patches"
+    yield "reading", f"{run.read_rate / 1e9:,.2f} GB/s, at {BYTES_OF_A_PAIR / 1e3:.0f} kB a pair"
 
 
 def shown_seconds(seconds: float) -> str:

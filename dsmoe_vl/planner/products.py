@@ -7,7 +7,7 @@ products for each of its own, and moves twice as much, since it reads what was k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.planner.flops import Flops
@@ -17,6 +17,9 @@ _ROTATION = (
     10  # times an element of queries and keys is read or written, in fp32 and back, in `model/layers.py: rotate`
 )
 _ROUTER_PASSES = 24  # fp32 numbers moved for each of E scores: softmax, choice, statistics, balancing
+# Of a pack's patches, those that are used, and their standard deviation over it: the packer of `data/pack.py` on images
+# and videos of many sizes, four to one, for the recipes base and large (docs/scaling.md). Tokens are 99 % used.
+PATCHES_USED, PATCHES_SPREAD = 0.61, 0.29
 # Operators that the host starts in the forward pass, views included, as torch.profiler counts them in `model/`.
 _OF_DECODER_LAYER, _OF_SPARSE, _OF_EXPERT_ON_CPU, _OF_VISION_LAYER, _OF_MODEL = 70, 98, 6, 65, 120
 
@@ -36,6 +39,14 @@ class Shape:
         data, merge = recipe.data, recipe.model.vision.merge
         labels = max(data.pack_length - data.pack_patches // merge**2, 0)
         return cls(packs * data.pack_length, packs * data.pack_patches, packs * labels, ep_size)
+
+    @classmethod
+    def typical(cls, recipe: Recipe, packs: int, ep_size: int) -> Shape:
+        """Packs as they are on average, of which at least a tenth are positions with a label."""
+        full, merge = cls.full(recipe, packs, ep_size), recipe.model.vision.merge
+        patches = round(full.patches * PATCHES_USED)
+        labels = max(full.tokens - patches // merge**2, full.tokens // 10)
+        return replace(full, patches=patches, labels=labels)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from dsmoe_vl.planner.memory import memory_for
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.products import Shape
 
-# Of what comes and goes: the mean of eight models with PyTorch's allocator (GMLake, Guo et al. 2024, abstract).
-_FRAGMENTATION = 0.15
 _BUCKET, _PREFETCH = 5e8, 5e7  # numbers; DeepSpeed's defaults
 _CHECKPOINT_BYTES = 12  # of a trained parameter: fp32 weight and two moments
 
@@ -31,6 +29,11 @@ class RunMemory:
     fragmentation: float
     host_states: float  # offloaded, of one rank in its host
     host_snapshot: float  # of a save in the background, likewise
+
+    @property
+    def states(self) -> float:
+        """What stays from step to step."""
+        return self.reserved + self.weights + self.gradients + self.optimizer
 
     @property
     def device(self) -> float:
@@ -62,7 +65,7 @@ def run_memory(plan: RunPlan, cluster: Cluster, shape: Shape | None = None) -> R
         activations=kept.kept + kept.recomputed,
         logits=peak - kept.kept - kept.recomputed,
         buffers=buffers,
-        fragmentation=_FRAGMENTATION * (peak + buffers) if cuda else 0.0,
+        fragmentation=cluster.fragmentation * (peak + buffers),
         host_states=states.host,
         host_snapshot=checkpoint_bytes(plan) / plan.world_size,
     )

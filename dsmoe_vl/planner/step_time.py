@@ -9,7 +9,7 @@ which is DeepSpeed's default at stage 3 only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.config.recipe import Recipe
@@ -25,7 +25,7 @@ from dsmoe_vl.planner.communication import (
 )
 from dsmoe_vl.planner.parameters import sparse_layers
 from dsmoe_vl.planner.plan import RunPlan
-from dsmoe_vl.planner.products import Shape, attention_flops, products, traffic
+from dsmoe_vl.planner.products import PATCHES_SPREAD, Shape, attention_flops, products, traffic
 
 # The busiest expert's load over the mean, less one: with a balancing loss, and with the aux-loss-free bias (Wang et al.
 # 2024, table 2, the model of 3 B).
@@ -43,7 +43,8 @@ class StepTime:
     all_to_all: float
     zero: float  # gathering weights, reducing and scattering gradients, where that is not hidden
     optimizer: float
-    imbalance: float  # waiting for the rank with the busiest experts
+    expert_imbalance: float  # waiting for the rank with the busiest experts
+    pack_imbalance: float  # waiting for the rank with the most patches
     data: float  # waiting for the loader
 
     @property
@@ -72,46 +73,90 @@ def busiest_rank(recipe: Recipe, ep_size: int, busiest_expert: float) -> float:
 def step_time(
     plan: RunPlan, cluster: Cluster, busiest_expert: float | None = None, shape: Shape | None = None
 ) -> StepTime:
-    """The time with micro-steps of a shape, by default of full packs. `busiest_expert`: as in `busiest_rank`; 0 for
-    routing that is balanced by force."""
-    recipe, cuda = plan.recipe, cluster.device == "cuda"
-    element = 2 if plan.precision == "bf16" else 4
-    shape = shape or Shape.full(recipe, plan.micro_batch, plan.ep_size)
-    backward = _backward(plan)
+    """The time with micro-steps of a shape, the same on all ranks, by default of `Shape.typical`, which differ between
+    ranks. `busiest_expert`: as in `busiest_rank`; 0 for routing that is balanced by force."""
+    recipe = plan.recipe
+    waiting = 0.0
+    if shape is None:
+        shape = Shape.typical(recipe, plan.micro_batch, plan.ep_size)
+        waiting = _of_micro_step(plan, cluster, _fullest(plan, shape)).total
+    own = _of_micro_step(plan, cluster, shape)
+    waiting = max(0.0, waiting - own.total)
+    exchange = _exchange(plan, cluster)
+    if busiest_expert is None:
+        busiest_expert = violation(recipe)
+    late = busiest_rank(recipe, plan.ep_size, busiest_expert) * (own.experts + exchange)
+    times = plan.accumulation
+    return StepTime(
+        products=times * own.products,
+        attention=times * own.attention,
+        memory_traffic=times * own.memory_traffic,
+        host=times * own.host,
+        all_to_all=times * exchange,
+        zero=_zero(plan, cluster, own.total),
+        optimizer=_optimizer(plan, cluster),
+        expert_imbalance=times * late,
+        pack_imbalance=times * waiting,
+        data=times * _data_wait(plan, cluster, shape, own.total + exchange + late + waiting),
+    )
+
+
+@dataclass(frozen=True)
+class _MicroStep:
+    """Seconds of one rank's forward and backward pass, without communication."""
+
+    products: float
+    experts: float  # of `products`
+    attention: float
+    memory_traffic: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.memory_traffic + self.host
+
+
+def _of_micro_step(plan: RunPlan, cluster: Cluster, shape: Shape) -> _MicroStep:
+    recipe, cuda, element = plan.recipe, cluster.device == "cuda", _element(plan)
     of_part = dict.fromkeys(("vision", "decoder", "experts", "head"), 0.0)
     for product in products(recipe, shape):
         compute = product.flops / cluster.product_rate
         of_part[product.part] += max(compute, product.times * product.moved(element) / cluster.memory_rate)
     if recipe.moe.backend == "capacity" and recipe.moe.drop_tokens:
         of_part["experts"] *= recipe.moe.capacity_factor  # rows are padded to the limit
+    backward = _backward(plan)
     again = int(plan.activation_checkpointing)  # of the decoder, in the backward pass
     times = {"vision": 1 + backward, "head": 1 + backward + (shape.labels > LOSS_CHUNK)}
     work = {part: seconds * times.get(part, 1 + backward + again) for part, seconds in of_part.items()}
-    attention_passes = 1 + 2.5 + again  # the backward kernel makes the scores anew: five products for two
     attention = attention_flops(recipe, shape, plan.flops) / (cluster.peak_flops * cluster.attention_share)
-    moved = traffic(recipe, shape, cuda)
-    passes = 3 + again
+    attention *= 1 + 2.5 + again  # the backward kernel makes the scores anew: five products for two
+    moved, passes = traffic(recipe, shape, cuda), 3 + again
     memory_traffic = passes * (moved.elements * element + moved.numbers * 4) / cluster.memory_rate
-    device = sum(work.values()) + attention * attention_passes + memory_traffic
+    device = sum(work.values()) + attention + memory_traffic
     host = moved.operators * passes * cluster.operator_seconds
     host = max(0.0, host - device) if cuda else host
-    exchange = _exchange(plan, cluster, element) * (4 + 2 * again)
-    if busiest_expert is None:
-        busiest_expert = violation(recipe)
-    late = busiest_rank(recipe, plan.ep_size, busiest_expert) * (work["experts"] + exchange)
-    micro_steps = plan.accumulation
-    computing = device + host
-    return StepTime(
-        products=micro_steps * sum(work.values()),
-        attention=micro_steps * attention * attention_passes,
-        memory_traffic=micro_steps * memory_traffic,
-        host=micro_steps * host,
-        all_to_all=micro_steps * exchange,
-        zero=_zero(plan, cluster, element, computing),
-        optimizer=_optimizer(plan, cluster),
-        imbalance=micro_steps * late,
-        data=micro_steps * _data_wait(plan, cluster, shape, computing + exchange + late),
-    )
+    return _MicroStep(sum(work.values()), work["experts"], attention, memory_traffic, host)
+
+
+def _fullest(plan: RunPlan, shape: Shape) -> Shape:
+    """The shape of the rank for which the others wait: the largest number of patches of as many ranks as wait for each
+    other, up to a full pack's. Up to ZeRO-1 that is a group of experts in a micro-step, and all ranks in a step."""
+
+    def above(ranks: int, packs: int) -> float:
+        return PATCHES_SPREAD * math.sqrt(2 * math.log(ranks) / packs)
+
+    packs = plan.micro_batch
+    if plan.zero_stage >= 2:
+        excess = above(plan.world_size, packs)
+    else:
+        excess = max(above(plan.ep_size, packs), above(plan.world_size, packs * plan.accumulation))
+    full = plan.micro_batch * plan.recipe.data.pack_patches
+    return replace(shape, patches=min(full, round(shape.patches * (1 + excess))))
+
+
+def _element(plan: RunPlan) -> int:
+    """Bytes of a weight, an activation and a gradient."""
+    return 2 if plan.precision == "bf16" else 4
 
 
 def _backward(plan: RunPlan) -> float:
@@ -122,19 +167,21 @@ def _backward(plan: RunPlan) -> float:
     return 2 - spared / forward
 
 
-def _exchange(plan: RunPlan, cluster: Cluster, element: int) -> float:
-    """One all-to-all of every sparse layer."""
+def _exchange(plan: RunPlan, cluster: Cluster) -> float:
+    """Every sparse layer's all-to-all, to the experts and back, forward and backward, and once more to recompute."""
     if plan.ep_size == 1:
         return 0.0
     recipe = plan.recipe
-    rows = 1.0 * plan.micro_batch * recipe.data.pack_length * recipe.moe.top_k * recipe.model.width * element
+    rows = 1.0 * plan.micro_batch * recipe.data.pack_length * recipe.moe.top_k * recipe.model.width * _element(plan)
     if recipe.moe.backend == "capacity" and recipe.moe.drop_tokens:
         rows *= recipe.moe.capacity_factor
-    return sparse_layers(recipe) * all_to_all(rows, expert_group(plan.ep_size, cluster), cluster)
+    times = 4 + 2 * plan.activation_checkpointing
+    return times * sparse_layers(recipe) * all_to_all(rows, expert_group(plan.ep_size, cluster), cluster)
 
 
-def _zero(plan: RunPlan, cluster: Cluster, element: int, computing: float) -> float:
+def _zero(plan: RunPlan, cluster: Cluster, computing: float) -> float:
     """ZeRO's collectives of a step; `computing`: of one micro-step, which hides them where they overlap."""
+    element = _element(plan)
     groups = (
         data_group(plan.world_size, cluster),
         expert_data_group(plan.world_size, plan.ep_size, cluster),
@@ -143,8 +190,11 @@ def _zero(plan: RunPlan, cluster: Cluster, element: int, computing: float) -> fl
     held = (plan.parameters.total - plan.parameters.experts, plan.parameters.experts / plan.ep_size)
     trained = (plan.trained.total - trained_experts, trained_experts / plan.ep_size)
 
+    # Up to stage 2 buckets are large; stage 3 gathers layer by layer.
+    messages = 1 if plan.zero_stage < 3 else plan.recipe.model.layers + plan.recipe.model.vision.layers
+
     def once(numbers: tuple[float, float]) -> float:
-        return sum(gather(n * element, group, cluster) for n, group in zip(numbers, groups, strict=True))
+        return sum(gather(n * element, group, cluster, messages) for n, group in zip(numbers, groups, strict=True))
 
     steps, stage = plan.accumulation, plan.zero_stage
     if stage == 0:
@@ -165,8 +215,7 @@ def _zero(plan: RunPlan, cluster: Cluster, element: int, computing: float) -> fl
 
 def _optimizer(plan: RunPlan, cluster: Cluster) -> float:
     """AdamW on this rank's share: reads gradient, weight and two moments and writes all but the gradient, in fp32."""
-    element = 2 if plan.precision == "bf16" else 4
-    own = plan.trained.total / plan.world_size
+    element, own = _element(plan), plan.trained.total / plan.world_size
     if plan.zero_stage == 0:
         experts = plan.trained.trained.get("experts", 0)
         own = plan.trained.total - experts + experts / plan.ep_size

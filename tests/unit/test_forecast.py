@@ -35,8 +35,8 @@ from tests.unit.test_planner import TINY
 # Round figures: 1 TFLOP/s of products, 1 GB/s of everything else, no latencies.
 ROUND = replace(
     cluster_of("h200"), accelerators=4, peak_flops=2e12, product_share=0.5, attention_share=0.5, memory_bandwidth=1e9,
-    memory_share=1.0, reserved_bytes=0.0, operator_seconds=0.0, link_bandwidth=4e9, link_share=1.0, link_latency=0.0,
-    network_bandwidth=1e9, network_share=1.0, network_latency=0.0,
+    memory_share=1.0, reserved_bytes=0.0, fragmentation=0.15, operator_seconds=0.0,
+    link_bandwidth=4e9, link_share=1.0, link_latency=0.0, network_bandwidth=1e9, network_share=1.0, network_latency=0.0,
 )  # fmt: skip
 
 SOURCES = (SourceConfig.at("images"),)
@@ -94,12 +94,12 @@ def test_activations_by_hand():
 def test_step_by_hand():
     """One rank, EP 1, ZeRO-0: nothing is sent; products are slower to move than to compute."""
     single = plan(ranks=1, zero_optimization={"stage": 0}, expert_parallel={"enabled": True, "autoep_size": 1})
-    time = step_time(single, ROUND)
     shape = Shape.full(TINY, 1, 1)
+    time = step_time(single, ROUND, shape=shape)
     assert time.products == pytest.approx(3 * sum(p.times * p.moved(2) / 1e9 for p in products(TINY, shape)))
     assert time.attention == pytest.approx(3.5 * attention_flops(TINY, shape, single.flops) / 1e12)
     assert time.optimizer == pytest.approx(36 * single.parameters.total / 1e9)
-    assert time.all_to_all == time.zero == time.imbalance == time.host == 0
+    assert time.all_to_all == time.zero == time.expert_imbalance == time.pack_imbalance == time.host == 0
     assert time.total == sum(getattr(time, item.name) for item in fields(time))
 
 
@@ -136,6 +136,20 @@ def test_faster_hardware_is_never_slower(name, stage):
             )
     for field in ("operator_seconds", "link_latency", "network_latency"):
         assert step_time(large, replace(cluster, **{field: 0.0})).total <= before, field
+
+
+def test_ranks_wait_for_the_fullest_pack():
+    alone, cluster = {"enabled": True, "autoep_size": 1}, cluster_of("h200")
+    waits = [step_time(plan(named("base"), ranks, expert_parallel=alone), cluster).pack_imbalance
+             for ranks in (1, 8, 64, 4096)]  # fmt: skip
+    assert waits[0] == 0 < waits[1] <= waits[2] <= waits[3]
+    many = plan(named("base"), 4096)
+    full = replace(Shape.typical(many.recipe, 1, 2), patches=many.recipe.data.pack_patches)
+    longest, typical = step_time(many, cluster, shape=full), step_time(many, cluster)
+    together = sum(getattr(typical, name) for name in ("products", "attention", "memory_traffic", "host"))
+    assert together + typical.pack_imbalance == pytest.approx(
+        longest.products + longest.attention + longest.memory_traffic + longest.host
+    )
 
 
 def test_imbalance_grows_with_ranks_up_to_one_expert_a_rank():
