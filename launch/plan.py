@@ -61,8 +61,8 @@ def plan(args: argparse.Namespace) -> int:
     cluster = load_cluster(args.cluster) if args.cluster else cluster_of(args.gpu)
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus}: give at least 1")
-    if args.tokens is not None and not args.tokens > 0:
-        raise ConfigError(f"--tokens {args.tokens:g}: give a number above 0")
+    if args.tokens is not None and not 0 < args.tokens < 1e18:
+        raise ConfigError(f"--tokens {args.tokens:g}: give a number above 0, such as 1e12")
     recipe, deepspeed = load_recipe(args.recipe, args.overrides), load_deepspeed(args.deepspeed)
     if args.packs is not None:
         deepspeed = with_packs(deepspeed, args.packs, args.gpus)

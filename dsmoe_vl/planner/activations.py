@@ -13,6 +13,9 @@ from dsmoe_vl.planner.products import Shape
 
 LOSS_CHUNK = 2048  # targets whose logits `model/vlm.py` has in memory at once
 _INDEX = 8  # bytes of an int64
+# Of what a layer keeps, gradients that are there at once: in the experts' backward pass those of the input and two of
+# the four tensors of their hidden width, while what was kept goes.
+_GRADIENTS = 0.5
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,13 @@ class Activations:
 
     kept: float  # by all layers until their backward pass
     recomputed: float  # of one decoder layer, made again in its backward pass; 0 without recomputation
+    gradients: float  # of one decoder layer's activations, in its backward pass
     logits: float  # of the chunk of the loss that takes most
 
     @property
     def total(self) -> float:
-        """At the peak: in the backward pass of the loss or of the layer after it."""
-        return self.kept + max(self.recomputed, self.logits)
+        """At the peak: in the backward pass of the loss or of the last layer."""
+        return self.kept + max(self.recomputed + self.gradients, self.logits)
 
 
 def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompute: bool) -> Activations:
@@ -39,7 +43,8 @@ def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompu
     kept += shape.tokens * (4 * model.width * element + 16 * _INDEX) + shape.labels * model.width * element
     # The loss keeps log-probabilities, and its gradient makes two more of their size.
     logits = min(shape.labels, LOSS_CHUNK) * recipe.tokenizer.vocab_size * (12 + (2 if bf16 else 0))
-    return Activations(kept, max(layers) if recompute else 0.0, logits)
+    largest = max(layers)
+    return Activations(kept, largest if recompute else 0.0, largest * _GRADIENTS, logits)
 
 
 def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[float]:

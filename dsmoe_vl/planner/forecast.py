@@ -82,7 +82,7 @@ def _cluster(found: Forecast) -> Iterator[tuple[str, str]]:
     plan, cluster = found.plan, found.cluster
     yield "accelerators", f"{plan.world_size:,} x {cluster.name}, {cluster.accelerators} a node"
     yield "products", f"{shown_flops(cluster.product_rate)}/s of {shown_flops(cluster.peak_flops)}/s"
-    yield "links", f"{cluster.link_rate / 1e9:,.0f} GB/s inside a node, {cluster.network_rate / 1e9:,.1f} GB/s between"
+    yield "links", f"{cluster.link_rate / 1e9:,.3g} GB/s inside a node, {cluster.network_rate / 1e9:,.3g} GB/s between"
     batch = f"{plan.micro_batch} x {plan.accumulation} accumulated"
     recomputed = ", decoder layers recomputed" if plan.activation_checkpointing else ""
     yield "plan", f"{plan.precision}, ZeRO-{plan.zero_stage}, EP {plan.ep_size}, packs {batch}{recomputed}"
@@ -117,6 +117,8 @@ def _step(found: Forecast) -> Iterator[tuple[str, str]]:
 def _run(found: Forecast) -> Iterator[tuple[str, str]]:
     run = found.run
     yield "budget", f"{shown_count(run.tokens)} tokens, {run.steps:,} steps"
+    if found.plan.recipe.stages:
+        yield "stages", "not told apart: every step trains what the recipe trains without them"
     yield "time", f"{run.seconds / DAY:,.2f} days, {run.accelerator_hours:,.0f} accelerator hours"
     blocked, writing = shown_seconds(run.blocked_seconds), shown_seconds(run.save_seconds)
     yield "checkpoint", f"{shown_bytes(run.checkpoint_bytes)}, written in {writing}; training waits {blocked}"

@@ -139,9 +139,8 @@ def traffic(recipe: Recipe, shape: Shape, cuda: bool) -> Traffic:
     patch_inner = 3 * vision.width
     patch = patch_inner * 2 + 2 * vision.width * _ROTATION + 2 * patch_inner + 10 * vision.width
     patch += (5 if vision.ffn == "swiglu" else 2) * vision.ffn_width
-    operators = (
-        _OF_MODEL + model.layers * _OF_DECODER_LAYER + len(layers) * _OF_SPARSE + vision.layers * _OF_VISION_LAYER
-    )
+    operators = _OF_MODEL + model.layers * _OF_DECODER_LAYER + len(layers) * _OF_SPARSE
+    operators += vision.layers * _OF_VISION_LAYER * bool(shape.patches)
     if not cuda:  # a product for each expert
         operators += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU
     return Traffic(

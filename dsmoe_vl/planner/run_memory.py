@@ -23,8 +23,8 @@ class RunMemory:
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # with one decoder layer's again, if it is recomputed
-    logits: float  # beyond a recomputed layer's activations, which have gone by then
+    activations: float  # and their gradients in one layer; with that layer's again, if it is recomputed
+    logits: float  # beyond what that one layer has, which comes after them
     buffers: float  # of collectives, and parameters that ZeRO-3 has gathered
     fragmentation: float
     host_states: float  # offloaded, of one rank in its host
@@ -62,8 +62,8 @@ def run_memory(plan: RunPlan, cluster: Cluster, shape: Shape | None = None) -> R
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
-        activations=kept.kept + kept.recomputed,
-        logits=peak - kept.kept - kept.recomputed,
+        activations=kept.kept + kept.recomputed + kept.gradients,
+        logits=peak - kept.kept - kept.recomputed - kept.gradients,
         buffers=buffers,
         fragmentation=cluster.fragmentation * (peak + buffers),
         host_states=states.host,

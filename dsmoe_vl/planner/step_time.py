@@ -128,12 +128,17 @@ def _of_micro_step(plan: RunPlan, cluster: Cluster, shape: Shape) -> _MicroStep:
     again = int(plan.activation_checkpointing)  # of the decoder, in the backward pass
     times = {"vision": 1 + backward, "head": 1 + backward + (shape.labels > LOSS_CHUNK)}
     work = {part: seconds * times.get(part, 1 + backward + again) for part, seconds in of_part.items()}
-    attention = attention_flops(recipe, shape, plan.flops) / (cluster.peak_flops * cluster.attention_share)
-    attention *= 1 + 2.5 + again  # the backward kernel makes the scores anew: five products for two
-    moved, passes = traffic(recipe, shape, cuda), 3 + again
-    memory_traffic = passes * (moved.elements * element + moved.numbers * 4) / cluster.memory_rate
+    # The backward kernel of attention makes the scores anew: five products for the two of the forward pass.
+    decoder = replace(shape, patches=0, labels=0)
+    computed = attention_flops(recipe, shape, plan.flops), attention_flops(recipe, decoder, plan.flops)
+    attention = (3.5 * computed[0] + again * computed[1]) / (cluster.peak_flops * cluster.attention_share)
+    moved, moved_again = traffic(recipe, shape, cuda), traffic(recipe, decoder, cuda)
+    elements, numbers, operators = (
+        3 * getattr(moved, name) + again * getattr(moved_again, name) for name in ("elements", "numbers", "operators")
+    )
+    memory_traffic = (elements * element + numbers * 4) / cluster.memory_rate
     device = sum(work.values()) + attention + memory_traffic
-    host = moved.operators * passes * cluster.operator_seconds
+    host = operators * cluster.operator_seconds
     host = max(0.0, host - device) if cuda else host
     return _MicroStep(sum(work.values()), work["experts"], attention, memory_traffic, host)
 

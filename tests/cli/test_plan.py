@@ -26,6 +26,11 @@ def test_a_forecast_and_its_status():
     assert small.status == 1 and "DOES NOT FIT" in small.out
 
 
+def test_this_kind_of_cpu():
+    found = plan("--recipe", REPOSITORY / "launch/recipes/quickstart.toml", "--gpus", "2", "--gpu", "cpu")
+    assert found.status == 0 and "2 x CPU" in found.out and "fp32" in found.out
+
+
 def test_the_best_settings_are_a_deepspeed_json(tmp_path):
     file = tmp_path / "best.json"
     found = plan("--gpus", "16", "--search", "--packs", "64", "--write", file)
@@ -41,6 +46,7 @@ def test_the_best_settings_are_a_deepspeed_json(tmp_path):
         (["--gpus", "0"], "--gpus 0: give at least 1"),
         (["--gpus", "8", "--packs", "9"], "--packs 9: give a multiple of 8 ranks"),
         (["--tokens", "-1"], "--tokens -1"),
+        (["--tokens", "inf"], "--tokens inf: give a number above 0, such as 1e12"),
         (["--cluster", "none.toml"], "cluster file none.toml cannot be read"),
         (["--gpus", "4096"], "data.lanes = 512"),
         (["--search", "--gpu", "a100", "data.pack_patches=1048576"], "nothing fits into"),

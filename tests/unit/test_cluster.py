@@ -17,7 +17,7 @@ NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 def test_shipped_files_are_whole(name):
     cluster, found = cluster_of(name), sources(SHIPPED / f"{name}.toml")
     assert set(found) == set(FIGURES) and all(len(text) > 10 for text in found.values())
-    assert cluster.product_rate < cluster.peak_flops and cluster.network_rate < cluster.link_rate
+    assert cluster.product_rate <= cluster.peak_flops and cluster.network_rate <= cluster.link_rate
 
 
 def test_five_kinds_of_gpu_are_shipped_and_agree_with_the_trainer():

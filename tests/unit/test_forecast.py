@@ -86,7 +86,8 @@ def test_activations_by_hand():
     attention = (8 + 4) * 2 + (8 + 2 * 4) * 2 + 4 * 8 * 2 + 4 * 2
     layer = attention + 4 * 8 * 2 + 4 * 10 * 2
     assert found.kept == 10 * layer + 10 * (4 * 8 * 2 + 16 * 8) + 3 * 8 * 2
-    assert found.logits == 3 * 11 * 14 and found.recomputed == 0
+    assert found.logits == 3 * 11 * 14 and found.recomputed == 0 and found.gradients == 5 * layer
+    assert found.total == found.kept + max(5 * layer, 3 * 11 * 14)
     again = activations(recipe, Shape(10, 0, 3), bf16=True, cuda=True, recompute=True)
     assert again.kept == found.kept - 10 * layer + 10 * 8 * 2 and again.recomputed == 10 * layer
 
