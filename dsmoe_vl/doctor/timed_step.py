@@ -9,6 +9,7 @@ import os
 import socket
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ def _rank(ranks: Ranks, port: str, sender: Any, work: Callable[..., Any], argume
     from dsmoe_vl.parallel.process_group import end_process_group, start_process_group
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls a collective by its deprecated name
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     use_device("cpu", ranks)
     start_process_group(ranks, "cpu")
