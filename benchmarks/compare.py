@@ -77,10 +77,10 @@ SCENES = World(
     256,
     (
         "data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16",
-        'train."*".lr_scale=1', "train.embedding.lr_scale=10",  # for so few steps: rates.py
     ),
-    ("train.experts.lr_scale=2",),  # each expert sees a quarter of the tokens
-    ("moe.first_dense_layers=4", "model.ffn_width=512"),
+    # Rates for so few steps: rates.py. Each expert sees a quarter of the tokens.
+    ('train={"*"={lr_scale=1}, embedding={lr_scale=10}, experts={lr_scale=2}}',),
+    ("moe.first_dense_layers=4", "model.ffn_width=512", 'train={"*"={lr_scale=1}, embedding={lr_scale=10}}'),
 )  # fmt: skip
 _WORLDS = {world.name: world for world in (CATALOGUE, SCENES)}
 _PARTS = (*_WORLDS, "alone")

@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "retrieval": ("tasks.caption.weight=0", _SPARSE),
     "captions": ("tasks.retrieval.weight=0", _SPARSE),
     "together": (_SPARSE,),
+    "together, experts 1e-3": ("train.experts.lr_scale=3.33",),
     "together, dense": ("moe.first_dense_layers=4", "model.ffn_width=512"),  # equal active FLOPs
 }
 DUAL_ENCODER = "plain dual encoder"

@@ -51,12 +51,13 @@ def _overrides(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def ways(steps: int) -> dict[str, tuple[str, ...]]:
     """Overrides of the recipe, by what a run starts from."""
-    first = 2 * steps // 5
+    recipe = load_recipe(_RECIPE)
+    first, scale = 2 * steps // 5, recipe.stages[0].lr_scale
     stages = (
-        f'stages=[{{steps={first}, lr_scale=5.0, train={{"*"={{freeze=true}}, connector={{freeze=false}}}}}}, '
+        f'stages=[{{steps={first}, lr_scale={scale}, train={{"*"={{freeze=true}}, connector={{freeze=false}}}}}}, '
         f"{{steps={steps - first}, train={{vision={{lr_scale=0.3}}}}}}]"
     )
-    return {REAL: (stages,), NOTHING: shapes(Path(load_recipe(_RECIPE).model.init_from))}
+    return {REAL: (stages,), NOTHING: shapes(Path(recipe.model.init_from))}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.run import evaluate_on_ranks, evaluate_run
 from dsmoe_vl.evaluation.task_evaluation import Options
+from dsmoe_vl.metrics.captions import SPLITS
 from dsmoe_vl.parallel.ranks import Ranks
 
 
@@ -44,6 +45,9 @@ def parse() -> Options:
     )
     parser.add_argument("--show", type=int, default=6, help="texts to print per folder (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=Options.max_tokens, help="tokens per text (%(default)s)")
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default=Options.split, help="what counts as a word in scores of texts (words)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per rank) or cuda:N")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     args = parser.parse_args()
@@ -56,6 +60,7 @@ def parse() -> Options:
         show=args.show,
         max_tokens=args.max_tokens,
         device=args.device,
+        split=args.split,
     )
 
 

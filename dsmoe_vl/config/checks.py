@@ -8,6 +8,7 @@ from functools import reduce
 from dsmoe_vl.config.bounds import out_of_bounds
 from dsmoe_vl.config.parts import LORA_PARTS
 from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learned_tasks
+from dsmoe_vl.config.source_map import map_sha256
 from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
@@ -300,6 +301,8 @@ def _check_sources(data: DataConfig, key: str, learned: tuple[str, ...], file: s
         if not source.path:
             raise ConfigError(f'{place}: path of source "{source.name}" must name a folder of shards')
         _check_pipe(source, data.allow_pipe, place)
+        if source.map:
+            map_sha256(source.map, place)
         for task in source.tasks:
             if task not in learned:
                 raise ConfigError(

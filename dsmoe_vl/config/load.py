@@ -25,7 +25,7 @@ _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 # Keys of files and folders, whose ~ is the home folder. `data.cache` is expanded where it is used: its default has one.
 _PLACES = ("path", "directory", "init_from")
 _KEY = re.compile(r'(?:^|\.)((?:"[^"]*"|[^".])*)')  # between the dots of an override
-_WHOLE = ["stages"]  # the only key outside a table
+_WHOLE = (["stages"], ["train"])  # a list outside a table; a table of tables, whose names are the user's
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -66,7 +66,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     """Apply one override to `table`, in place."""
     dotted, equals, text = override.partition("=")
     parts = [part.strip('"') for part in _KEY.findall(dotted.strip())]  # of train."layers.0.*".freeze: three
-    if not equals or not all(parts) or (len(parts) < 2 and parts != _WHOLE):
+    if not equals or not all(parts) or (len(parts) < 2 and parts not in _WHOLE):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, as in run.steps=200")
     for part in parts[:-1]:
         table = table.setdefault(part, {})

@@ -101,6 +101,8 @@ class SourceConfig:
     path: str = ""
     weight: float = bounded(1.0, above=0)  # relative sampling weight, in samples
     tasks: tuple[str, ...] = ()  # tasks to use its samples for; empty: every task of the recipe that they qualify for
+    # "module:function": called with all files of a sample, a dict as WebDataset's; returns others, or None to skip it
+    map: str = ""
 
     @classmethod
     def at(cls, path: str | Path) -> SourceConfig:

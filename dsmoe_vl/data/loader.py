@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.config.source_map import map_hashes
 from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.error_log import ReadReport
@@ -27,6 +28,7 @@ from dsmoe_vl.data.position import check_order, merge_states, order_identity
 from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.data.slots import PatchSlots
+from dsmoe_vl.data.source_map import load_map
 from dsmoe_vl.data.workers import WorkerProcesses
 from dsmoe_vl.errors import ConfigError, DataError
 
@@ -67,7 +69,12 @@ class Loader:
         _check_lanes(data, ranks)
         _check_sources(sources)
         self.indexes = {source.name: _open(source, data) for source in sources}
-        self._order = order_identity(data.lanes, data.shuffle_block, seed, self.indexes)
+        for source in sources:
+            if source.map:  # before there are workers: an error in the user's module is one of the start
+                load_map(source.map)
+        hashes = map_hashes(sources)
+        maps = {source.name: hashes[source.map] for source in sources if source.map}
+        self._order = order_identity(data.lanes, data.shuffle_block, seed, self.indexes, maps)
         self._packs = 0  # consumed, over all ranks
         self._lane_states: dict[str, Any] = {}
         self._report = ReadReport(quarantine)

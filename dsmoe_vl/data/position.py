@@ -9,21 +9,31 @@ ranks can continue from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from dsmoe_vl.data.error_log import newest_epochs
 from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.errors import CheckpointError
 
+_NONE: Mapping[str, str] = MappingProxyType({})
 
-def order_identity(lanes: int, shuffle_block: int, seed: int, indexes: dict[str, ShardIndex]) -> dict[str, Any]:
-    """Everything that the order of samples depends on, as JSON. `indexes`: by source name."""
+
+def order_identity(
+    lanes: int, shuffle_block: int, seed: int, indexes: dict[str, ShardIndex], maps: Mapping[str, str] = _NONE
+) -> dict[str, Any]:
+    """Everything that the order of samples depends on, as JSON.
+
+    By source name: `indexes`, and in `maps` the hash of its transformation, if it has one.
+    """
     return {
         "data.lanes": lanes,
         "data.shuffle_block": shuffle_block,
         "run.seed": seed,
-        "data.sources": [[name, index.fingerprint] for name, index in indexes.items()],
+        "data.sources": [
+            [name, index.fingerprint, *([maps[name]] if name in maps else [])] for name, index in indexes.items()
+        ],
     }
 
 

@@ -87,7 +87,8 @@ class CaptionEvaluation:
             scores |= {"with_truth": len(judged), "correct": sum(judged), "attribute_accuracy": accuracy}
             right = f"{sum(judged)} of {len(judged)} captions name every object's colour and shape"
             print(f"{right} ({accuracy:.1%})")
-        return scores | text_scores((result.generated, list(contents_of(result.sample).captions)) for result in results)
+        texts = ((result.generated, list(contents_of(result.sample).captions)) for result in results)
+        return scores | text_scores(texts, self.options.split)
 
 
 class CaptionChoice:

@@ -43,6 +43,7 @@ class Options:
     show: int = 6  # texts to print per folder
     max_tokens: int = MAX_TOKENS  # per text
     device: str = "cpu"
+    split: str = "words"  # of texts, for their scores: a key of `metrics/captions.py: SPLITS`
 
 
 @dataclass(frozen=True)

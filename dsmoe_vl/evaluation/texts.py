@@ -20,6 +20,9 @@ TEXT_LABELS = {
     "meteor": ScoreLabel("METEOR (0 to 1)"),
     "spice": ScoreLabel("SPICE (0 to 1)"),
     **{f"bleu{n}": ScoreLabel(f"BLEU-{n} (0 to 1)") for n in (1, 2, 3, 4)},
+    "cider_d_characters": ScoreLabel("CIDEr of characters"),
+    "rouge_l_characters": ScoreLabel("ROUGE-L of characters (0 to 1)"),
+    **{f"bleu{n}_characters": ScoreLabel(f"BLEU-{n} of characters (0 to 1)") for n in (1, 2, 3, 4)},
 }
 
 
@@ -39,10 +42,11 @@ def names_every_object(text: str, sample: Sample) -> bool | None:
     return all(len(re.findall(rf"\b{re.escape(phrase)}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
 
 
-def text_scores(texts: Iterable[tuple[str, list[str]]]) -> dict[str, float]:
-    """`caption_metrics` of generated texts, each with its references. {} if no text has one.
+def text_scores(texts: Iterable[tuple[str, list[str]]], split: str = "words") -> dict[str, float]:
+    """`caption_metrics` of generated texts, each with its references. {} if no text has one. Their names say the split.
 
     Blank references and texts without references are skipped.
     """
     known = [(text, own) for text, references in texts if (own := [one for one in references if one.strip()])]
-    return caption_metrics([text for text, _ in known], [own for _, own in known]) if known else {}
+    scores = caption_metrics([text for text, _ in known], [own for _, own in known], split) if known else {}
+    return scores if split == "words" else {f"{name}_{split}": value for name, value in scores.items()}

@@ -1,9 +1,9 @@
 """Caption metrics: BLEU 1 to 4, ROUGE-L and CIDEr-D, with the same values as coco-caption (Chen et al. 2015).
 
-Captions are tokenized by `ptb_tokenizer` and are lists of words here. As in coco-caption, which joins the words into
-one string, an empty caption is one empty word for ROUGE-L and no word for the others, and a no-break space splits a
-word for all but ROUGE-L. Values are 0 to 1; CIDEr-D is 0 to 10 (times 10, as there). Papers often print 100 times these
-values.
+Captions are tokenized by `ptb_tokenizer`, or by choice into characters, and are lists of words here. As in
+coco-caption, which joins the words into one string, an empty caption is one empty word for ROUGE-L and no word for the
+others, and a no-break space splits a word for all but ROUGE-L. Values are 0 to 1; CIDEr-D is 0 to 10 (times 10, as
+there). Papers often print 100 times these values.
 
 Shapes: N captions, one per image, and at least one reference per image.
 """
@@ -12,28 +12,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from dsmoe_vl.metrics.characters import split_characters
 from dsmoe_vl.metrics.ptb_tokenizer import tokenize
 
 Words = Sequence[str]
 Ngrams = Counter[tuple[str, ...]]
+
+# What counts as a word: those of English, or characters where a language is written without spaces.
+SPLITS: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {"words": tokenize, "characters": split_characters}
 
 LONGEST = 4  # n-grams of 1 to 4 words
 # As in coco-caption, against division by zero: without any n-gram the precision is 1e-6, not 0 / 0.
 _TINY, _SMALL = 1e-15, 1e-9
 
 
-def caption_metrics(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def caption_metrics(
+    generated: Sequence[str], references: Sequence[Sequence[str]], split: str = "words"
+) -> dict[str, float]:
     """`bleu1` to `bleu4` and `rouge_l`, 0 to 1, and `cider_d`, 0 to 10, of N generated captions of N images.
 
     BLEU is over the whole corpus, the others are means over captions. CIDEr-D takes n-gram frequencies from these N
     images: values of different sets are not comparable, and for a single image it is 0. Time and memory are linear in
-    the number of words.
+    the number of words. split: a key of `SPLITS`.
 
     Raises ValueError if there are no captions, a different number of references, or an image without references.
     """
-    sentences, truths = tokenized(generated, references)
+    sentences, truths = tokenized(generated, references, split)
     scores = {f"bleu{n}": value for n, value in enumerate(bleu(sentences, truths), 1)}
     scores["rouge_l"] = sum(rouge_l(sentences, truths)) / len(sentences)
     scores["cider_d"] = sum(cider_d(sentences, truths)) / len(sentences)
@@ -41,7 +47,7 @@ def caption_metrics(generated: Sequence[str], references: Sequence[Sequence[str]
 
 
 def tokenized(
-    generated: Sequence[str], references: Sequence[Sequence[str]]
+    generated: Sequence[str], references: Sequence[Sequence[str]], split: str = "words"
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
     """The words of N captions and of their references, as the single metrics take them.
 
@@ -54,8 +60,9 @@ def tokenized(
     for image, own in enumerate(references):
         if not own:
             raise ValueError(f"image {image} of {len(references)} has no reference")
-    sentences = iter(tokenize([text for own in references for text in own]))
-    return tokenize(generated), [[next(sentences) for _ in own] for own in references]
+    words_of = SPLITS[split]
+    sentences = iter(words_of([text for own in references for text in own]))
+    return words_of(generated), [[next(sentences) for _ in own] for own in references]
 
 
 def bleu(generated: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:

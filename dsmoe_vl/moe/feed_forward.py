@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Router
+from dsmoe_vl.moe.rows import combine, dispatch, places_of
 from dsmoe_vl.moe.stats import RouterStats
 
 
@@ -63,9 +64,8 @@ def run_sorted(
         order = experts.flatten().argsort(stable=True)
         counts = torch.zeros(expert_count, dtype=torch.int64, device=x.device)
         counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
-        rows = x.index_select(0, order // top_k)
+        places = places_of(order, top_k)
+        rows = dispatch(x, order, places)
     rows = run_experts(rows, counts)
     with phase("combine"):
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        per_choice = rows.index_select(0, inverse).view(x.shape[0], top_k, -1)
-        return (per_choice * gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)
+        return combine(rows, gates.to(rows.dtype), order, places)

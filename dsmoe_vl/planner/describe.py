@@ -57,7 +57,11 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
 def _sources(plan: RunPlan) -> str:
     sources, heat = plan.recipe.data.sources, plan.recipe.data.temperature
     total = sum(source.weight ** (1 / heat) for source in sources)
-    return ", ".join(f"{source.name} {source.weight ** (1 / heat) / total:.0%}" for source in sources)
+    return ", ".join(
+        f"{source.name} {source.weight ** (1 / heat) / total:.0%}"
+        + (f" through {source.map} (sha256 {plan.maps[source.map][:12]})" if source.map else "")
+        for source in sources
+    )
 
 
 def _augmentation(augment: AugmentConfig) -> list[tuple[str, str]]:

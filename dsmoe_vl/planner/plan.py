@@ -43,6 +43,7 @@ class RunPlan:
     flops: Flops
     flops_per_step: float  # training, over all ranks, for packs with the maximum number of patches
     memory: MemoryEstimate  # of one rank
+    maps: dict[str, str]  # SHA-256 of the files with transformations of sources, by `map`
     notes: tuple[str, ...]  # where the plan differs from the given settings
 
     @property

@@ -13,6 +13,7 @@ from dsmoe_vl.config.bounds import shown_key
 from dsmoe_vl.config.checks import check_recipe
 from dsmoe_vl.config.deepspeed_json import check_deepspeed, setting
 from dsmoe_vl.config.recipe import Recipe, each_stage
+from dsmoe_vl.config.source_map import map_hashes
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.counts import count_parameters
 from dsmoe_vl.planner.flops import estimate_flops, full_step_flops
@@ -99,6 +100,7 @@ def resolve(
         flops=flops,
         flops_per_step=full_step_flops(recipe, flops, packs),
         memory=memory_for(engine, parameters, trained, world_size, ep_size, precision == "bf16"),
+        maps=map_hashes((*recipe.data.sources, *recipe.data.evaluation)),
         notes=tuple(notes.lines),
     )
 

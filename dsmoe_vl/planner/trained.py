@@ -128,6 +128,8 @@ def check_train(recipe: Recipe, file: str, stage: int = 0) -> None:
         if not names:
             near = did_you_mean(key, [*_parts(recipe), *shapes])
             hint = f"{near} " if near.startswith("Did") else ""
+            if key in PARTS:
+                hint = "Leave it out; on the command line, train={...} replaces all of [train]. "
             raise ConfigError(
                 f"{shown} in {file} is about no parameter of this model. {hint}Its parts are {parts}; a pattern is "
                 f"compared with names such as {next(iter(shapes))}"

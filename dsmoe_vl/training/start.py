@@ -94,12 +94,6 @@ def missing_files(plan: RunPlan) -> Iterator[str]:
         yield f"tokenizer.path: {tokenizer}"
 
 
-def _check_tokenizer(plan: RunPlan) -> None:
-    """One that is not here yet is made or missed later."""
-    if Path(plan.recipe.tokenizer.path).is_file():
-        Tokenizer.of(plan.recipe)
-
-
 def train(
     plan: RunPlan,
     ranks: Ranks,
@@ -109,16 +103,18 @@ def train(
 ) -> None:
     """Start the process group and train, on every rank. `make_data` is called once on each host before data is read.
     `fresh`: begin anew; a run that is there is kept under another name."""
-    _check_tokenizer(plan)
     _quiet_deepspeed(ranks.rank)
     from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, PLAN_NAME, lock_run, remove_unfinished
     from dsmoe_vl.parallel.process_group import HostGroup, end_process_group, start_process_group
+    from dsmoe_vl.training.same_copies import require_same_copies
 
     start_process_group(ranks, plan.device, plan.recipe.run.stall_seconds)
+    host = HostGroup()
     if make_data is not None:
         if ranks.local_rank == 0:
             make_data(plan)
-        HostGroup().barrier()
+        host.barrier()
+    require_same_copies(plan.recipe, ranks, host)
     if ranks.rank == 0:
         if fresh:
             _set_aside(plan.run_dir)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,9 +43,17 @@ class Finished:
 
 
 def try_ranks(
-    script: Path, arguments: list[str], world_size: int, timeout_seconds: int = 150, **extra: str
+    script: Path,
+    arguments: list[str],
+    world_size: int,
+    timeout_seconds: int = 150,
+    folders: Sequence[Path] = (),
+    **extra: str,
 ) -> list[Finished]:
-    """Every rank, after each has ended by itself; one that takes too long prints its stacks and ends with status 1."""
+    """Every rank, after each has ended by itself; one that takes too long prints its stacks and ends with status 1.
+
+    `folders`: the working directory of each rank, as if each were on a host of its own.
+    """
     port = free_port()
     processes, logs = [], []
     for rank in range(world_size):
@@ -62,7 +71,8 @@ def try_ranks(
         out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         logs.append((out, err))
         command = [sys.executable, "-m", "tests.distributed.with_stacks", str(script), *arguments]
-        processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=REPOSITORY))
+        folder = folders[rank] if folders else REPOSITORY
+        processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder))
     finished = []
     for process, files in zip(processes, logs, strict=True):
         try:

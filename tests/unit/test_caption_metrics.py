@@ -15,7 +15,7 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.captions import Captioned, CaptionEvaluation
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.task_evaluation import Options
-from dsmoe_vl.evaluation.texts import text_scores
+from dsmoe_vl.evaluation.texts import TEXT_LABELS, text_scores
 from dsmoe_vl.metrics import meteor_spice as java
 from dsmoe_vl.metrics.captions import (
     _common_length,
@@ -26,6 +26,7 @@ from dsmoe_vl.metrics.captions import (
     rouge_l,
     tokenized,
 )
+from dsmoe_vl.metrics.characters import split_characters
 from dsmoe_vl.metrics.ptb_tokenizer import tokenize
 
 NO_BREAK = "\u00a0"
@@ -200,3 +201,33 @@ def test_java_that_dies_is_an_error_not_a_wait(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(DataError, match="METEOR has failed"):
         java.java_metrics(["a"], [["a"]])
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("一只狗在草地上。", "一 只 狗 在 草 地 上"),
+        ("两只 iPhone15 手机（黑色）", "两 只 iphone15 手 机 黑 色"),
+        ("公園で犬が走る、カメラ", "公 園 で 犬 が 走 る カ メ ラ"),
+        ("ｶﾒﾗ", "カ メ ラ"),
+        ("หมาที่น่ารัก", "ห ม า ที่ น่ า รั ก"),
+        ("A dog's ball, 2.5 m", "a dog s ball 2 5 m"),
+        ("Ünïcode naïve", "ünïcode naïve"),
+        ("  ", ""),
+        ("\u0301a", "a"),
+    ],
+)
+def test_characters(caption, words):
+    assert split_characters([caption]) == [words.split()]
+
+
+def test_chinese_captions_are_scored_by_characters():
+    generated, references = ["一只狗在草地上", "红色的汽车"], [["一只狗在草地上跑"], ["一辆红色的汽车", "红车"]]
+    scores = caption_metrics(generated, references, "characters")
+    # All of 7 and 5 characters match; the closest references have 8 and 7.
+    assert scores["bleu1"] == pytest.approx(math.exp(1 - 15 / 12), rel=1e-6)
+    assert caption_metrics(generated, references)["bleu1"] < 0.1  # a sentence is one word
+    assert scores["rouge_l"] > 0.8
+    named = text_scores(zip(generated, references, strict=True), "characters")
+    assert named == {f"{name}_characters": value for name, value in scores.items()}
+    assert named.keys() <= TEXT_LABELS.keys()

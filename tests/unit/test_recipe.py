@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_vl.config.load import load_recipe, recipe_from_table
-from dsmoe_vl.config.recipe import Recipe, SourceConfig, StageConfig
+from dsmoe_vl.config.recipe import PartConfig, Recipe, SourceConfig, StageConfig
 from dsmoe_vl.errors import ConfigError
 from tests.support.shipped import RECIPES, shipped
 
@@ -108,6 +108,8 @@ def test_overrides_win_in_order(tmp_path):
         'data.sources=[{name="a", path="b"}]',
         'tokenizer.path="some file"',
         "stages=[{steps = 8}]",
+        "train.experts.lr_scale=3",
+        'train={"*" = {lr_scale = 2}}',
     ]
     recipe = load_recipe(path, overrides)
     expected = replace(recipe.run, steps=8, name="second")
@@ -117,6 +119,7 @@ def test_overrides_win_in_order(tmp_path):
     assert recipe.data.sources == (SourceConfig("a", "b"),)
     assert recipe.tokenizer.path == "some file"
     assert recipe.stages == (StageConfig(8),)
+    assert recipe.train == {"*": PartConfig(lr_scale=2.0)}
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.budget import check_pixels
@@ -21,7 +21,8 @@ from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, TEXT_EXTENSIONS, 
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
 from dsmoe_vl.data.shards.remote import RemoteShards
-from dsmoe_vl.data.shards.tar import ShardScan, read_files, scan_shard
+from dsmoe_vl.data.shards.tar import SampleFiles, ShardScan, read_files, scan_shard
+from dsmoe_vl.data.source_map import mapped
 from dsmoe_vl.errors import DataError, FetchError
 from dsmoe_vl.files import require_regular
 
@@ -70,10 +71,8 @@ class ShardIndex:
         """
         if is_remote(str(folder)):
             index = _read_remote_manifest(str(folder), data)
-        elif not Path(folder).is_dir():
-            raise DataError(f"{folder}: no such folder of shards; check the source's path")
         else:
-            manifest = Path(folder) / INDEX_NAME
+            manifest = _existing(folder) / INDEX_NAME
             index = _read_manifest(manifest) if manifest.is_file() else _scan_folder(Path(folder))
         if index.samples == 0:
             raise DataError(f"{folder}: no samples in its shards")
@@ -90,6 +89,30 @@ class ShardIndex:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
+def manifest_sha256(folder: str | Path, data: DataConfig = _DEFAULTS) -> str:
+    """Hex SHA-256 of the rows of a source's manifest, whatever its form; in a local folder without one, of the tars'
+    names and sizes. Does not look at the shards that a manifest names.
+
+    `folder`, `data` and errors as in `ShardIndex.load`.
+    """
+    if is_remote(str(folder)):
+        shards = _read_remote_manifest(str(folder), data).shards
+    elif (manifest := _existing(folder) / INDEX_NAME).is_file():
+        _, shards = _parse_manifest(require_regular(manifest).read_bytes(), str(manifest), _REINDEX_HINT)
+    else:
+        tars = sorted(Path(folder).glob("*.tar"))
+        shards = tuple(Shard(tar.name, 0, tar.stat().st_size, "") for tar in tars)
+    return hashlib.sha256(json.dumps([astuple(shard) for shard in shards]).encode()).hexdigest()
+
+
+class _Read(NamedTuple):
+    """The files of a sample, the local tar that they are in, and whether its key occurs elsewhere there too."""
+
+    files: SampleFiles
+    path: Path
+    is_scattered: bool
+
+
 def read_sample(
     index: ShardIndex, shard: int, sample: int, source: SourceConfig = _NO_SOURCE, epoch: int = 0, media: bool = True
 ) -> Sample:
@@ -98,13 +121,28 @@ def read_sample(
     Raises DataError if the shard is damaged at the sample or does not exist, the text or JSON is malformed, or the
     sample is above a limit of `index.data`; FetchError if a server keeps failing.
     """
+    return _parsed(_read(index, shard, sample, source, EXTENSIONS if media else TEXT_EXTENSIONS), source, epoch, index)
+
+
+def read_all_files(index: ShardIndex, shard: int, sample: int, source: SourceConfig = _NO_SOURCE) -> dict[str, Any]:
+    """All files of one sample, as WebDataset has them: bytes by extension, `__key__`, and the tar as `__url__`.
+
+    Raises DataError and FetchError as `read_sample` does, but parses nothing.
+    """
+    read = _read(index, shard, sample, source, None)
+    return {"__key__": read.files.key, "__url__": str(read.path), **read.files.files}
+
+
+def _read(
+    index: ShardIndex, shard: int, sample: int, source: SourceConfig, extensions: Collection[str] | None
+) -> _Read:
     row = index.shards[shard]
     if index.remote is None:
-        return _read_local(index.folder / row.name, row, sample, source, epoch, media, index.data, _REINDEX_HINT)
+        return _read_local(index.folder / row.name, row, sample, source, extensions, index.data, _REINDEX_HINT)
     for _ in range(_ATTEMPTS):
         path = index.remote.fetch(row.name, row.bytes, row.sha256)
         try:
-            return _read_local(path, row, sample, source, epoch, media, index.data, _REWRITE_HINT)
+            return _read_local(path, row, sample, source, extensions, index.data, _REWRITE_HINT)
         except DataError as error:
             if not isinstance(error.__cause__, FileNotFoundError):  # else another process has removed it, to make room
                 raise
@@ -115,8 +153,9 @@ def read_sample(
 
 
 def _read_local(
-    path: Path, row: Shard, sample: int, source: SourceConfig, epoch: int, media: bool, data: DataConfig, hint: str
-) -> Sample:
+    path: Path, row: Shard, sample: int, source: SourceConfig, extensions: Collection[str] | None, data: DataConfig,
+    hint: str,
+) -> _Read:  # fmt: skip
     scan = _cached_scan(path)
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
@@ -126,7 +165,15 @@ def _read_local(
     if sample >= scan.samples:
         raise DataError(f"damaged shard: {path}: {scan.damage}; samples from number {scan.samples} on are lost")
     start, end = scan.bounds[sample : sample + 2].tolist()
-    key, files, names = read_files(path, start, end, EXTENSIONS if media else TEXT_EXTENSIONS, data)
+    if not source.map:
+        files = read_files(path, start, end, extensions, data)
+    else:  # which may look at any file
+        files = mapped(source.map, path, read_files(path, start, end, None, data))
+    return _Read(files, path, files.key in scan.scattered)
+
+
+def _parsed(read: _Read, source: SourceConfig, epoch: int, index: ShardIndex) -> Sample:
+    (key, files, names), path, is_scattered = read
     try:
         text = files.get("txt", b"").decode("utf-8-sig")
         meta: Any = json.loads(files["json"]) if "json" in files else {}
@@ -136,8 +183,8 @@ def _read_local(
         raise DataError(f"malformed text or JSON: {path}: {key}.json is not an object")
     media_type = next((extension for extension in files if extension in MEDIA_EXTENSIONS), "")
     if media_type:
-        check_pixels(f"{key}.{media_type}", files[media_type], data)
-    habit = habit_of(key, names, key in scan.scattered)
+        check_pixels(f"{key}.{media_type}", files[media_type], index.data)
+    habit = habit_of(key, names, is_scattered)
     return Sample(key, source, epoch, files.get(media_type), media_type, text, meta, names, habit)
 
 
@@ -154,6 +201,12 @@ def iterate_samples(
     places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
     for number, sample in islice(places, first, None, step):
         yield read_sample(index, number, sample, source, media=media)
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder of shards; check the source's path")
+    return Path(folder)
 
 
 @lru_cache(maxsize=1024)

@@ -95,9 +95,9 @@ class SampleFiles(NamedTuple):
 
 
 def read_files(
-    path: Path, start: int, end: int, extensions: Collection[str], data: DataConfig = _DEFAULTS
+    path: Path, start: int, end: int, extensions: Collection[str] | None, data: DataConfig = _DEFAULTS
 ) -> SampleFiles:
-    """The sample in the bytes [start, end) of a tar, with its files of these `extensions`.
+    """The sample in the bytes [start, end) of a tar, with its files of these `extensions`, or with all.
 
     Raises DataError if the tar cannot be read, has changed since its scan, has two files of one name there, or has a
     file above a limit of `data`.
@@ -118,7 +118,7 @@ def read_files(
                     if name in names:
                         raise DataError(f"repeated key: {path}: {key}.{extension} occurs twice in a row")
                     names[name] = member.name
-                    if extension in extensions and position <= end:
+                    if (extensions is None or extension in extensions) and position <= end:
                         check_bytes(member.name, extension, member.size, data)
                         file.seek(member.start)
                         files[extension] = file.read(member.size)  # not os.pread, which reads 2 GiB at most
