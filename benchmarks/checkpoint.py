@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from memory import Memory
 from record import ROOT, Result
-from train_step import random_batch, setting
+from train_step import setting
 
 from dsmoe_vl.checkpoint import training_state
 from dsmoe_vl.checkpoint.manifest import read_manifest
@@ -35,6 +35,7 @@ from dsmoe_vl.checkpoint.training_state import Saver, restore
 from dsmoe_vl.command import leave
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.doctor.timed_step import random_batch
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import parse, plan_of, random_batch, report, setting
+from train_step import parse, plan_of, report, setting
 
 from dsmoe_vl.command import leave
 from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.doctor.timed_step import random_batch
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan

@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import planning_tables as planned
 from benchmarks import results_tables as learned
 from benchmarks import speed_tables as timed
 from benchmarks.record import RESULTS, ROOT, Result
@@ -24,6 +25,7 @@ BLOCKS = {
         learned.parting, learned.pretrained,
         timed.speed, timed.train_step, timed.moe_cost, timed.monitoring, timed.data, timed.checkpoint,
         timed.import_model, timed.generate,
+        planned.published, planned.planning, planned.scaling, planned.budgets, planned.internet,
     )
 }  # fmt: skip
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from record import ROOT, Result
 
@@ -26,39 +25,11 @@ from dsmoe_vl.command import leave
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.config.task_table import task_number
-from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.pack import PackShape, assemble, collate
-from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
+from dsmoe_vl.doctor.timed_step import random_batch
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit, use_device
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.resolve import resolve
-
-_TEXT_TOKENS = 10  # of a caption
-
-
-def random_batch(plan: RunPlan, seed: int) -> Batch:
-    """Packs of images at the recipe's patch budget, each followed by a caption, until nothing more fits."""
-    recipe, rng = plan.recipe, np.random.default_rng(seed)
-    data, vision = recipe.data, recipe.model.vision
-    shape = PackShape(data.pack_length, data.pack_patches, vision.patch_size, vision.merge)
-    side = int((data.image_max_patches / vision.merge**2) ** 0.5) * vision.merge
-    cells = side * side // vision.merge**2
-    length = cells + _TEXT_TOKENS
-    fitting = min(shape.length // length, shape.patches // (side * side))
-    packs = []
-    for _ in range(plan.micro_batch):
-        segments = []
-        for _ in range(fitting):
-            patches = rng.integers(0, 256, (side * side, 3 * vision.patch_size**2), dtype=np.uint8)
-            tokens = rng.integers(10, recipe.tokenizer.vocab_size, length).astype(np.int32)
-            labels = np.where(np.arange(length) < cells - 1, IGNORE, tokens).astype(np.int32)
-            modality = np.where(np.arange(length) < cells, Modality.IMAGE, Modality.TEXT).astype(np.int32)
-            picture = Picture(patches, (side, side), -1.0, np.arange(cells, dtype=np.int32))
-            segments.append(Segment(task_number("caption"), tokens, labels, modality, [picture]))
-        packs.append(assemble(segments, shape))
-    return collate(packs)
 
 
 def matrix_products(recipe: Recipe, tokens: int, patches: int, labels: int) -> list[tuple[int, int, int, int]]:

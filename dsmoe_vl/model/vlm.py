@@ -29,9 +29,8 @@ from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.planner.activations import LOSS_CHUNK
 from dsmoe_vl.planner.parameters import experts_of_layers
-
-_LOSS_CHUNK_TOKENS = 2048  # targets whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class LanguageHead(nn.Module):
         if targets is None:
             return F.linear(hidden, self.weight)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for rows, wanted in zip(hidden.split(_LOSS_CHUNK_TOKENS), targets.split(_LOSS_CHUNK_TOKENS), strict=True):
-            if len(hidden) > _LOSS_CHUNK_TOKENS:
+        for rows, wanted in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            if len(hidden) > LOSS_CHUNK:
                 total = total + checkpoint(self._loss_sum, rows, wanted, use_reentrant=False)
             else:
                 total = total + self._loss_sum(rows, wanted)

@@ -78,7 +78,7 @@ def _start(plan: RunPlan) -> list[tuple[str, str]]:
         if roots and name.partition(".")[0] not in roots:
             fresh[part_of(name)] = fresh.get(part_of(name), 0) + math.prod(shape)
     where = {"vision": " (its size: [model.vision])"}
-    said = ", ".join(f"{part} {_count(count)}{where.get(part, '')}" for part, count in fresh.items())
+    said = ", ".join(f"{part} {shown_count(count)}{where.get(part, '')}" for part, count in fresh.items())
     rows = [("starts from", f"{folder}, which gives it its shapes")]
     return [*rows, ("from first values", said)] if said else rows
 
@@ -93,22 +93,26 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
     )
     experts = f"{per_layer} experts x 3 x {model.width} x {moe.ffn_width}"
     lora = plan.recipe.lora
-    low = f"{_count(count_adapters(plan.recipe))} of rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.parts)}"
+    parts = ", ".join(lora.parts)
+    low = f"{shown_count(count_adapters(plan.recipe))} of rank {lora.rank}, alpha {lora.alpha:g}, in {parts}"
     return [
-        ("total", _count(counts.total)),
+        ("total", shown_count(counts.total)),
         *([("of these adapters", low)] if lora.rank else []),
-        ("active per token", f"{_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
-        ("routed experts", f"{_count(counts.experts)} = {experts}"),
-        ("shared experts", _count(counts.shared_experts)),
-        *([("residual experts", _count(counts.residual_experts))] if moe.residual else []),
-        ("routers", _count(counts.routers)),
-        ("dense feed-forwards", f"{_count(counts.dense_ffn)} in {moe.first_dense_layers} of {model.layers} layers"),
-        ("attention", _count(counts.attention)),
-        ("embedding", f"{_count(counts.embedding)}, {'tied with' if model.tied else 'and'} the output"),
-        ("vision encoder", _count(counts.vision)),
-        ("connector", _count(counts.connector)),
-        ("norms", _count(counts.norms)),
-        ("task heads", _count(counts.heads)),
+        ("active per token", f"{shown_count(counts.active)} ({moe.top_k} of {_per_layer(plan)} experts)"),
+        ("routed experts", f"{shown_count(counts.experts)} = {experts}"),
+        ("shared experts", shown_count(counts.shared_experts)),
+        *([("residual experts", shown_count(counts.residual_experts))] if moe.residual else []),
+        ("routers", shown_count(counts.routers)),
+        (
+            "dense feed-forwards",
+            f"{shown_count(counts.dense_ffn)} in {moe.first_dense_layers} of {model.layers} layers",
+        ),
+        ("attention", shown_count(counts.attention)),
+        ("embedding", f"{shown_count(counts.embedding)}, {'tied with' if model.tied else 'and'} the output"),
+        ("vision encoder", shown_count(counts.vision)),
+        ("connector", shown_count(counts.connector)),
+        ("norms", shown_count(counts.norms)),
+        ("task heads", shown_count(counts.heads)),
     ]
 
 
@@ -147,9 +151,9 @@ def _trains(plan: RunPlan) -> list[tuple[str, str]]:
 def _of_part(trained: Trained, part: str, found: list[Rule], rate: float) -> Iterator[str]:
     moving, still = trained.trained[part], trained.frozen[part]
     if moving:
-        yield f"{_count(moving)} trained" if still else _count(moving)
+        yield f"{shown_count(moving)} trained" if still else shown_count(moving)
     if still:
-        yield f"{_count(still)} frozen"
+        yield f"{shown_count(still)} frozen"
     if any(rule.lr_scale != 1 for rule in found):
         yield "rate " + " and ".join(dict.fromkeys(f"{rate * rule.lr_scale:g}" for rule in found))
     if any(rule.weight_decay is not None for rule in found):
@@ -169,7 +173,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
             "patches",
             f"at most {patches}, {data.pack_patches} per pack = {cells} tokens",
         ),
-        ("steps", f"{run.steps:,} = {_count(run.steps * plan.tokens_per_step)} tokens"),
+        ("steps", f"{run.steps:,} = {shown_count(run.steps * plan.tokens_per_step)} tokens"),
         ("learning rate", f"{float(plan.deepspeed['optimizer']['params']['lr']):g} at its peak"),
         ("schedule", _schedule(plan)),
         ("gradient clipping", f"{setting(plan.deepspeed, 'gradient_clipping', 1.0)}"),
@@ -211,27 +215,27 @@ def _cost(plan: RunPlan) -> list[tuple[str, str]]:
     )
     spared = ", less where weights are frozen" if any(plan.trained.frozen.values()) else ""
     return [
-        ("forward per token", f"{_flops(flops.per_token)}, attending to {flops.token_context:g} on average"),
+        ("forward per token", f"{shown_flops(flops.per_token)}, attending to {flops.token_context:g} on average"),
         (
             "forward per patch",
-            f"{_flops(flops.per_patch)}, attending to {flops.patch_context:g}",
+            f"{shown_flops(flops.per_patch)}, attending to {flops.patch_context:g}",
         ),
-        ("forward per label", f"{_flops(flops.per_label)}, the output projection, only at positions with a label"),
-        ("training per step", f"{_flops(plan.flops_per_step)} = 3 x forward of {share}{spared}"),
-        ("training per rank", f"{_flops(plan.flops_per_step / plan.world_size)} per step"),
+        ("forward per label", f"{shown_flops(flops.per_label)}, the output projection, only at positions with a label"),
+        ("training per step", f"{shown_flops(plan.flops_per_step)} = 3 x forward of {share}{spared}"),
+        ("training per rank", f"{shown_flops(plan.flops_per_step / plan.world_size)} per step"),
     ]
 
 
 def _memory(plan: RunPlan) -> list[tuple[str, str]]:
     memory = plan.memory
-    what = f" of the {_count(plan.trained.total)} that train" if any(plan.trained.frozen.values()) else ""
+    what = f" of the {shown_count(plan.trained.total)} that train" if any(plan.trained.frozen.values()) else ""
     rows = [
-        ("weights", _bytes(memory.weights)),
-        ("gradients", _bytes(memory.gradients) + what),
-        ("optimizer", _bytes(memory.optimizer) + what),
-        ("on the device", f"{_bytes(memory.device)}, activations and communication buckets not counted"),
+        ("weights", shown_bytes(memory.weights)),
+        ("gradients", shown_bytes(memory.gradients) + what),
+        ("optimizer", shown_bytes(memory.optimizer) + what),
+        ("on the device", f"{shown_bytes(memory.device)}, activations and communication buckets not counted"),
     ]
-    return rows + ([("on the host", _bytes(memory.host))] if memory.host else [])
+    return rows + ([("on the host", shown_bytes(memory.host))] if memory.host else [])
 
 
 def _groups(plan: RunPlan) -> list[tuple[str, str]]:
@@ -261,19 +265,22 @@ def _ranks(group: range) -> str:
     return f"[{group[0]} {group[1]} ... {group[-1]}]"
 
 
-def _count(number: float) -> str:
+def shown_count(number: float) -> str:
+    """With a unit: 1.20 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
 
 
-def _flops(number: float) -> str:
+def shown_flops(number: float) -> str:
+    """With a unit: 1.20 TFLOP."""
     for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number / 1e6:.2f} MFLOP"
 
 
-def _bytes(number: float) -> str:
+def shown_bytes(number: float) -> str:
+    """With a unit: 1.20 GiB."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

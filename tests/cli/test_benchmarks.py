@@ -191,3 +191,8 @@ def test_rates(tiny, tmp_path):
 
 def test_the_gpu_script_is_valid():
     subprocess.run(["bash", "-n", str(BENCHMARKS / "gpu.sh")], check=True)
+
+
+def test_published(tmp_path):
+    found = measured(python(BENCHMARKS / "published.py"), tmp_path).figures
+    assert len(found) == 8 and all(of["predicted_tflops"] > 0 and of["source"] for of in found.values())

@@ -13,3 +13,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.toml
 def shipped(path: Path) -> Recipe:
     """A recipe of RECIPES; the shapes that imported weights would give are the defaults."""
     return load_recipe(path, ['model.init_from=""'])
+
+
+def named(name: str) -> Recipe:
+    """The shipped recipe of a name."""
+    return shipped(next(path for path in RECIPES if path.stem == name))

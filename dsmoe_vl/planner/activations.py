@@ -1,0 +1,86 @@
+"""Bytes that one micro-step keeps from its forward pass for its backward pass, and those that come and go.
+
+Counted from what the operators of `model/` and `moe/` save for PyTorch's autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.planner.parameters import experts_of_layers
+from dsmoe_vl.planner.products import Shape
+
+LOSS_CHUNK = 2048  # targets whose logits `model/vlm.py` has in memory at once
+_INDEX = 8  # bytes of an int64
+# Of what a layer keeps, gradients that are there at once: in the experts' backward pass those of the input and two of
+# the four tensors of their hidden width, while what was kept goes.
+_GRADIENTS = 0.5
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank."""
+
+    kept: float  # by all layers until their backward pass
+    recomputed: float  # of one decoder layer, made again in its backward pass; 0 without recomputation
+    gradients: float  # of one decoder layer's activations, in its backward pass
+    logits: float  # of the chunk of the loss that takes most
+
+    @property
+    def total(self) -> float:
+        """At the peak: in the backward pass of the loss or of the last layer."""
+        return self.kept + max(self.recomputed + self.gradients, self.logits)
+
+
+def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompute: bool) -> Activations:
+    """What a micro-step keeps. `recompute`: only the input of each decoder layer; the vision encoder keeps all."""
+    element = 2 if bf16 else 4
+    model = recipe.model
+    layers = [shape.tokens * size for size in _decoder_layers(recipe, shape, element, cuda)]
+    kept = len(layers) * shape.tokens * model.width * element if recompute else sum(layers)
+    kept += shape.patches * _vision(recipe, element, cuda)
+    kept += shape.tokens * (4 * model.width * element + 16 * _INDEX) + shape.labels * model.width * element
+    # The loss keeps log-probabilities, and its gradient makes two more of their size.
+    logits = min(shape.labels, LOSS_CHUNK) * recipe.tokenizer.vocab_size * (12 + (2 if bf16 else 0))
+    largest = max(layers)
+    return Activations(kept, largest if recompute else 0.0, largest * _GRADIENTS, logits)
+
+
+def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[float]:
+    """Bytes a token of each decoder layer."""
+    model, moe = recipe.model, recipe.moe
+    attention = _attention(model.heads, model.kv_heads, model.width_of_head, model.qk_norm != "none", element, cuda)
+    norms = 4 * model.width * element  # two of them: normalised, and times the weight
+    dense = 4 * model.ffn_width * element  # gate, its SiLU, up, their product
+    found = [attention + norms + dense] * moe.first_dense_layers
+    for experts in experts_of_layers(recipe):
+        # Rows of D: to the experts, from them, multiplied by gates; on CUDA also those without alignment.
+        rows = moe.top_k * (2 * model.width + 4 * moe.ffn_width) * element
+        order = moe.top_k * (4 if shape.ep_size > 1 else 2) * _INDEX
+        scores = experts * 4 * 4  # probabilities, logits and their logarithms, fp32
+        every_token = 4 * (moe.shared_ffn_width + moe.ffn_width * moe.residual) * element
+        found.append(attention + norms + rows + order + scores + every_token)
+    return found
+
+
+def _attention(heads: int, kv_heads: int, head_width: int, has_norm: bool, element: int, cuda: bool) -> float:
+    """Bytes a row: what the norms of q and k keep, then q, k and v with keys for every head, and the result twice: it
+    is the kernel's and, in another order, that of the output's product."""
+    queries, keys = heads * head_width, kv_heads * head_width
+    normalised = (queries + keys) * element if has_norm else 0
+    if cuda:
+        return normalised + (queries + 2 * keys) * element + 4 * queries * element + 4 * heads
+    packed = (queries + 2 * keys) * 4  # attention on a CPU is in fp32
+    return normalised + packed + 4 * queries * 4 + 4 * heads
+
+
+def _vision(recipe: Recipe, element: int, cuda: bool) -> float:
+    """Bytes a patch of the encoder and the connector."""
+    vision = recipe.model.vision
+    attention = _attention(vision.heads, vision.heads, vision.width // vision.heads, vision.qk_norm, element, cuda)
+    wide = (4 if vision.ffn == "swiglu" else 2) * vision.ffn_width
+    layer = attention + (4 * vision.width + wide) * element
+    hidden = vision.connector_width or recipe.model.width
+    cell = (2 * hidden + 2 * recipe.model.width) * (1 + len(vision.taps)) * element
+    return vision.layers * layer + (3 * vision.patch_size**2 + 2 * vision.width) * element + cell / vision.merge**2

@@ -1,0 +1,150 @@
+"""The work of one micro-step on one rank: matrix products, and what operators without products read and write.
+
+The counts follow `model/` and `moe/` operator by operator. They are of the forward pass; the backward pass takes two
+products for each of its own, and moves twice as much, since it reads what was kept and the gradient and writes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.planner.flops import Flops
+from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers
+
+_ROTATION = (
+    10  # times an element of queries and keys is read or written, in fp32 and back, in `model/layers.py: rotate`
+)
+_ROUTER_PASSES = 24  # fp32 numbers moved for each of E scores: softmax, choice, statistics, balancing
+# Of a pack's patches, those that are used, and their standard deviation over it: the packer of `data/pack.py` on images
+# and videos of many sizes, four to one, for the recipes base and large (docs/scaling.md). Tokens are 99 % used.
+PATCHES_USED, PATCHES_SPREAD = 0.61, 0.29
+# Operators that the host starts in the forward pass, views included, as torch.profiler counts them in `model/`.
+_OF_DECODER_LAYER, _OF_SPARSE, _OF_EXPERT_ON_CPU, _OF_VISION_LAYER, _OF_MODEL = 70, 98, 6, 65, 120
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one rank computes on in one micro-step."""
+
+    tokens: int  # T, padding included
+    patches: int
+    labels: int
+    ep_size: int = 1
+
+    @classmethod
+    def full(cls, recipe: Recipe, packs: int, ep_size: int) -> Shape:
+        """Packs that are full of tokens and patches, with a label at every position without a vision token."""
+        data, merge = recipe.data, recipe.model.vision.merge
+        labels = max(data.pack_length - data.pack_patches // merge**2, 0)
+        return cls(packs * data.pack_length, packs * data.pack_patches, packs * labels, ep_size)
+
+    @classmethod
+    def typical(cls, recipe: Recipe, packs: int, ep_size: int) -> Shape:
+        """Packs as they are on average, of which at least a tenth are positions with a label."""
+        full, merge = cls.full(recipe, packs, ep_size), recipe.model.vision.merge
+        patches = round(full.patches * PATCHES_USED)
+        labels = max(full.tokens - patches // merge**2, full.tokens // 10)
+        return replace(full, patches=patches, labels=labels)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`times` products [rows, inner] x [inner, outer] of one forward pass."""
+
+    part: str  # "vision", "decoder", "experts" or "head"
+    rows: float
+    inner: int
+    outer: int
+    times: int
+
+    @property
+    def flops(self) -> float:
+        """Of all of them."""
+        return 2.0 * self.rows * self.inner * self.outer * self.times
+
+    def moved(self, element: int) -> float:
+        """Bytes of one of them: both operands and the result, once each."""
+        return element * (self.rows * self.inner + self.inner * self.outer + self.rows * self.outer)
+
+
+def products(recipe: Recipe, shape: Shape) -> list[Product]:
+    """Every product of one forward pass of a rank, with an even load of the experts. Adapters are left out."""
+    return [product for product in _products(recipe, shape) if product.times and product.rows]
+
+
+def _products(recipe: Recipe, shape: Shape) -> Iterator[Product]:
+    model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
+    tokens, patches, cells = shape.tokens, shape.patches, shape.patches / recipe.model.vision.merge**2
+    queries, keys = model.heads * model.width_of_head, model.kv_heads * model.width_of_head
+    up = 2 if vision.ffn == "swiglu" else 1
+    hidden = vision.connector_width or model.width
+    yield Product("vision", patches, 3 * vision.patch_size**2, vision.width, 1)
+    yield Product("vision", patches, vision.width, 3 * vision.width, vision.layers)
+    yield Product("vision", patches, vision.width, vision.width, vision.layers)
+    yield Product("vision", patches, vision.width, up * vision.ffn_width, vision.layers)
+    yield Product("vision", patches, vision.ffn_width, vision.width, vision.layers)
+    yield Product("vision", cells, vision.merge**2 * vision.width, hidden, 1 + len(vision.taps))
+    yield Product("vision", cells, hidden, model.width, 1 + len(vision.taps))
+    yield Product("vision", cells, PLACE_AND_TIME_FEATURES, model.width, int(vision.place_and_time))
+    yield Product("decoder", tokens, model.width, queries + 2 * keys, model.layers)
+    yield Product("decoder", tokens, queries, model.width, model.layers)
+    yield Product("decoder", tokens, model.width, 2 * model.ffn_width, moe.first_dense_layers)
+    yield Product("decoder", tokens, model.ffn_width, model.width, moe.first_dense_layers)
+    for experts in experts_of_layers(recipe):
+        rows = tokens * moe.top_k * shape.ep_size / experts
+        own = experts // shape.ep_size
+        yield Product("decoder", tokens, model.width, experts, 1)
+        yield Product("experts", rows, model.width, moe.ffn_width, 2 * own)
+        yield Product("experts", rows, moe.ffn_width, model.width, own)
+        for width in (moe.shared_ffn_width, moe.ffn_width * moe.residual):
+            yield Product("decoder", tokens, model.width, 2 * width, int(width > 0))
+            yield Product("decoder", tokens, width, model.width, int(width > 0))
+    yield Product("head", shape.labels, model.width, recipe.tokenizer.vocab_size, 1)
+
+
+def attention_flops(recipe: Recipe, shape: Shape, contexts: Flops) -> float:
+    """Scores and their products with the values, of one forward pass."""
+    model, vision = recipe.model, recipe.model.vision
+    token = 4.0 * model.layers * model.heads * model.width_of_head * contexts.token_context
+    return shape.tokens * token + shape.patches * 4.0 * vision.layers * vision.width * contexts.patch_context
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of operators without products, in one forward pass."""
+
+    elements: float  # read or written, in the precision of the activations
+    numbers: float  # the same in fp32, whatever the precision
+    operators: int  # started, those with products included
+
+
+def traffic(recipe: Recipe, shape: Shape, cuda: bool) -> Traffic:
+    """What the norms, rotations, activations, exchanges of rows and sums of one forward pass move.
+
+    A norm reads and writes its width; a SwiGLU reads and writes 5 of its hidden width; an addition reads two and writes
+    one. A sparse layer copies its T K rows seven times: sorted for the exchange, sorted by expert, aligned, and back,
+    then multiplied by gates and summed. Experts above one rank's mean only delay; they move as much.
+    """
+    model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
+    width, inner = model.width, (model.heads + 2 * model.kv_heads) * model.width_of_head
+    repeated = 3 * model.heads * model.width_of_head  # keys and values for each query head, and the result
+    attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * _ROTATION + 2 * repeated
+    token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * 5 * model.ffn_width
+    copies = 7 if shape.ep_size > 1 else 5
+    sparse = moe.top_k * ((2 * copies + 3) * width + 5 * moe.ffn_width) + 5 * moe.shared_ffn_width
+    sparse += (5 * moe.ffn_width + 4 * width) * moe.residual
+    layers = experts_of_layers(recipe)
+    patch_inner = 3 * vision.width
+    patch = patch_inner * 2 + 2 * vision.width * _ROTATION + 2 * patch_inner + 10 * vision.width
+    patch += (5 if vision.ffn == "swiglu" else 2) * vision.ffn_width
+    operators = _OF_MODEL + model.layers * _OF_DECODER_LAYER + len(layers) * _OF_SPARSE
+    operators += vision.layers * _OF_VISION_LAYER * bool(shape.patches)
+    if not cuda:  # a product for each expert
+        operators += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU
+    return Traffic(
+        elements=shape.tokens * (token + len(layers) * sparse + 8 * width) + shape.patches * vision.layers * patch,
+        numbers=shape.tokens * sum(layers) * _ROUTER_PASSES + 6.0 * shape.labels * recipe.tokenizer.vocab_size,
+        operators=operators,
+    )
