@@ -70,7 +70,7 @@ def mpirun(port, command):
     return [BIN / "mpirun", *options, *python(*command)]
 
 
-@pytest.mark.parametrize("launcher", [deepspeed, torchrun, mpirun])
+@pytest.mark.parametrize("launcher", [deepspeed, pytest.param(torchrun, marks=pytest.mark.long), mpirun])
 def test_two_ranks_under_a_launcher(tiny, launcher):
     port = free_port()
     environment = {"MASTER_PORT": str(port)} if launcher is mpirun else {}
