@@ -25,10 +25,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete
 from dsmoe_vl.errors import ConfigError, DsmoeVlError
+from dsmoe_vl.parallel.first_host import connect, find_first_host
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.training.signals import StopRequest
 
@@ -82,7 +81,7 @@ class Supervisor:
         restarts: at most, without a new checkpoint in between.
         check: raises DsmoeVlError for a number of ranks that cannot be trained.
 
-        Raises ConfigError where the store cannot be reached.
+        Raises ConfigError, NetworkError where the store cannot be reached.
         """
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             raise ConfigError(
@@ -92,7 +91,9 @@ class Supervisor:
         self.ranks, self.stop, self.command, self.run_dir, self.check = ranks, stop, command, run_dir, check
         self.allowed, self.used = restarts, 0
         self.saved = self._newest_step()
-        self.host, self.store = _connect(ranks)
+        find_first_host(ranks)
+        self.host, self.store = os.environ["MASTER_ADDR"], connect(ranks, timedelta(seconds=_JOIN_SECONDS))
+        self.store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
         self.there = tuple(range(ranks.world_size))  # the supervisors that answered last
 
     def run(self) -> int:
@@ -248,30 +249,6 @@ class Supervisor:
 
     def _tell(self, text: str) -> None:
         print(f"supervisor of rank {self.ranks.rank}: {text}", flush=True)
-
-
-def _connect(ranks: Ranks) -> tuple[str, dist.Store]:
-    """The first host's address, and the store of the supervisors. Raises ConfigError."""
-    if ranks.starts_mpi:
-        from dsmoe_vl.parallel.process_group import find_first_host  # imports much that a supervisor does not need
-
-        find_first_host()
-    ranks.export()
-    if "MASTER_ADDR" not in os.environ:
-        raise ConfigError("--max-restarts: MASTER_ADDR is not set, so the supervisors do not know the first host")
-    host, port = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ.get("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")),
-    )
-    is_host = ranks.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun has a store there already
-    try:
-        store = dist.TCPStore(
-            host, port, is_master=is_host, wait_for_workers=False, timeout=timedelta(seconds=_JOIN_SECONDS)
-        )
-    except dist.DistNetworkError as error:
-        raise ConfigError(f"--max-restarts: no store of the supervisors at {host}, port {port}: {error}") from error
-    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
-    return host, store
 
 
 def _free_port() -> int:

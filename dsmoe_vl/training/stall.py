@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -47,7 +48,9 @@ class Status:
         return cls(**{**values, "keys": tuple(values["keys"])})
 
     def process(self) -> psutil.Process | None:
-        """Its process, if that runs on this host."""
+        """Its process, if that runs on this host. Containers that start together have the same process ids."""
+        if self.host != socket.gethostname():
+            return None
         try:
             process = psutil.Process(self.pid)
             is_same = abs(process.create_time() - self.born) < _SAME_START_SECONDS

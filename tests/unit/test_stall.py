@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 
 import psutil
@@ -70,7 +71,9 @@ def test_rank_0_that_does_not_answer():
 
 @pytest.mark.parametrize(("earlier", "known"), [(0, True), (100, False)])
 def test_a_process_id_that_another_process_has_now_is_not_taken_for_the_rank(earlier, known):
-    one = replace(status(0), pid=os.getpid(), born=psutil.Process().create_time() - earlier)
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time() - earlier}
+    one = replace(status(0), **own)
+    assert replace(one, host="another").process() is None  # whose containers have the same process ids
     assert (one.process() is not None) == known
     assert ("its threads hang" in message({0: replace(one, stalled=False)}, 1, 10)) == known
 
