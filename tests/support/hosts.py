@@ -6,12 +6,13 @@ its network goes too: nothing is left on the machine, also if the tests are kill
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class Host:
 
     def processes(self) -> list[psutil.Process]:
         """All that run on it, but for its first one."""
-        return psutil.Process(self.pid).children(recursive=True)
+        return [one for one in psutil.process_iter() if one.pid != self.pid and _place(one.pid) == _place(self.pid)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,13 @@ class TwoHosts:
     def mend(self) -> None:
         """The link is back."""
         self.first.run("ip", "link", "set", "eth0", "up")
+
+
+def _place(pid: int) -> str:
+    """Which process ids the process sees."""
+    with suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    return ""
 
 
 def why_not() -> str:
