@@ -127,7 +127,7 @@ class Watchdog:
         if noticed is None:  # rank 0 does not answer, so the ranks cannot agree: one of each host reports
             stopped = [] if self._first is None else [self._first]
             if self._ranks.rank == 1 or self._ranks.local_rank == 0:
-                text = lost_store(self._first, seconds, stacks)
+                text = lost_store(self._first, self._status(stacks), seconds)
         elif noticed > 1:  # the first one to notice judges
             stopped = self._attempt(self._verdict)
         if stopped is None:

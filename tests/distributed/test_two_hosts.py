@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dsmoe_vl.checkpoint.store import newest_complete
@@ -16,9 +17,10 @@ from tests.support.hosts import TwoHosts, two_hosts
 from tests.support.runs import TRAIN, curve, finish, metrics, python
 
 BIN = Path(python()[0]).parent
-SECONDS = 240  # in which a start and 24 steps end, also on a busy machine
+SECONDS = 600  # in which a start and 24 steps end, also on a busy machine
 # What a shell would set on every host, and a launcher passes on from the first one.
 PASSED = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,10 @@ def hosts(tmp_path_factory):
 
 
 def deepspeed(hosts, *options):
-    """The launcher on the first host; `.deepspeed_env` is in a folder of the test."""
+    """The launcher on the first host; `.deepspeed_env` is in a folder of the test. An ssh whose host has gone ends."""
     launcher = [BIN / "deepspeed", "--hostfile", hosts.hostfile, "--master_addr", hosts.first.address, *options]
-    return lambda *command, **more: [
-        hosts.first.start([*launcher, *command], DS_ENV_FILE=str(hosts.folder / "environment"), **more)
-    ]
+    environment = {"DS_ENV_FILE": str(hosts.folder / "environment"), "PDSH_SSH_ARGS_APPEND": ALIVE}
+    return lambda *command, **more: [hosts.first.start([*launcher, *command], **environment, **more)]
 
 
 def pdsh(hosts, *command):
@@ -161,30 +162,55 @@ def two_ranks(hosts: TwoHosts, *arguments, **more):
     ]
 
 
-def cut_in_mid_step(hosts, started, run):
-    """Cut the link once there is a checkpoint and a step after it."""
+def has_checkpoint(run):
+    return (run / "checkpoints").exists() and newest_complete(run / "checkpoints") is not None
+
+
+def wait_for(condition, started):
     end = time.monotonic() + SECONDS
-    while not ((run / "checkpoints").exists() and newest_complete(run / "checkpoints")):
-        assert all(one.poll() is None for one in started) and time.monotonic() < end, finish_all(started, 5)
+    while not condition():
+        assert time.monotonic() < end, "the time is over"
+        assert all(one.poll() is None for one in started), finish_all(started, 5)
         time.sleep(0.05)
-    hosts.cut()
+
+
+def end_all(hosts, started):
+    """Whatever has become of them: the next test needs the hosts. Stale connections are of no use to it either."""
+    hosts.mend()
+    for one in [*(one for host in hosts.hosts for one in host.processes()), *map(psutil.Process, pids(started))]:
+        if one.name() != "sshd":
+            one.kill()
+
+
+def pids(started):
+    return [one.pid for one in started if one.poll() is None]
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("launcher", [torchrun, pdsh, mpirun])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("launcher", [torchrun, pdsh])
 def test_a_link_that_is_cut_ends_both_hosts_and_the_same_command_goes_on(hosts, tiny, tmp_path, launcher):
-    """Each survivor names the other's rank and host, and where the ranks were."""
+    """The survivor with the store names the other rank, its host, and what they were in."""
     run = tmp_path / "run"
-    arguments = tiny.arguments(run, "run.stall_seconds=10", "run.steps=100000", "run.evaluate_every=0")
+    often = ("run.checkpoint_every=2", "run.evaluate_every=0", "run.samples_every=0")
+    arguments = tiny.arguments(run, *often, "run.stall_seconds=20", "run.steps=100000")
     started = launcher(hosts, TRAIN, *arguments)
     try:
-        cut_in_mid_step(hosts, started, run)
+        wait_for(lambda: has_checkpoint(run), started)
+        hosts.cut()
         status, out, err = finish_all(started)
+        left = [one for host in hosts.hosts for one in host.processes() if str(TRAIN) in one.cmdline()]
     finally:
-        hosts.mend()
-    assert status != 0
-    print(out[-3000:], err)
+        end_all(hosts, started)
+    assert status != 0 and left == []
+    assert re.search(
+        r"error \(rank 0\): no rank has made progress for \d+ s: rank 1 \(pid \d+ on host-2\) does not run: its "
+        r"process or its host has stopped, or the network between them; last heard in: \w+.* of step \d+\. "
+        r"The others are in: ",
+        err,
+    ), out + err
+    assert all((run / f"stacks_0000{rank}.txt").read_text() for rank in (0, 1))
     stopped = metrics(run)[-1]["step"] + 2
-    status, out, err = finish_all(launcher(hosts, TRAIN, *[*arguments, f"run.steps={stopped}"]))
+    status, out, err = finish_all(launcher(hosts, TRAIN, *arguments, f"run.steps={stopped}"))
     assert status == 0 and re.search(r"resumed at step \d+\n", out), out + err
+    assert metrics(run)[-1]["step"] == stopped
