@@ -69,13 +69,11 @@ def convert(
     if not 0.0 <= max_rejected <= 1.0:
         raise DataError(f"--max-rejected {max_rejected}: give a fraction between 0 and 1")
     hosts = hosts or Hosts()
-    with hosts.together():
-        parts = Parts(output, list(records), settings)
-    missing = hosts.share(hosts.once(parts.open))
-    jobs = [(parts.path(number), parts.of(number), settings) for number in missing]
-    total, quiet = sum(len(records) for _, records, _ in jobs), True if hosts.rank else None
+    parts = Parts(output, settings)
+    missing = hosts.share(hosts.once(lambda: parts.open(records)))
+    total, quiet = sum(part.size for part in missing), True if hosts.rank else None
     with hosts.together(), tqdm(total=total, desc=str(output), unit="record", disable=quiet) as bar:
-        work(make_part, jobs, workers, bar.update)
+        work(make_part, [(part, settings) for part in missing], workers, bar.update)
     return hosts.once(partial(parts.publish, max_rejected))
 
 

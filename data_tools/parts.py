@@ -1,34 +1,37 @@
 """A conversion in parts, which any number of processes and hosts can make, and which can be interrupted.
 
-Part n has `samples_per_shard` records, from number n * samples_per_shard on. It becomes a shard folder of its own,
-`OUTPUT/.unfinished/part-00000n/`. Its `index.json` is written last; a part without it is made again. The bytes of a
-part do not depend on the process that makes it. When all parts are complete, `publish` gives the shards their names.
+Part n has `samples_per_shard` records, from number n * samples_per_shard on. They lie in a file of their own, and
+become a shard folder of their own, `OUTPUT/.unfinished/part-00000n/`. Its `index.json` is written last; a part without
+it is made again. The bytes of a part do not depend on the process that makes it. When all parts are complete, `publish`
+gives the shards their names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_tools.check import Checked, Reencoding, check
 from data_tools.formats import Record
-from data_tools.writer import ShardWriter, check_split, sample_key, write_index
+from data_tools.record_files import RecordFiles, read_records
+from data_tools.writer import ShardWriter, check_split, write_index
 from dsmoe_vl.data.shards.index import INDEX_NAME
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.files import write_atomically, write_json
+from dsmoe_vl.files import replacing, write_atomically, write_json
 
 REJECTED_NAME = "rejected.jsonl"
 NOTES_NAME = "notes.jsonl"
 _UNFINISHED = ".unfinished"
 _REMOVED = ".removed"  # its name while it is removed
 _PLAN_NAME = "conversion.json"
+_RECORDS = "records"
 
 
 @dataclass(frozen=True)
@@ -69,35 +72,54 @@ class Outcome:
         return _counts(self.notes)
 
 
+class Part(NamedTuple):
+    """A part that is to be made: its folder, and its records' file and their number."""
+
+    folder: Path
+    records: Path
+    size: int
+
+
 class Parts:
     """The parts of one conversion."""
 
-    def __init__(self, output: Path, records: Sequence[Record], settings: Settings) -> None:
+    def __init__(self, output: Path, settings: Settings) -> None:
         self.output, self.settings = output, settings
-        self.records = records
         self.folder = output / _UNFINISHED
-        self.count = -(-len(records) // settings.samples_per_shard)
         self._plan_file = self.folder / _PLAN_NAME
+        self._records = RecordFiles(self.folder / _RECORDS, settings.samples_per_shard)
+        self._count = 0
 
-    def open(self) -> list[int]:
-        """Start the conversion, or continue an interrupted one of the same records.
+    def open(self, records: Iterable[Record]) -> list[Part]:
+        """Start the conversion, or continue an interrupted one of the same records. Returns the parts that are missing.
 
-        Returns the numbers of the parts that are missing. Raises DataError if the folder has shards or another
-        conversion, or if two records would have the same key.
+        Raises DataError if the folder has shards or another conversion, or if two records would have the same key, and
+        what reading the annotations raises.
         """
-        _check_keys(self.records)
-        plan = {"records": fingerprint(self.records), **asdict(self.settings)}
-        if self._plan_file.exists():
-            self._check_same_plan(plan)
-        else:
+        is_new, had_output = not self._plan_file.exists(), self.output.exists()
+        if is_new:
             self._check_no_shards()
-            self._start(plan)
-        return [number for number in range(self.count) if not (self.path(number) / INDEX_NAME).exists()]
-
-    def of(self, number: int) -> Sequence[Record]:
-        """The records of a part."""
-        first = number * self.settings.samples_per_shard
-        return self.records[first : first + self.settings.samples_per_shard]
+            self._clear()
+        try:
+            listed = self._records.write(records)
+            plan = {"records": listed.fingerprint, **asdict(self.settings)}
+            if not is_new:
+                self._check_same_plan(plan)
+        except BaseException:
+            shutil.rmtree(self.folder if is_new else self._records.folder, ignore_errors=True)
+            if not had_output:
+                with suppress(OSError):
+                    self.output.rmdir()
+            raise
+        if is_new:
+            write_json(self._plan_file, plan)
+        size = self.settings.samples_per_shard
+        self._count = -(-listed.size // size)
+        return [
+            Part(self.path(number), self._records.path(number), min(size, listed.size - number * size))
+            for number in range(self._count)
+            if not (self.path(number) / INDEX_NAME).exists()
+        ]
 
     def path(self, number: int) -> Path:
         """The folder of a part."""
@@ -109,19 +131,11 @@ class Parts:
         Can be repeated after an interruption. If more than the fraction `max_rejected` of the records was rejected, or
         none could be used, raises DataError and leaves only the list.
         """
-        indexes = [_loaded(self.path(number) / INDEX_NAME)["shards"] for number in range(self.count)]
-        listing = self.output / REJECTED_NAME
-        lists = [(self.path(number) / REJECTED_NAME).read_text(encoding="utf-8") for number in range(self.count)]
-        reasons = Counter(json.loads(line)["reason"] for part in lists for line in part.splitlines())
-        noted = self.output / NOTES_NAME
-        notes = [(self.path(number) / NOTES_NAME).read_text(encoding="utf-8") for number in range(self.count)]
-        note_counts = Counter(json.loads(line)["note"] for part in notes for line in part.splitlines())
+        indexes = [_loaded(self.path(number) / INDEX_NAME)["shards"] for number in range(self._count)]
+        listing, noted = self.output / REJECTED_NAME, self.output / NOTES_NAME
+        reasons, notes = self._join(REJECTED_NAME, "reason"), self._join(NOTES_NAME, "note")
         written = sum(shard["samples"] for index in indexes for shard in index)
-        outcome = Outcome(written, reasons, listing, note_counts, noted)
-        if reasons:
-            write_atomically(listing, "".join(lists))
-        if note_counts:
-            write_atomically(noted, "".join(notes))
+        outcome = Outcome(written, reasons, listing, notes, noted)
         try:
             _check_budget(outcome, max_rejected)
         except DataError:
@@ -138,6 +152,18 @@ class Parts:
         self._remove()
         return outcome
 
+    def _join(self, name: str, field: str) -> Counter[str]:
+        """The lists of all parts in one file, if they have lines. Returns how often each value of a field occurs."""
+        counts: Counter[str] = Counter()
+        for number in range(self._count):
+            with (self.path(number) / name).open(encoding="utf-8") as part:
+                counts.update(json.loads(line)[field] for line in part)
+        if counts:
+            with replacing(self.output / name) as joined, joined.open("wb") as file:
+                for number in range(self._count):
+                    file.write((self.path(number) / name).read_bytes())
+        return counts
+
     def _check_same_plan(self, plan: dict[str, Any]) -> None:
         if _loaded(self._plan_file) != plan:
             raise DataError(
@@ -149,13 +175,12 @@ class Parts:
         if (self.output / INDEX_NAME).exists() or any(self.output.glob("*.tar")):
             raise DataError(f"{self.output} already has shards: give an empty folder, or delete it first")
 
-    def _start(self, plan: dict[str, Any]) -> None:
+    def _clear(self) -> None:
+        """Remove what an interrupted conversion has left that had not begun, or that was at its end."""
         for leftover in (self.folder, self.output / _REMOVED):
             shutil.rmtree(leftover, ignore_errors=True)
         for listing in (REJECTED_NAME, NOTES_NAME):
             (self.output / listing).unlink(missing_ok=True)
-        self.folder.mkdir(parents=True)
-        write_json(self._plan_file, plan)
 
     def _remove(self) -> None:
         """Remove all parts. Renamed first, because a repeated command would continue from those that are left."""
@@ -164,8 +189,9 @@ class Parts:
         shutil.rmtree(removed)
 
 
-def make_part(folder: Path, records: Sequence[Record], settings: Settings, progress: Callable[[int], Any]) -> None:
+def make_part(part: Part, settings: Settings, progress: Callable[[int], Any]) -> None:
     """Check and write the records of one part. Calls `progress(n)` after every n records."""
+    folder, records = part.folder, read_records(part.records)
     shutil.rmtree(folder, ignore_errors=True)
     rejected: list[dict[str, str]] = []
     notes: list[dict[str, str]] = []
@@ -181,28 +207,6 @@ def make_part(folder: Path, records: Sequence[Record], settings: Settings, progr
         for name, rows in ((REJECTED_NAME, rejected), (NOTES_NAME, notes)):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(folder / name, lines.encode("utf-8", "replace"))
-
-
-def fingerprint(records: Sequence[Record]) -> str:
-    """Hash of all annotations."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode("utf-8", "replace"))
-    return digest.hexdigest()
-
-
-def _check_keys(records: Sequence[Record]) -> None:
-    owners: dict[str, int] = {}
-    for number, record in enumerate(records):
-        key = sample_key(record.identifier)
-        if (owner := owners.setdefault(key, number)) != number:
-            places = " and ".join(_place(records[one], one) for one in (owner, number))
-            raise DataError(f"two records have the key {key!r} ({places}): identifiers must be unique")
-
-
-def _place(record: Record, number: int) -> str:
-    media = getattr(record.media, "name", "without media")
-    return f"number {number + 1}, {media}, with identifier {record.identifier!r}"
 
 
 def _counts(reasons: Counter[str]) -> str:

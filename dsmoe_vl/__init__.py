@@ -1,4 +1,5 @@
-"""Sparse vision-language models. `from dsmoe_vl import load` opens a trained one; see docs/use.md.
+"""Sparse vision-language models. `from dsmoe_vl import load` opens a trained one, see docs/use.md; `SparseMoE` is the
+sparse layer for other models, see docs/sparse_moe.md.
 
 Names are imported lazily, on first access: `import dsmoe_vl` alone does not import PyTorch.
 """
@@ -10,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsmoe_vl.inference.api import Model, load
+    from dsmoe_vl.moe.expert_parallel import spread_experts
+    from dsmoe_vl.moe.sparse_moe import SparseMoE, auxiliary_loss
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "SparseMoE", "auxiliary_loss", "load", "spread_experts"]
+
+_PLACES = {
+    "Model": "dsmoe_vl.inference.api",
+    "load": "dsmoe_vl.inference.api",
+    "SparseMoE": "dsmoe_vl.moe.sparse_moe",
+    "auxiliary_loss": "dsmoe_vl.moe.sparse_moe",
+    "spread_experts": "dsmoe_vl.moe.expert_parallel",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("dsmoe_vl.inference.api"), name)
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

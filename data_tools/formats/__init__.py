@@ -8,7 +8,8 @@
     unused(arguments) -> str                        optional: files that become no record, for the summary
 
 `records` reads annotations, not media (of files with unusual names the first bytes), and always yields the same records
-in the same order, because every process of a conversion enumerates them. A new format is added to `convert.FORMATS`.
+in the same order, because a command that continues a conversion compares them. One process reads them, one at a time;
+what a format itself keeps of all is its own. A new format is added to `convert.FORMATS`.
 `tables.py` reads annotation files.
 """
 

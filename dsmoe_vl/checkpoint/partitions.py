@@ -6,7 +6,7 @@ The engine's own gather would be a collective of the thread that trains, which w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,19 @@ def host_groups(model: nn.Module, host: HostGroup) -> HostGroups:
     own = sorted({_ranks(where) for where in placed(model) if is_partitioned(where)})
     known = sorted({ranks for of_rank in host.gather(own) for ranks in of_rank if len(ranks) > 1})
     return {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in known}  # every rank makes all of them
+
+
+def first_failure(failure: OSError | None, groups: HostGroups) -> OSError | None:
+    """What failed on the first rank on which anything did, before they put parameters together: nobody may then begin.
+
+    Collective of all ranks at ZeRO-3; below, each rank has its own alone.
+    """
+    world = groups.get(tuple(range(dist.get_world_size())))
+    if world is None:
+        return failure
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure, group=world)
+    return next((of_rank for of_rank in failures if of_rank is not None), None)
 
 
 def is_partitioned(where: Placed) -> bool:

@@ -8,13 +8,11 @@ for both. When all ranks have written, they meet once, and rank 0 marks the chec
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +34,10 @@ from dsmoe_vl.checkpoint.store import (
     checkpoint_name,
     complete,
 )
-from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles, write_tensors
+from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, TensorFiles
 from dsmoe_vl.checkpoint.weights import load_buffers, own_weights
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile, shard_name
+from dsmoe_vl.checkpoint.writing import copies_of, give_way, side_stream, write_copies, write_shares
 from dsmoe_vl.config.recipe import first_step
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError
@@ -88,7 +87,7 @@ class Saver:
         """first_step: the one after which the schedule has begun, 0 unless the run has stages."""
         self._plan, self._ranks, self._host, self._tokenizer = plan, ranks, host, tokenizer
         self._copier = ThreadPoolExecutor(1, "checkpoint_copy")
-        self._writer = ThreadPoolExecutor(1, "checkpoint_write", initializer=_give_way)
+        self._writer = ThreadPoolExecutor(1, "checkpoint_write", initializer=give_way)
         self._save: _Save | None = None
         self._groups: HostGroups | None = None
         self._has_told = False  # that training waits
@@ -138,16 +137,15 @@ class Saver:
         shares = {weights: own_weights(engine.module, self._groups), optimizer: Share.of(state)}
         copying = None
         if self._has_room(sum(share.size for share in shares.values())):
-            copying = self._copier.submit(_copies, shares, _side_stream())
-            copies = copying
-            written = self._writer.submit(lambda: _write(folder, copies.result()))
+            copying = self._copier.submit(copies_of, shares, side_stream())
+            written = self._writer.submit(write_copies, folder, copying, self._groups)
         else:
             if rank == 0 and not self._has_told:
                 print("note: copies of a checkpoint do not fit into a host's memory: training waits for it", flush=True)
             self._has_told = True
             written = Future()
             try:
-                written.set_result(_write(folder, shares))
+                written.set_result(write_shares(folder, shares))
             except Exception as error:
                 written.set_exception(error)
         self._save = _Save(folder, trainer, data_state, pieces, copying, written)
@@ -231,43 +229,6 @@ class Saver:
         """End the threads. A save in flight is left incomplete."""
         self._copier.shutdown()
         self._writer.shutdown()
-
-
-def _give_way() -> None:
-    """Let others of the machine run before this thread, but for a tenth of a core: a save has time until the next one.
-    Linux only."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def _side_stream() -> Any:
-    """Where copies run beside the kernels of training; they see what was done before. None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    return stream
-
-
-def _copies(shares: Mapping[str, Share], stream: Any) -> dict[str, Share]:
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        return {name: share.kept() for name, share in shares.items()}
-
-
-def _write(folder: Path, shares: Mapping[str, Share]) -> dict[str, Any]:
-    """Write this rank's files. Raises OSError, of the first file that fails."""
-    files: dict[str, FileEntry] = {}
-    broken, failure = None, None
-    for file, share in shares.items():
-        try:
-            with writing(folder / file):
-                files[file], found = write_tensors(folder / file, share)
-            broken = broken or found
-        except OSError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
-    return {"files": files, "weights": list(next(iter(shares.values())).specs), "broken": broken}
 
 
 def _named(error: Exception, folder: Path) -> BaseException:

@@ -12,17 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
 from torch import Tensor, nn
 
+from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
-from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.stats import RouterStats
-from dsmoe_vl.planner.plan import RunPlan
 
 # What DeepSpeed sets on the parameters of experts, and reads to reduce and to partition them.
 _MARKS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name")
@@ -77,20 +78,35 @@ class ExpertParallelMoE(AutoEPMoELayer):
             return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
 
 
-def spread_experts(model: nn.Module, plan: RunPlan, ep_rank: int) -> None:
+def spread_experts(model: nn.Module, ep_size: int, rank: int | None = None, tokens: TokenCounts | None = None) -> None:
     """Replace every sparse feed-forward of `model` by its expert-parallel form, in place, before the engine is built.
+
+    Each group of `ep_size` ranks, one after another, has every expert once. rank: this process; by default that of
+    torch.distributed. tokens: see `CapacityMoE`. Raises ConfigError if a number of experts is no multiple of ep_size.
 
     Asserts that exactly the expert tensors are marked: DeepSpeed reduces an unmarked one like a dense parameter.
     """
+    ep_rank = (dist.get_rank() if rank is None else rank) % ep_size
+    experts: set[str] = set()
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
+        if not isinstance(module, (MoEFeedForward, CapacityFeedForward)):
+            continue
+        count = module.experts.w2.shape[0]
+        if count % ep_size:
+            raise ConfigError(
+                f"{name}: {count} experts cannot be spread over ep_size = {ep_size} ranks: give a divisor"
+            )
+        spread: nn.Module
         if isinstance(module, MoEFeedForward):
-            setattr(model.get_submodule(parent), child, ExpertParallelMoE(module, plan.ep_size, ep_rank))
-        elif isinstance(module, CapacityFeedForward):
-            setattr(model.get_submodule(parent), child, CapacityMoE(module, plan, ep_rank))
+            spread = ExpertParallelMoE(module, ep_size, ep_rank)
+        else:
+            spread = CapacityMoE(module, ep_size, ep_rank, tokens)
+        experts |= {f"{name}.{inner}" for inner, _ in spread.named_parameters() if "experts." in inner}
+        setattr(model.get_submodule(parent), child, spread)
     for name, parameter in model.named_parameters():
         marked = getattr(parameter, "allreduce", True) is False
-        assert marked == (".experts." in name), f"{name}: marked as expert: {marked}"
+        assert marked == (name in experts), f"{name}: marked as expert: {marked}"
 
 
 def _mark_replicated(parameter: Any) -> None:

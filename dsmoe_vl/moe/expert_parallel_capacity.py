@@ -9,7 +9,7 @@ Shapes: T tokens, D width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed.comm as dist
 import torch
@@ -30,7 +30,6 @@ from dsmoe_vl.moe.experts import Expert
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Routing
 from dsmoe_vl.moe.stats import RouterStats
-from dsmoe_vl.planner.plan import RunPlan
 
 
 class CapacityGate(TopKGate):
@@ -94,13 +93,26 @@ class CapacityGate(TopKGate):
         return topkgating(offered, 1, 0.0, slots, drop_policy="position", sparse_routes=True)
 
 
-class CapacityMoE(MoE):
-    """`CapacityFeedForward` with its experts sharded over an expert-parallel group. Same results."""
+class TokenCounts(NamedTuple):
+    """The numbers of tokens T that a forward may have. They are the same on all ranks, whatever these are given."""
 
-    def __init__(self, source: CapacityFeedForward, plan: RunPlan, ep_rank: int) -> None:
+    training: frozenset[int]
+    evaluation: frozenset[int]
+
+
+class CapacityMoE(MoE):
+    """`CapacityFeedForward` with its experts sharded over an expert-parallel group. Same results.
+
+    Capacity depends on this rank's tokens, and the all-to-all has equal splits: all ranks need the same number in a
+    forward, else they wait for ever. `tokens` has the numbers that are the same; None: whoever calls sees to it.
+    """
+
+    def __init__(
+        self, source: CapacityFeedForward, ep_size: int, ep_rank: int, tokens: TokenCounts | None = None
+    ) -> None:
         expert_count, width, _ = source.experts.w2.shape
         super().__init__(
-            width, source.experts.single(), expert_count, plan.ep_size, source.router.top_k,
+            width, source.experts.single(), expert_count, ep_size, source.router.top_k,
             use_residual=source.mlp is not None,
         )  # fmt: skip
         self.deepspeed_moe.gate = CapacityGate(source, width, expert_count)
@@ -110,7 +122,7 @@ class CapacityMoE(MoE):
                     parameter.copy_(getattr(source.experts, name)[index])
         self.first_expert = ep_rank * self.num_local_experts
         self.mlp, self.coefficient, self.shared = source.mlp, source.coefficient, source.shared
-        self.pack_length, self.micro_batch = plan.recipe.data.pack_length, plan.micro_batch
+        self.tokens = tokens
 
     @property
     def local_experts(self) -> list[Expert]:
@@ -121,10 +133,9 @@ class CapacityMoE(MoE):
         self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor
     ) -> tuple[Tensor, RouterStats]:
         """As `CapacityFeedForward.forward`."""
-        # Capacity depends on this rank's tokens, and the all-to-all has equal splits: all ranks need the same number.
-        # In evaluation they have one held-out pack each, or a micro-step's: the first pass of the gradient cache.
-        packs = {self.micro_batch} if self.training else {1, self.micro_batch}
-        assert len(x) / self.pack_length in packs, f"{len(x)} tokens, not {packs} packs of {self.pack_length}"
+        if self.tokens is not None:
+            known = self.tokens.training if self.training else self.tokens.evaluation
+            assert len(x) in known, f"{len(x)} tokens, not {sorted(known)}"
         out, stats, _ = super().forward(x, torch.stack((task_ids, modality_ids, real.long())))
         self.deepspeed_moe.l_aux = None  # it is our statistics, and would keep their graph alive
         return (out if self.shared is None else out + self.shared(x)), stats

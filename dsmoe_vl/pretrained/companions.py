@@ -149,6 +149,9 @@ def _readme(
             lines += ["", "Every picture is resized to one square; in training it kept its aspect ratio."]
         else:
             lines += ["", "Pictures are resized by transformers' rules, which round grids differently from training."]
+    model = recipe.model
+    if form.kind == "qwen2_moe" and model.heads * model.width_of_head != model.width:
+        lines += ["", "Version 4 of transformers refuses its heads, which are not width / heads wide: use version 5."]
     lines += ["", merged] if merged else []
     lines += ["", "Lost on export:" if lost else "Nothing was lost on export.", *(f"- {what}" for what in lost)]
     symbols = ", ".join(f"`{symbol}`" for symbol in CONTROL_SYMBOLS)

@@ -17,9 +17,15 @@ _KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def read_base(config: Mapping[str, Any], place: str) -> float:
-    """Where transformers 5 writes it, else where transformers 4 did. Each of them ignores the other's. Raises
-    ConfigError."""
-    found = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+    """Where transformers 5 writes it, else where transformers 4 did. Each ignores the other's: two that differ do not
+    say which one the model was trained with. Raises ConfigError."""
+    new, old = (config.get("rope_parameters") or {}).get("rope_theta"), config.get("rope_theta")
+    if None not in (new, old) and new != old:
+        raise ConfigError(
+            f"{place}: rope_parameters.rope_theta = {new} and rope_theta = {old} contradict each other: remove the one "
+            "that the model was not trained with"
+        )
+    found = old if new is None else new
     if found is None:
         raise ConfigError(
             f"{place}: neither rope_parameters.rope_theta nor rope_theta is there, and a guess would be wrong without "

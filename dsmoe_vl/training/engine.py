@@ -19,7 +19,7 @@ from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.model.init import first_values
 from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
-from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.placement import Placed, placed
 from dsmoe_vl.optim.l1 import add_proximal_step
 from dsmoe_vl.optim.optimizer import optimizer_builder, skip_compiling_muon
@@ -56,7 +56,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
     with torch.device("meta"):
         backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
         model = MultiTaskModel(backbone, tasks)
-        spread_experts(model, plan, ranks.rank % plan.ep_size)
+        spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
     _make_expert_groups(model)
     warm_up(list(groups._get_expert_parallel_group_dict().values()))
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
@@ -77,6 +77,13 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
     return model
+
+
+def _token_counts(plan: RunPlan) -> TokenCounts:
+    """In evaluation ranks have one held-out pack each, or a micro-step's: the first pass of the gradient cache."""
+    length = plan.recipe.data.pack_length
+    step = plan.micro_batch * length
+    return TokenCounts(frozenset({step}), frozenset({length, step}))
 
 
 def imported_values(folder: str) -> Callable[[Placed], bool]:

@@ -34,7 +34,7 @@ def torch_distributed_launch(port, *arguments):
     return python(*options, TRAIN, *arguments)
 
 
-@pytest.mark.parametrize("launcher", [mpirun, torchrun, torch_distributed_launch])
+@pytest.mark.parametrize("launcher", [mpirun, torchrun, pytest.param(torch_distributed_launch, marks=pytest.mark.long)])
 def test_two_ranks_train_as_under_deepspeed(launcher, tiny, trained):
     run = tiny.folder / "runs" / launcher.__name__
     port = free_port()
@@ -54,6 +54,7 @@ def test_one_process_trains_without_a_launcher(tiny):
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
+@pytest.mark.long
 def test_a_build_that_a_time_limit_ends_is_not_started_over(tiny, tmp_path):
     """It uses the environment's ninja, whatever comes first in PATH, and says that it compiles."""
     wrong, builds = tmp_path / "bin" / "ninja", tmp_path / "builds"

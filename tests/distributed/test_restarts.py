@@ -69,7 +69,9 @@ def two_processes(*arguments):
     return [start(command, **common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE="2") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("launch", [by_deepspeed, by_torchrun, by_torchrun_itself])
+@pytest.mark.parametrize(
+    "launch", [by_deepspeed, by_torchrun, pytest.param(by_torchrun_itself, marks=pytest.mark.long)]
+)
 def test_a_killed_rank_starts_again_and_nothing_differs(launch, tiny, trained, tmp_path):
     run = tmp_path / "run"
     process = launch(*tiny.arguments(run, *KEPT))

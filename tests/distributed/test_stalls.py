@@ -64,7 +64,7 @@ def stop_one(command, run, choose):
     [
         (deepspeed_command, 1, "run"),
         (deepspeed_command, 0, "answer"),  # it connects the ranks
-        (torchrun, 0, "run"),  # whose own process connects them
+        pytest.param(torchrun, 0, "run", marks=pytest.mark.long),  # whose own process connects them
     ],
 )
 def test_a_rank_that_is_stopped_is_named(tiny, tmp_path, launcher, rank, silence):

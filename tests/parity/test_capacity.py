@@ -11,11 +11,10 @@ from dsmoe_vl.config.model import MoEConfig
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.layers import SwiGLU
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward, expert_slots, within_capacity
-from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE
+from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward
 from dsmoe_vl.moe.router import Router
-from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_backbone
 from tests.distributed.train_losses import RECIPE
 
@@ -46,13 +45,6 @@ def build(**settings):
     return layer, inputs
 
 
-def plan_of(moe):
-    """A plan whose batches have TOKENS tokens."""
-    data = replace(RECIPE.data, pack_length=TOKENS)
-    deepspeed = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
-    return resolve(replace(RECIPE, moe=moe, data=data), deepspeed, 1, device="cpu", bf16_unit=True)
-
-
 def gradients(layer, x, result):
     """Of every parameter and of x, of an output that mixes all that a layer returns; experts stacked."""
     out, stats = result
@@ -71,7 +63,7 @@ def gradients(layer, x, result):
 @pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_one_process_and_deepspeed_are_the_same(settings, training):
     ours, (x, *rest) = build(**settings)
-    theirs = CapacityMoE(ours, plan_of(ours.moe), ep_rank=0)
+    theirs = CapacityMoE(ours, ep_size=1, ep_rank=0)
     ours.train(training), theirs.train(training)
     x.requires_grad_()
     one, other = ours(x, *rest), theirs(x, *rest)
@@ -150,7 +142,7 @@ def test_noise_is_in_training_only(noise):
     with torch.no_grad():
         source.router.weight.mul_(1e-3)  # near ties, which even a jitter of one percent decides
         source.router.task_bias.zero_(), source.router.modality_bias.zero_(), source.router.selection_bias.zero_()
-    layer = CapacityMoE(source, plan_of(source.moe), ep_rank=0)
+    layer = CapacityMoE(source, ep_size=1, ep_rank=0)
     noisy = [layer(x, *rest)[0] for _ in range(4)]
     assert any(not torch.equal(out, noisy[0]) for out in noisy[1:])
     layer.eval()
@@ -165,7 +157,7 @@ def test_random_selection_drops_as_many():
     first, (x, *rest) = build(**settings)
     random, _ = build(random_token_selection=True, **settings)
     expected = first(x, *rest)[1]
-    layer = CapacityMoE(random, plan_of(random.moe), ep_rank=0)
+    layer = CapacityMoE(random, ep_size=1, ep_rank=0)
     for _ in range(3):
         stats = layer(x, *rest)[1]
         assert torch.equal(stats.load.sum((0, 1)), expected.load.sum((0, 1)))
@@ -174,8 +166,9 @@ def test_random_selection_drops_as_many():
 
 def test_other_numbers_of_tokens_are_refused():
     source, inputs = build()
-    layer = CapacityMoE(source, plan_of(source.moe), ep_rank=0)
-    with pytest.raises(AssertionError, match=rf"39 tokens, not \{{1\}} packs of {TOKENS}"):
+    known = frozenset({TOKENS})
+    layer = CapacityMoE(source, ep_size=1, ep_rank=0, tokens=TokenCounts(known, known))
+    with pytest.raises(AssertionError, match=rf"39 tokens, not \[{TOKENS}\]"):
         layer(*(value[:-1] for value in inputs))
 
 

@@ -141,6 +141,10 @@ def test_logits_and_a_gradient_are_equal(name, tmp_path):
     ("name", "change", "message"),
     [
         ("llama", {"model_type": "gemma"}, "model_type = 'gemma' is not read, but .* the nearest that is: llama"),
+        (
+            "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e3},
+            "rope_parameters.rope_theta = 10000.0 and rope_theta = 5000.0 contradict each other",
+        ),
         ("llama", {"rope_parameters": None, "rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
         (
             "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},

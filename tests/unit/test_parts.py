@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 from PIL import Image
@@ -115,12 +116,13 @@ def test_killed_at_any_moment_and_repeated(coco, tmp_path):
 def test_continues_with_what_is_missing(tmp_path, monkeypatch):
     found = [Record(f"{i}", "image", photo(tmp_path / f"{i}.jpg"), [f"{i}"]) for i in range(9)]
     settings = Settings("test", samples_per_shard=2)
-    parts = Parts(tmp_path / "out", found, settings)
-    assert parts.open() == [0, 1, 2, 3, 4]
+    missing = Parts(tmp_path / "out", settings).open(found)
+    assert [part.folder.name for part in missing] == [f"part-00000{number}" for number in range(5)]
+    assert [part.size for part in missing] == [2, 2, 2, 2, 1]
     for number in (1, 3):
-        make_part(parts.path(number), parts.of(number), settings, lambda n: None)
+        make_part(missing[number], settings, lambda n: None)
     (tmp_path / "2.jpg").unlink()  # part 1 is done and does not look at it again
-    assert Parts(tmp_path / "out", found, settings).open() == [0, 2, 4]
+    assert Parts(tmp_path / "out", settings).open(found) == [missing[0], missing[2], missing[4]]
     assert convert(found, tmp_path / "out", settings).written == 9
     assert [sample.text for sample in iterate_samples(SourceConfig.at(tmp_path / "out"))] == [f"{i}" for i in range(9)]
     assert not (tmp_path / "out" / ".unfinished").exists()
@@ -181,10 +183,11 @@ def interrupted(function, left):
 
 def test_another_conversion_in_the_same_folder_is_refused(tmp_path):
     settings = Settings("test")
-    Parts(tmp_path / "out", records(3), settings).open()
-    for others in ((records(4), settings), (records(3), Settings("other"))):
+    Parts(tmp_path / "out", settings).open(records(3))
+    for others, other_settings in ((records(4), settings), (records(3), Settings("other"))):
         with pytest.raises(DataError, match=r"unfinished conversion of other records .* delete the folder"):
-            Parts(tmp_path / "out", *others).open()
+            Parts(tmp_path / "out", other_settings).open(others)
+    assert len(Parts(tmp_path / "out", settings).open(records(3))) == 1
 
 
 def test_keys_that_occur_twice_are_found_before_any_work(tmp_path):
@@ -192,6 +195,34 @@ def test_keys_that_occur_twice_are_found_before_any_work(tmp_path):
     with pytest.raises(DataError, match=r"two records have the key '0' .*identifiers must be unique"):
         convert(twice, tmp_path / "out", Settings("test"))
     assert not (tmp_path / "out").exists()
+
+
+def test_keys_of_equal_hash_are_no_equal_keys(tmp_path, monkeypatch):
+    """What is kept of a key is a hash: records of equal ones are looked at again."""
+    monkeypatch.setattr("data_tools.record_files._hash", lambda key: len(key))
+    found = [Record(name, "image", photo(tmp_path / f"{name}.jpg"), [name]) for name in ("a", "b", "long")]
+    assert convert(found, tmp_path / "out", Settings("test")).written == 3
+    with pytest.raises(DataError, match=r"two records have the key 'b' \(number 2, b.jpg, .* and number 4"):
+        convert([*found, found[1]], tmp_path / "other", Settings("test"))
+
+
+def test_no_process_has_all_records_in_memory(tmp_path, monkeypatch):
+    """They are written while they are read, and a part's are read again when it is made."""
+    alive: list[weakref.ref[Record]] = []
+    most = 0
+
+    def many():
+        nonlocal most
+        for number in range(200):
+            record = Record(f"{number}", "image", None, [], problem="broken: as a test")
+            alive.append(weakref.ref(record))
+            most = max(most, sum(of() is not None for of in alive))
+            yield record
+
+    monkeypatch.setattr("data_tools.parts._check_budget", lambda outcome, most: None)  # all are rejected
+    outcome = convert(many(), tmp_path / "out", Settings("test", samples_per_shard=10))
+    assert outcome.reasons["broken"] == 200 and most <= 21
+    assert [json.loads(line)["id"] for line in outcome.listing.read_text().splitlines()] == [f"{i}" for i in range(200)]
 
 
 def test_problems_of_annotations_are_listed(tmp_path):

@@ -156,7 +156,6 @@ class DsmoeVLForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ("selection_bias",)  # its steps are smaller than those of bfloat16
     _no_split_modules = ("DecoderLayer", "VisionLayer")
 
     def __init__(self, config: DsmoeVLConfig) -> None:
@@ -168,6 +167,8 @@ class DsmoeVLForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(model["layers"]))
         self.norm = RMSNorm(model["width"], model["norm_eps"])
         self.head = None if model["tied"] else nn.Linear(model["width"], config.vocab_size, bias=False)
+        if any("selection_bias" in name for name, _ in self.named_parameters()):
+            self._keep_in_fp32_modules_strict = {"selection_bias"}  # its steps are smaller than those of bfloat16
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from data_tools.check import Reencoding, check
 from data_tools.convert import convert
 from data_tools.formats import activitynet, coco, folder, karpathy, llava, msrvtt, qvhighlights, tvsum, vatex, videoxum
 from data_tools.formats.identifiers import identifier_text
-from data_tools.parts import Settings, fingerprint
+from data_tools.parts import Settings
 from data_tools.writer import sample_key
 from dsmoe_vl.errors import DataError
 from tests.support.datasets import photo, read, written
@@ -196,7 +196,7 @@ def test_annotations_of_any_type(module, tmp_path):
         except DataError as error:
             assert str(path.name) in str(error) or "--" in str(error), error
             continue
-        fingerprint(found)
+        repr(found)
         for record in found:
             check(record, "test", Reencoding())
             used += bool(sample_key(record.identifier))
