@@ -52,7 +52,7 @@ def connect(ranks: Ranks, timeout: timedelta) -> dist.Store:
                 "with `deepspeed --master_port N`, or MASTER_PORT under other launchers"
             ) from error
         raise NetworkError(
-            f"rank {ranks.rank} has not reached the first host at {address}, port {port}, within "
+            f"rank {ranks.rank} has not reached the first host at {address}, port {port}, in "
             f"{timeout.total_seconds():.0f} s: look whether rank 0 runs there, for firewalls and for cables"
         ) from error
     if has_launchers:  # it outlives the ranks: those that torchrun starts again would meet the keys of the first

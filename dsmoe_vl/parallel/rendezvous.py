@@ -56,6 +56,13 @@ def meet(ranks: Ranks, store: dist.Store, arrival_seconds: float) -> None:
     not reach each other; ConfigError if ranks were told different numbers of ranks, or if a host has no address for
     others.
     """
+    try:
+        _meet(ranks, store, arrival_seconds)
+    except dist.DistNetworkError as error:  # of the store
+        raise NetworkError("the first host (rank 0) has stopped answering") from error
+
+
+def _meet(ranks: Ranks, store: dist.Store, arrival_seconds: float) -> None:
     with _answering() as port:
         own = Guest(ranks.rank, ranks.world_size, socket.gethostname(), own_address(), port)
         store.set(_GUEST.format(own.rank), json.dumps(asdict(own)))

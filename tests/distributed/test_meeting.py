@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("meeting.py")
 
 def outputs(mode, absent=-1, ranks=2):
     """What each rank says at the end."""
-    finished = try_ranks(SCRIPT, [mode, str(absent)], ranks)
+    finished = try_ranks(SCRIPT, [mode, str(absent), str(ranks)], ranks)
     assert not any(one.status for one in finished), finished
     return [one.out.strip() for one in finished]
 
@@ -29,7 +29,7 @@ def test_ranks_of_one_host_meet():
 
 
 def test_a_rank_that_is_not_there_is_named():
-    said = "NetworkError: 1 of 3 ranks were not there within 15 s: rank 2; see what their hosts printed"
+    said = "NetworkError: 1 of 3 ranks were not there within 5 s: rank 2; see what their hosts printed"
     assert outputs("meeting", absent=2, ranks=3) == [said, said, "met"]
 
 
@@ -39,7 +39,7 @@ def test_different_numbers_of_ranks_are_refused():
         environment = cpu_environment(
             RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=str(REPOSITORY)
         )
-        command = [sys.executable, str(SCRIPT), "meeting", "-1"]
+        command = [sys.executable, str(SCRIPT), "meeting", "-1", "2"]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     for process in started:
         out = process.communicate(timeout=120)[0]
@@ -55,7 +55,7 @@ def test_a_rank_that_does_not_take_part_is_named():
     said, _ = outputs("warming", absent=1)
     host = socket.gethostname()
     assert said == (
-        f"NetworkError: a group of 2 ranks was not ready within 5 s, on rank 0 ({host}): rank 1 ({host}) did not take "
+        f"NetworkError: a group of 2 ranks was not ready within 10 s, on rank 0 ({host}): rank 1 ({host}) did not take "
         "part: stopped, or behind a network that fails"
     )
 
