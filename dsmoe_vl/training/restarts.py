@@ -25,7 +25,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete
+from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.errors import ConfigError, DsmoeVlError
 from dsmoe_vl.parallel.first_host import connect, find_first_host
 from dsmoe_vl.parallel.ranks import Ranks
@@ -51,6 +54,38 @@ class _Round:
     members: tuple[int, ...] = ()
     port: int = 0
     status: int | None = None
+
+
+class _LimitedStore:
+    """A store whose calls raise TimeoutError after a minute: torch's own wait for a host whose link is cut, for as long
+    as the system does."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._calls: BackgroundThread[Any] = BackgroundThread()
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        try:
+            return self._calls.submit(call).result(_ANSWER_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer for {_ANSWER_SECONDS:.0f} s") from None
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key."""
+        self._ask(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that is set."""
+        value: bytes = self._ask(lambda: self._store.get(key))
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether a key is set."""
+        return bool(self._ask(lambda: self._store.check([key])))
+
+    def set_first(self, key: str, value: str) -> None:
+        """Set a key unless it is set."""
+        self._ask(lambda: self._store.compare_set(key, "", value))
 
 
 def end_with_supervisor() -> bool:
@@ -92,8 +127,8 @@ class Supervisor:
         self.allowed, self.used = restarts, 0
         self.saved = self._newest_step()
         find_first_host(ranks)
-        self.host, self.store = os.environ["MASTER_ADDR"], connect(ranks, timedelta(seconds=_JOIN_SECONDS))
-        self.store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
+        self.host = os.environ["MASTER_ADDR"]
+        self.store = _LimitedStore(connect(ranks, timedelta(seconds=_JOIN_SECONDS)))
         self.there = tuple(range(ranks.world_size))  # the supervisors that answered last
 
     def run(self) -> int:
@@ -119,7 +154,7 @@ class Supervisor:
         key = f"decision/{number}"
         if self.ranks.rank == 0:
             self.store.set(key, json.dumps(asdict(self._decide(number, why))))
-        while not self.store.check([key]):
+        while not self.store.has(key):
             time.sleep(_POLL_SECONDS)
         found = json.loads(self.store.get(key))
         return _Round(**{**found, "members": tuple(found["members"])})
@@ -136,7 +171,7 @@ class Supervisor:
                 self._tell(f"ranks {absent} were not there within {_JOIN_SECONDS:.0f} s")
                 return _Round(number, status=1)
             return _Round(number, joined, _free_port())
-        if self.stop.received or self.store.check([_STOP]):
+        if self.stop.received or self.store.has(_STOP):
             self._tell(f"not started again: {why}, but the run was asked to stop")
             return _Round(number, status=1)
         if self._status_of(number - 1) == _USER_ERROR:
@@ -176,8 +211,8 @@ class Supervisor:
     def _supervise(self, round_: _Round) -> str:
         """Run this supervisor's rank until the round is over: why; "" if the run has ended well."""
         if self.ranks.rank not in round_.members:
-            while not self.store.check([f"over/{round_.number}"]):
-                if self.store.check([f"done/{round_.number}"]):
+            while not self.store.has(f"over/{round_.number}"):
+                if self.store.has(f"done/{round_.number}"):
                     return ""
                 time.sleep(_POLL_SECONDS)
             return self._why(round_.number)
@@ -196,7 +231,7 @@ class Supervisor:
                 self.store.set(_STOP, "")
                 process.terminate()
                 is_told = True
-            if self.store.check([f"over/{round_.number}"]):
+            if self.store.has(f"over/{round_.number}"):
                 until = time.monotonic() + _LAST_SECONDS
                 while process.poll() is None and time.monotonic() < until:
                     time.sleep(_POLL_SECONDS)
@@ -208,7 +243,7 @@ class Supervisor:
             return ""
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         ended = json.dumps({"why": f"rank {rank} on {socket.gethostname()} {how}", "status": status})
-        self.store.compare_set(f"over/{round_.number}", "", ended)  # only the first one is kept
+        self.store.set_first(f"over/{round_.number}", ended)  # only the first one is kept
         return self._why(round_.number)
 
     def _leave(self, round_: _Round) -> int:
@@ -216,7 +251,7 @@ class Supervisor:
         self.store.set(f"left/{round_.number}/{self.ranks.rank}", "")
         until = time.monotonic() + _LAST_SECONDS
         while self.ranks.rank == 0 and time.monotonic() < until:
-            if all(self.store.check([f"left/{round_.number}/{rank}"]) for rank in self.there):
+            if all(self.store.has(f"left/{round_.number}/{rank}") for rank in self.there):
                 break
             time.sleep(_POLL_SECONDS)
         return round_.status or 0
@@ -231,7 +266,7 @@ class Supervisor:
         }  # fmt: skip
 
     def _joined(self, number: int) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.ranks.world_size) if self.store.check([f"join/{number}/{rank}"]))
+        return tuple(rank for rank in range(self.ranks.world_size) if self.store.has(f"join/{number}/{rank}"))
 
     def _ended(self, number: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.store.get(f"over/{number}"))

@@ -167,30 +167,44 @@ def has_checkpoint(run):
 
 
 def wait_for(condition, started):
+    """While all of them run."""
+    wait_until(lambda: condition() or any(one.poll() is not None for one in started))
+    assert condition(), finish_all(started, 60)
+
+
+def wait_until(condition):
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "the time is over"
-        assert all(one.poll() is None for one in started), finish_all(started, 5)
         time.sleep(0.05)
 
 
+def ranks_of(hosts):
+    """The processes that train, not their launchers."""
+    return [one for host in hosts.hosts for one in host.processes() if "RANK" in environment_of(one)]
+
+
+def environment_of(process):
+    try:
+        return process.environ()
+    except psutil.Error:  # it has ended
+        return {}
+
+
 def end_all(hosts, started):
-    """Whatever has become of them: the next test needs the hosts. Stale connections are of no use to it either."""
+    """What they printed, whatever has become of them. Stale connections are of no use to the next test."""
     hosts.mend()
-    for one in [*(one for host in hosts.hosts for one in host.processes()), *map(psutil.Process, pids(started))]:
-        if one.name() != "sshd":
-            one.kill()
-
-
-def pids(started):
-    return [one.pid for one in started if one.poll() is None]
+    for one in [one for host in hosts.hosts for one in host.processes() if one.name() != "sshd"]:
+        one.kill()
+    return finish_all(started, 60)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("launcher", [torchrun, pdsh])
-def test_a_link_that_is_cut_ends_both_hosts_and_the_same_command_goes_on(hosts, tiny, tmp_path, launcher):
-    """The survivor with the store names the other rank, its host, and what they were in."""
+def test_a_link_that_is_cut_ends_the_ranks_of_both_hosts_and_the_same_command_goes_on(hosts, tiny, tmp_path, launcher):
+    """The survivor with the store names the other rank, its host, and what they were in. pdsh ends by itself; torchrun
+    on the other host waits for its own connection."""
     run = tmp_path / "run"
     often = ("run.checkpoint_every=2", "run.evaluate_every=0", "run.samples_every=0")
     arguments = tiny.arguments(run, *often, "run.stall_seconds=20", "run.steps=100000")
@@ -198,11 +212,12 @@ def test_a_link_that_is_cut_ends_both_hosts_and_the_same_command_goes_on(hosts, 
     try:
         wait_for(lambda: has_checkpoint(run), started)
         hosts.cut()
-        status, out, err = finish_all(started)
-        left = [one for host in hosts.hosts for one in host.processes() if str(TRAIN) in one.cmdline()]
+        wait_until(lambda: not ranks_of(hosts))
+        if launcher is pdsh:
+            wait_until(lambda: started[0].poll() is not None)
     finally:
-        end_all(hosts, started)
-    assert status != 0 and left == []
+        status, out, err = end_all(hosts, started)
+    assert status != 0
     assert re.search(
         r"error \(rank 0\): no rank has made progress for \d+ s: rank 1 \(pid \d+ on host-2\) does not run: its "
         r"process or its host has stopped, or the network between them; last heard in: \w+.* of step \d+\. "
@@ -214,3 +229,20 @@ def test_a_link_that_is_cut_ends_both_hosts_and_the_same_command_goes_on(hosts, 
     status, out, err = finish_all(launcher(hosts, TRAIN, *arguments, f"run.steps={stopped}"))
     assert status == 0 and re.search(r"resumed at step \d+\n", out), out + err
     assert metrics(run)[-1]["step"] == stopped
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2000)
+def test_after_a_cut_the_first_host_goes_on_alone(hosts, tiny, tmp_path):
+    """With --max-restarts; the other's supervisor, which decides nothing, ends."""
+    run = tmp_path / "run"
+    often = ("run.checkpoint_every=2", "run.evaluate_every=0", "run.samples_every=0", "run.stall_seconds=20")
+    started = two_ranks(hosts, *tiny.arguments(run, *often), "--max-restarts", "1")
+    try:
+        wait_for(lambda: has_checkpoint(run), started)
+        hosts.cut()
+        first = finish(started[0], SECONDS)
+    finally:
+        end_all(hosts, started[1:])
+    assert first.status == 0, first.out + first.err
+    assert "; 1 of 2 ranks start again" in first.out and metrics(run)[-1]["step"] == 24
