@@ -58,3 +58,10 @@ def connect(ranks: Ranks, timeout: timedelta) -> dist.Store:
     if has_launchers:  # it outlives the ranks: those that torchrun starts again would meet the keys of the first
         return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return store
+
+
+def own_store() -> dist.Store:
+    """The store that connects the ranks, through a connection of its own: it answers while another call is blocked."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world.get_group_store().clone()  # type: ignore[attr-defined]

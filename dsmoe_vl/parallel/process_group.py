@@ -83,13 +83,6 @@ def _free_names_of_shared_memory(rank: int) -> None:
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
-def own_store() -> dist.Store:
-    """The store that connects the ranks, through a connection of its own: it answers while another call is blocked."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world.get_group_store().clone()  # type: ignore[attr-defined]
-
-
 def is_first_to_fail(ranks: Ranks) -> bool:
     """Whether this rank is the first to fail. Others fail for the same reason or because of it: one message is enough.
 

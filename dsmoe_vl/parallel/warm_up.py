@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dsmoe_vl.errors import NetworkError
-from dsmoe_vl.parallel.process_group import own_store
+from dsmoe_vl.parallel.first_host import own_store
 
 _SECONDS = 120.0  # for one group
 _FEW = 4  # ranks that a message lists

@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.background import BackgroundThread
-from dsmoe_vl.parallel.process_group import FAILURES, own_store
+from dsmoe_vl.parallel.first_host import own_store
+from dsmoe_vl.parallel.process_group import FAILURES
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.training.stall import Status, lost_store, message
 
