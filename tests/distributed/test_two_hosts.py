@@ -48,9 +48,9 @@ def deepspeed_openmpi(hosts, *command):
 
 
 def mpirun(hosts, *command):
-    """It starts its own program on the other host, whose shell finds it by --prefix."""
+    """It passes on to the other host what it is told to."""
     passed = [word for name in PASSED for word in ("-x", name)]
-    options = ["--allow-run-as-root", "--prefix", BIN.parent, "--hostfile", hosts.hostfile, "-np", "2", *passed]
+    options = ["--allow-run-as-root", "--hostfile", hosts.hostfile, "-np", "2", *passed]
     return [hosts.first.start([BIN / "mpirun", *options, *python(*command)], **PASSED)]
 
 
