@@ -131,7 +131,9 @@ def why_not() -> str:
     absent = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: openssh-server pdsh iproute2 util-linux)"
-    tried = subprocess.run(["unshare", *_NAMESPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", "/run"])
+    tried = subprocess.run(
+        ["unshare", *_NAMESPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True
+    )
     return "" if tried.returncode == 0 else "namespaces are not allowed to this user: run as root"
 
 
