@@ -65,9 +65,12 @@ def _why(
 
 
 def _named(store: dist.Store, ranks: Sequence[int]) -> str:
-    hosts = [f"rank {rank} ({store.get(_host_key(rank)).decode()})" for rank in ranks[:_FEW]]
-    more = len(ranks) - len(hosts)
-    return ", ".join(hosts) + (f" and {more} more" if more > 0 else "")
+    named = []
+    for rank in ranks[:_FEW]:
+        is_known = store.check([_host_key(rank)])  # else `get` would wait
+        named.append(f"rank {rank} ({store.get(_host_key(rank)).decode()})" if is_known else f"rank {rank}")
+    more = len(ranks) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
 
 def _host_key(rank: int) -> str:

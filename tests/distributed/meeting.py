@@ -6,6 +6,7 @@ Arguments: what to do; the number of the rank that does not take part, or -1; ho
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -42,6 +43,7 @@ def warming(ranks: Ranks, store: dist.Store, absent: int) -> None:
     if ranks.rank != absent:
         warm_up.warm_up([group], WARM_SECONDS)
     else:
+        warm_up.own_store().set(warm_up._host_key(ranks.rank), socket.gethostname())
         dist.barrier()
 
 
