@@ -100,6 +100,7 @@ def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, A
         step()
     kept = memory.read("VmRSS")
     saver = Saver(plan, ranks, host, Pieces())  # type: ignore[arg-type]
+    saver.prepare(engine)
     usual = statistics.median(step() for _ in range(_STEPS))
     found: dict[str, Any] = {"step_seconds": usual}
     with no_room(), memory.phase("saving, waiting"):

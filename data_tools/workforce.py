@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from dsmoe_vl.errors import DsmoeVlError, as_user_error
+from dsmoe_vl.errors import ConfigError, DsmoeVlError, as_user_error
 from dsmoe_vl.parallel.ranks import Ranks
 
 Value = TypeVar("Value")
@@ -20,17 +20,27 @@ _done: Any = None  # records finished by the pool, shared by its processes
 
 
 class Hosts:
-    """The processes that mpirun started; this one is number `rank` of `count`. Without mpirun there is one."""
+    """The processes that mpirun started; this one is number `rank` of `count`. Without a launcher there is one.
+
+    Raises ConfigError under other launchers, whose processes would all do the whole work.
+    """
 
     def __init__(self) -> None:
         self._comm: Any = None
         self.rank, self.count = 0, 1
         ranks = Ranks.discover()
-        if ranks.starts_mpi and ranks.world_size > 1:
+        if ranks.world_size == 1:
+            return
+        if ranks.starts_mpi:
             from mpi4py import MPI  # starts MPI
 
             self._comm = MPI.COMM_WORLD
             self.rank, self.count = self._comm.Get_rank(), self._comm.Get_size()
+        if self.count != ranks.world_size:
+            raise ConfigError(
+                f"the launcher started {ranks.world_size} processes, but MPI knows of {self.count}: use the mpirun of "
+                "this environment, which several hosts need, or start one process without a launcher"
+            )
 
     def once(self, function: Callable[[], Value]) -> Value:
         """Call `function` on rank 0; returns its result, or raises its user error, on every rank."""

@@ -35,6 +35,10 @@ class CheckpointError(DsmoeVlError):
     """A checkpoint that is missing, incomplete, or does not match the model, tokenizer or topology."""
 
 
+class NetworkError(DsmoeVlError):
+    """Ranks that are not there, or hosts that cannot reach each other. Another start may find that this has changed."""
+
+
 class DivergedError(DsmoeVlError):
     """Training whose loss or gradient is not finite for too many steps in a row."""
 

@@ -103,6 +103,10 @@ class Saver:
         """Whether this rank's files are not written yet."""
         return self._save is not None and not self._save.writing.done()
 
+    def prepare(self, engine: Any) -> None:
+        """Make the groups in which parts of ZeRO-3 come together. Collective."""
+        self._groups = host_groups(engine.module, self._host)
+
     def begin(self, engine: Any, step: int, load_fraction: Tensor | None, data_state: dict[str, Any]) -> None:
         """Begin to copy this rank's share and to write it. Collective; no other save may be in flight.
 
@@ -129,8 +133,7 @@ class Saver:
         }
         rank, ranks = self._ranks.rank, self._ranks.world_size
         weights, optimizer = shard_name(rank, ranks), optimizer_name(rank, ranks)
-        if self._groups is None:
-            self._groups = host_groups(engine.module, self._host)
+        assert self._groups is not None, "prepare comes before"
         shares = {weights: own_weights(engine.module, self._groups), optimizer: Share.of(state)}
         copying = None
         if self._has_room(sum(share.size for share in shares.values())):

@@ -23,8 +23,10 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from dsmoe_vl.config.recipe import RunConfig
-from dsmoe_vl.errors import ConfigError, as_user_error
+from dsmoe_vl.errors import ConfigError, NetworkError, as_user_error
+from dsmoe_vl.parallel.first_host import connect, find_first_host
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.parallel.rendezvous import meet
 
 T = TypeVar("T")
 
@@ -46,60 +48,28 @@ _LEAST_SECONDS = 1200
 
 
 def start_process_group(ranks: Ranks, device: str, stall_seconds: float = RunConfig.stall_seconds) -> None:
-    """Initialise torch.distributed through DeepSpeed. Under MPI, DeepSpeed finds the first host with mpi4py.
+    """Initialise torch.distributed and DeepSpeed, once all ranks are there and all hosts reach each other.
 
     The collectives of every group, also of those that DeepSpeed makes later, fail after 20 minutes, or after twice
     `stall_seconds` if that is longer.
 
-    Raises ConfigError if several ranks were started without MASTER_ADDR, if the port is in use, or if the number of
-    ranks that join differs from the launcher's.
+    Raises ConfigError if several ranks were started without MASTER_ADDR, if the port is in use, or if ranks were told
+    different numbers of ranks; NetworkError if ranks are not there, or hosts do not reach each other.
     """
-    if not ranks.starts_mpi:
-        ranks.export()
-        if ranks.world_size > 1 and "MASTER_ADDR" not in os.environ:
-            raise ConfigError(
-                f"rank {ranks.rank} of {ranks.world_size} does not know the first host: MASTER_ADDR is not set. "
-                "Use launch/slurm/train.sbatch, which sets it, or export MASTER_ADDR and MASTER_PORT on every node"
-            )
-        os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")
-    port = int(os.environ.get("MASTER_PORT", "29500"))
+    find_first_host(ranks)
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cpu":
         _build_cpu_communication()
     timeout = timedelta(seconds=max(_LEAST_SECONDS, 2 * stall_seconds))
     # DeepSpeed makes its groups without a timeout, and torch then takes one of these two.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _join_again(ranks, backend, port, timeout)
-        with contextlib.redirect_stdout(io.StringIO()):  # else every rank prints that the ops were built
-            deepspeed.init_distributed(dist_backend=backend, distributed_port=port, timeout=timeout, verbose=False)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(
-            f"port {port} of the first host is in use, probably by another run: stop it, or choose another port "
-            "with `deepspeed --master_port N`, or MASTER_PORT under other launchers"
-        ) from error
-    if dist.get_world_size() != ranks.world_size:
-        raise ConfigError(
-            f"the launcher announced {ranks.world_size} ranks but {dist.get_world_size()} joined; "
-            "start all ranks with one launcher (mpirun, srun, torchrun or deepspeed)"
-        )
+    store = connect(ranks, timeout)
+    meet(ranks, store, timeout.total_seconds())
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # else every rank prints that the ops were built
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if device == "cpu":
         _free_names_of_shared_memory(ranks.rank)
-
-
-def find_first_host() -> None:
-    """Under MPI: set the first host's address in the environment, and this process's rank."""
-    deepspeed.comm.mpi_discovery(verbose=False)
-
-
-def _join_again(ranks: Ranks, backend: str, port: int, timeout: timedelta) -> None:
-    """Under torchrun, whose store outlives the ranks: those that it starts again would meet the keys of the first."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timeout)
-    own = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, timeout=timeout, store=own, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def _free_names_of_shared_memory(rank: int) -> None:
@@ -111,13 +81,6 @@ def _free_names_of_shared_memory(rank: int) -> None:
     dist.barrier()  # all ranks have opened the buffers of all others
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
-
-
-def own_store() -> dist.Store:
-    """The store that connects the ranks, through a connection of its own: it answers while another call is blocked."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world.get_group_store().clone()  # type: ignore[attr-defined]
 
 
 def is_first_to_fail(ranks: Ranks) -> bool:
@@ -141,7 +104,7 @@ def end_process_group() -> None:
 
 def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
     """Print the error, unless another rank failed first, and end the process at once: other ranks may wait for this one
-    in a collective. Exit status 2 for a user error, else 1."""
+    in a collective. Exit status 2 for a user error that another start would not change, else 1."""
     sys.stdout.flush()
     is_first, known = is_first_to_fail(ranks), as_user_error(error)
     if is_first and known is not None:
@@ -153,7 +116,7 @@ def end_rank(error: BaseException, ranks: Ranks) -> NoReturn:
         time.sleep(1)  # ranks that fail at the same time still use the counter of this rank
     elif not is_first:
         time.sleep(3)  # a launcher returns the status of the rank that ends first
-    os._exit(1 if known is None else 2)
+    os._exit(1 if known is None or isinstance(known, NetworkError) else 2)
 
 
 def _build_cpu_communication() -> None:

@@ -26,6 +26,7 @@ from dsmoe_vl.optim.optimizer import optimizer_builder, skip_compiling_muon
 from dsmoe_vl.optim.overflow import add_overflow
 from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.parallel.warm_up import warm_up
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.trained import rules
 from dsmoe_vl.tasks.registry import build_backbone
@@ -49,17 +50,20 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
     """The module that the engine wraps, with this rank's experts only, and at ZeRO-3 this rank's partitions.
 
     It is described without memory, and made real one parameter at a time, in the plan's precision. What the recipe
-    freezes requires no gradient. Collective at ZeRO-3.
+    freezes requires no gradient. Collective: it makes the groups of experts and warms all groups up. Raises
+    NetworkError.
     """
     with torch.device("meta"):
         backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
+    _make_expert_groups(model)
+    warm_up(list(groups._get_expert_parallel_group_dict().values()))
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     rule_of = rules(plan.recipe)
     fill = first_values(backbone, plan.recipe.run.seed, plan.recipe.model.vision.connector_scale)
     imported = imported_values(plan.recipe.model.init_from if imports else "")
-    partition = _partitioner(plan, model) if plan.zero_stage == 3 else None
+    partition = _partitioner(plan) if plan.zero_stage == 3 else None
     for where in list(placed(model)):
         assert where.name in rule_of, f"{where.name} is in no task's head_shapes"
         where.parameter.requires_grad_(not rule_of[where.name].freeze)
@@ -117,11 +121,15 @@ def _make_real(parameter: nn.Parameter) -> None:
     torch.utils.swap_tensors(parameter, real)
 
 
-def _partitioner(plan: RunPlan, model: MultiTaskModel) -> Callable[[Any], None]:
-    """A function that leaves a rank its part of a parameter, as DeepSpeed's engine would when it has all of them."""
+def _make_expert_groups(model: MultiTaskModel) -> None:
+    """As DeepSpeed's engine would: it keeps those that are there."""
     for module in model.modules():
         if isinstance(module, (ExpertParallelMoE, CapacityMoE)):
-            module.set_deepspeed_parallelism()  # makes the groups over which experts are partitioned
+            module.set_deepspeed_parallelism()
+
+
+def _partitioner(plan: RunPlan) -> Callable[[Any], None]:
+    """A function that leaves a rank its part of a parameter, as DeepSpeed's engine would when it has all of them."""
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     first: list[Any] = []
 

@@ -28,7 +28,9 @@ from typing import Any
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete
+from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.errors import ConfigError, DsmoeVlError
+from dsmoe_vl.parallel.first_host import connect, find_first_host
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.training.signals import StopRequest
 
@@ -52,6 +54,38 @@ class _Round:
     members: tuple[int, ...] = ()
     port: int = 0
     status: int | None = None
+
+
+class _LimitedStore:
+    """A store whose calls raise TimeoutError after a minute: torch's own wait for a host whose link is cut, for as long
+    as the system does."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._calls: BackgroundThread[Any] = BackgroundThread()
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        try:
+            return self._calls.submit(call).result(_ANSWER_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer for {_ANSWER_SECONDS:.0f} s") from None
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key."""
+        self._ask(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that is set."""
+        value: bytes = self._ask(lambda: self._store.get(key))
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether a key is set."""
+        return bool(self._ask(lambda: self._store.check([key])))
+
+    def set_first(self, key: str, value: str) -> None:
+        """Set a key unless it is set."""
+        self._ask(lambda: self._store.compare_set(key, "", value))
 
 
 def end_with_supervisor() -> bool:
@@ -82,7 +116,7 @@ class Supervisor:
         restarts: at most, without a new checkpoint in between.
         check: raises DsmoeVlError for a number of ranks that cannot be trained.
 
-        Raises ConfigError where the store cannot be reached.
+        Raises ConfigError, NetworkError where the store cannot be reached.
         """
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             raise ConfigError(
@@ -92,7 +126,9 @@ class Supervisor:
         self.ranks, self.stop, self.command, self.run_dir, self.check = ranks, stop, command, run_dir, check
         self.allowed, self.used = restarts, 0
         self.saved = self._newest_step()
-        self.host, self.store = _connect(ranks)
+        find_first_host(ranks)
+        self.host = os.environ["MASTER_ADDR"]
+        self.store = _LimitedStore(connect(ranks, timedelta(seconds=_JOIN_SECONDS)))
         self.there = tuple(range(ranks.world_size))  # the supervisors that answered last
 
     def run(self) -> int:
@@ -118,7 +154,7 @@ class Supervisor:
         key = f"decision/{number}"
         if self.ranks.rank == 0:
             self.store.set(key, json.dumps(asdict(self._decide(number, why))))
-        while not self.store.check([key]):
+        while not self.store.has(key):
             time.sleep(_POLL_SECONDS)
         found = json.loads(self.store.get(key))
         return _Round(**{**found, "members": tuple(found["members"])})
@@ -135,7 +171,7 @@ class Supervisor:
                 self._tell(f"ranks {absent} were not there within {_JOIN_SECONDS:.0f} s")
                 return _Round(number, status=1)
             return _Round(number, joined, _free_port())
-        if self.stop.received or self.store.check([_STOP]):
+        if self.stop.received or self.store.has(_STOP):
             self._tell(f"not started again: {why}, but the run was asked to stop")
             return _Round(number, status=1)
         if self._status_of(number - 1) == _USER_ERROR:
@@ -175,8 +211,8 @@ class Supervisor:
     def _supervise(self, round_: _Round) -> str:
         """Run this supervisor's rank until the round is over: why; "" if the run has ended well."""
         if self.ranks.rank not in round_.members:
-            while not self.store.check([f"over/{round_.number}"]):
-                if self.store.check([f"done/{round_.number}"]):
+            while not self.store.has(f"over/{round_.number}"):
+                if self.store.has(f"done/{round_.number}"):
                     return ""
                 time.sleep(_POLL_SECONDS)
             return self._why(round_.number)
@@ -195,7 +231,7 @@ class Supervisor:
                 self.store.set(_STOP, "")
                 process.terminate()
                 is_told = True
-            if self.store.check([f"over/{round_.number}"]):
+            if self.store.has(f"over/{round_.number}"):
                 until = time.monotonic() + _LAST_SECONDS
                 while process.poll() is None and time.monotonic() < until:
                     time.sleep(_POLL_SECONDS)
@@ -207,7 +243,7 @@ class Supervisor:
             return ""
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         ended = json.dumps({"why": f"rank {rank} on {socket.gethostname()} {how}", "status": status})
-        self.store.compare_set(f"over/{round_.number}", "", ended)  # only the first one is kept
+        self.store.set_first(f"over/{round_.number}", ended)  # only the first one is kept
         return self._why(round_.number)
 
     def _leave(self, round_: _Round) -> int:
@@ -215,7 +251,7 @@ class Supervisor:
         self.store.set(f"left/{round_.number}/{self.ranks.rank}", "")
         until = time.monotonic() + _LAST_SECONDS
         while self.ranks.rank == 0 and time.monotonic() < until:
-            if all(self.store.check([f"left/{round_.number}/{rank}"]) for rank in self.there):
+            if all(self.store.has(f"left/{round_.number}/{rank}") for rank in self.there):
                 break
             time.sleep(_POLL_SECONDS)
         return round_.status or 0
@@ -230,7 +266,7 @@ class Supervisor:
         }  # fmt: skip
 
     def _joined(self, number: int) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.ranks.world_size) if self.store.check([f"join/{number}/{rank}"]))
+        return tuple(rank for rank in range(self.ranks.world_size) if self.store.has(f"join/{number}/{rank}"))
 
     def _ended(self, number: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.store.get(f"over/{number}"))
@@ -248,30 +284,6 @@ class Supervisor:
 
     def _tell(self, text: str) -> None:
         print(f"supervisor of rank {self.ranks.rank}: {text}", flush=True)
-
-
-def _connect(ranks: Ranks) -> tuple[str, dist.Store]:
-    """The first host's address, and the store of the supervisors. Raises ConfigError."""
-    if ranks.starts_mpi:
-        from dsmoe_vl.parallel.process_group import find_first_host  # imports much that a supervisor does not need
-
-        find_first_host()
-    ranks.export()
-    if "MASTER_ADDR" not in os.environ:
-        raise ConfigError("--max-restarts: MASTER_ADDR is not set, so the supervisors do not know the first host")
-    host, port = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ.get("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")),
-    )
-    is_host = ranks.rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun has a store there already
-    try:
-        store = dist.TCPStore(
-            host, port, is_master=is_host, wait_for_workers=False, timeout=timedelta(seconds=_JOIN_SECONDS)
-        )
-    except dist.DistNetworkError as error:
-        raise ConfigError(f"--max-restarts: no store of the supervisors at {host}, port {port}: {error}") from error
-    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
-    return host, store
 
 
 def _free_port() -> int:

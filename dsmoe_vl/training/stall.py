@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -47,7 +48,9 @@ class Status:
         return cls(**{**values, "keys": tuple(values["keys"])})
 
     def process(self) -> psutil.Process | None:
-        """Its process, if that runs on this host."""
+        """Its process, if that runs on this host. Containers that start together have the same process ids."""
+        if self.host != socket.gethostname():
+            return None
         try:
             process = psutil.Process(self.pid)
             is_same = abs(process.create_time() - self.born) < _SAME_START_SECONDS
@@ -93,13 +96,14 @@ def message(statuses: Mapping[int, Status], ranks: int, seconds: float) -> str:
     return ". ".join(parts)
 
 
-def lost_store(first: Status | None, seconds: float, stacks: str) -> str:
-    """Of a rank that no longer reaches rank 0, whose process connects the ranks."""
+def lost_store(first: Status | None, own: Status, seconds: float) -> str:
+    """Of a rank that no longer reaches rank 0, whose process connects the ranks. `first`: rank 0, as last heard."""
     name = "rank 0" if first is None else first.name
-    where = f". Stacks of a rank that runs: {stacks}" if stacks else ""
+    where = f". Stacks of a rank that runs: {own.stacks}" if own.stacks else ""
     return (
         f"no rank has made progress for {seconds:.0f} s: {name} does not answer: {_state(first)}"
-        f"{f'; last heard in: {first.phase}' if first is not None and first.phase else ''}{where}"
+        f"{f'; last heard in: {first.phase}' if first is not None and first.phase else ''}. {own.name} is in: "
+        f"{own.phase}{where}"
     )
 
 

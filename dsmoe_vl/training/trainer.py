@@ -22,6 +22,7 @@ from dsmoe_vl.optim.l1 import sparsity
 from dsmoe_vl.parallel.device import memory_gib, peak_flops, use_device
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.parallel.warm_up import warm_up
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.stages import stage_after
@@ -79,6 +80,9 @@ class Trainer:
         self.held_out = HeldOut(whole, ranks, as_they_are, self.host)
         self.watchdog.enter("start: engine")
         self.engine = build_engine(plan, ranks, self.tasks, None if found is None else optimizer_updates(found[0]))
+        self.saver.prepare(self.engine)
+        self.watchdog.enter("start: groups")
+        warm_up()  # those that the engine and the saver have made
         said = check_probe(self.engine, plan, self.device) if found is None else None
         if said is not None and ranks.rank == 0:
             print(f"note: starts from {recipe.model.init_from} as its makers' program computes it: {said}", flush=True)

@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.background import BackgroundThread
-from dsmoe_vl.parallel.process_group import FAILURES, own_store
+from dsmoe_vl.parallel.first_host import own_store
+from dsmoe_vl.parallel.process_group import FAILURES
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.training.stall import Status, lost_store, message
 
@@ -127,7 +128,7 @@ class Watchdog:
         if noticed is None:  # rank 0 does not answer, so the ranks cannot agree: one of each host reports
             stopped = [] if self._first is None else [self._first]
             if self._ranks.rank == 1 or self._ranks.local_rank == 0:
-                text = lost_store(self._first, seconds, stacks)
+                text = lost_store(self._first, self._status(stacks), seconds)
         elif noticed > 1:  # the first one to notice judges
             stopped = self._attempt(self._verdict)
         if stopped is None:

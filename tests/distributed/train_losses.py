@@ -186,6 +186,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         file = SimpleNamespace(file_name="tokenizer.model")
         unread = SimpleNamespace(sha256="pieces", path=__file__, vocabulary=file)  # it is copied, not read
         saver = Saver(plan, ranks, HostGroup(), unread)  # type: ignore[arg-type]
+        saver.prepare(engine)
         saver.begin(engine, first + args.steps, take_step.load_fraction, {})
         found["saved"] = str(saver.finish())
         saver.close()

@@ -43,6 +43,7 @@ MAY_IMPORT_DEEPSPEED = (
     "moe/placement.py",
     "training/engine.py",
     "optim/*",
+    "parallel/first_host.py",
     "parallel/process_group.py",
     "checkpoint/*",
 )

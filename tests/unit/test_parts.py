@@ -21,9 +21,10 @@ from data_tools.check import Reencoding
 from data_tools.convert import convert
 from data_tools.formats import Record, Stored
 from data_tools.parts import Parts, Settings, make_part
+from data_tools.workforce import Hosts
 from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
-from dsmoe_vl.errors import DataError
+from dsmoe_vl.errors import ConfigError, DataError
 from tests.conftest import REPOSITORY
 from tests.support.datasets import photo
 
@@ -271,3 +272,12 @@ def test_media_inside_of_other_files(tmp_path):
     convert(found, tmp_path / "out", Settings("test"))
     (sample,) = iterate_samples(SourceConfig.at(tmp_path / "out"))
     assert sample.media == data
+
+
+def test_a_launcher_that_is_not_of_mpi_is_refused(monkeypatch):
+    """Under srun each process would do the whole work."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="the launcher started 4 processes, but MPI knows of 1: use the mpirun"):
+        Hosts()

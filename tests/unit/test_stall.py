@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 
 import psutil
@@ -60,17 +61,20 @@ def test_a_rank_that_nobody_has_heard_of():
 
 
 def test_rank_0_that_does_not_answer():
-    assert lost_store(status(0, "save of step 8"), 10, "run/stacks_00001.txt") == (
+    own = status(1, stacks="run/stacks_00001.txt")
+    assert lost_store(status(0, "save of step 8"), own, 10) == (
         "no rank has made progress for 10 s: rank 0 (pid 100 on node) does not answer: its process or its host has "
-        "stopped, or the network between them; last heard in: save of step 8. "
-        "Stacks of a rank that runs: run/stacks_00001.txt"
+        "stopped, or the network between them; last heard in: save of step 8. rank 1 (pid 101 on node) is in: exchange "
+        "of counts of step 12. Stacks of a rank that runs: run/stacks_00001.txt"
     )
-    assert "10 s: rank 0 does not answer: " in lost_store(None, 10, "")
+    assert "10 s: rank 0 does not answer: " in lost_store(None, own, 10)
 
 
 @pytest.mark.parametrize(("earlier", "known"), [(0, True), (100, False)])
 def test_a_process_id_that_another_process_has_now_is_not_taken_for_the_rank(earlier, known):
-    one = replace(status(0), pid=os.getpid(), born=psutil.Process().create_time() - earlier)
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time() - earlier}
+    one = replace(status(0), **own)
+    assert replace(one, host="another").process() is None  # whose containers have the same process ids
     assert (one.process() is not None) == known
     assert ("its threads hang" in message({0: replace(one, stalled=False)}, 1, 10)) == known
 

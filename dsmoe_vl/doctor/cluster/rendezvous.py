@@ -6,7 +6,6 @@ Nothing else is needed to exchange facts, so a cluster whose hosts cannot do a c
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,8 +13,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsmoe_vl.doctor.cluster.host_facts import master_port
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.parallel.first_host import connect, find_first_host
 from dsmoe_vl.parallel.ranks import Ranks
 
 CONNECT_SECONDS = 60.0  # for a rank to reach the first host
@@ -53,35 +52,11 @@ class Rendezvous:
     """One rank's connection to the others."""
 
     def __init__(self, ranks: Ranks, host: str) -> None:
-        """Connects, and says that this rank is there. Raises ConfigError if the first host does not answer, if nothing
-        says which it is, or if its port is in use."""
+        """Connects, and says that this rank is there. Raises ConfigError if nothing says which the first host is, or
+        if its port is in use, NetworkError if it does not answer."""
         self.ranks = ranks
-        if ranks.starts_mpi:
-            from dsmoe_vl.parallel.process_group import find_first_host  # imports much that others do not need
-
-            find_first_host()
-        ranks.export()
-        if "MASTER_ADDR" not in os.environ:
-            raise ConfigError(
-                f"rank {ranks.rank} of {ranks.world_size} does not know the first host: MASTER_ADDR is not set. Export "
-                "MASTER_ADDR and MASTER_PORT on every node"
-            )
-        address, port = os.environ["MASTER_ADDR"], master_port()
-        is_host = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has one there
-        try:
-            limit = timedelta(seconds=CONNECT_SECONDS)
-            store = dist.TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=limit)
-        except (RuntimeError, OSError) as error:  # torch's errors of a network
-            if "EADDRINUSE" in str(error):
-                raise ConfigError(
-                    f"port {port} of {address} is in use: stop the other run, or choose another port with `deepspeed "
-                    "--master_port N`, or MASTER_PORT under other launchers"
-                ) from error
-            raise ConfigError(
-                f"rank {ranks.rank} on {host} and the first host, {address}, cannot talk: port {port} does not answer "
-                f"within {CONNECT_SECONDS:.0f} s. See that rank 0 runs there, that the address is right, and that no "
-                "firewall closes the port"
-            ) from error
+        find_first_host(ranks)
+        store = connect(ranks, timedelta(seconds=CONNECT_SECONDS))
         self.store = dist.PrefixStore("doctor", store)
         self.store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
         self.member = Member(ranks.rank, host, ranks.local_rank)
