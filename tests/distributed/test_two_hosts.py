@@ -84,6 +84,7 @@ def train_as_on_one_host(hosts, tiny, trained, run, launcher):
     assert not [one for host in hosts.hosts for one in host.processes() if str(TRAIN) in one.cmdline()]
 
 
+@pytest.mark.timeout(900)  # with the runs that it is compared with
 def test_experts_on_two_hosts_train_as_on_one(hosts, tiny, trained, tmp_path):
     train_as_on_one_host(hosts, tiny, trained, tmp_path / "run", pdsh)
 
