@@ -23,7 +23,6 @@ from dsmoe_vl.planner.cluster import Cluster, load_cluster
 from dsmoe_vl.planner.run_memory import run_memory
 from dsmoe_vl.planner.step_time import step_time
 
-_STEPS = 4
 _RECOMPUTE: dict[str, Any] = {"activation_checkpointing": {}}
 _WIDE = ["model.width=512", "model.heads=8", "model.kv_heads=2", "moe.ffn_width=768", "model.ffn_width=2048"]
 # Overrides of the recipe quickstart, packs, ranks, settings of the DeepSpeed JSON.
@@ -43,11 +42,11 @@ CONFIGURATIONS: dict[str, tuple[list[str], int, int, dict[str, Any]]] = {
 }
 
 
-def compared(name: str, cluster: Cluster) -> dict[str, float | None]:
+def compared(name: str, cluster: Cluster, steps: int) -> dict[str, float | None]:
     """What is measured and what the planner says; None is not compared."""
     overrides, packs, ranks, deepspeed = CONFIGURATIONS[name]
     plan = small_plan(overrides, packs, ranks, **deepspeed)
-    timed = time_steps(plan, _STEPS)
+    timed = time_steps(plan, steps)
     shape = shape_of(plan, timed)
     alone = ranks == 1
     return {
@@ -63,6 +62,10 @@ def main() -> int:
     """Measure the machine, then every configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", type=Path, metavar="TOML", help="of launch/plan.py --calibrate on this machine")
+    parser.add_argument(
+        "--configurations", nargs="+", default=[*CONFIGURATIONS], choices=CONFIGURATIONS, metavar="NAME"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="of each")
     parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,12 +74,12 @@ def main() -> int:
             file.write_text(measure_cluster())
         cluster = load_cluster(file)
     found = {}
-    for name in CONFIGURATIONS:
-        of = found[name] = compared(name, cluster)
+    for name in args.configurations:
+        of = found[name] = compared(name, cluster, args.steps)
         print(name, {key: value if value is None else round(value, 3) for key, value in of.items()}, flush=True)
     figures = {
         "device": "cpu",
-        "steps": _STEPS,
+        "steps": args.steps,
         "reserved_mib": cluster.reserved_bytes / 2**20,
         "configurations": found,
     }

@@ -193,6 +193,12 @@ def test_the_gpu_script_is_valid():
     subprocess.run(["bash", "-n", str(BENCHMARKS / "gpu.sh")], check=True)
 
 
+def test_planning(tmp_path):
+    options = ("--cluster", REPOSITORY / "launch/clusters/cpu.toml", "--configurations", "2 packs", "--steps", 1)
+    found = measured(python(BENCHMARKS / "planning.py", *options), tmp_path).figures
+    assert [*found["configurations"]] == ["2 packs"] and min(found["configurations"]["2 packs"].values()) > 0
+
+
 def test_published(tmp_path):
     found = measured(python(BENCHMARKS / "published.py"), tmp_path).figures
     assert len(found) == 8 and all(of["predicted_tflops"] > 0 and of["source"] for of in found.values())
