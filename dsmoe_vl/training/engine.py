@@ -57,7 +57,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
         backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
-    _make_expert_groups(model)
+    _make_expert_groups(model, plan.ep_size)
     warm_up(list(groups._get_expert_parallel_group_dict().values()))
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     rule_of = rules(plan.recipe)
@@ -121,11 +121,11 @@ def _make_real(parameter: nn.Parameter) -> None:
     torch.utils.swap_tensors(parameter, real)
 
 
-def _make_expert_groups(model: MultiTaskModel) -> None:
-    """As DeepSpeed's engine would: it keeps those that are there."""
-    for module in model.modules():
-        if isinstance(module, (ExpertParallelMoE, CapacityMoE)):
-            module.set_deepspeed_parallelism()
+def _make_expert_groups(model: MultiTaskModel, ep_size: int) -> None:
+    """As DeepSpeed's engine would, which gives them to the layers: it keeps those that are there."""
+    is_sparse = any(isinstance(module, (ExpertParallelMoE, CapacityMoE)) for module in model.modules())
+    if is_sparse and f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
 
 
 def _partitioner(plan: RunPlan) -> Callable[[Any], None]:
