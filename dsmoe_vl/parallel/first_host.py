@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from dsmoe_vl.errors import ConfigError, NetworkError
 from dsmoe_vl.parallel.ranks import Ranks
+
+_CONNECT_SECONDS = 30.0  # to the store of ranks that have been there; torch tries twice
 
 
 def find_first_host(ranks: Ranks) -> None:
@@ -61,7 +64,18 @@ def connect(ranks: Ranks, timeout: timedelta) -> dist.Store:
 
 
 def own_store() -> dist.Store:
-    """The store that connects the ranks, through a connection of its own: it answers while another call is blocked."""
+    """The store that connects the ranks, through a connection of its own: it answers while another call is blocked.
+
+    Raises DistNetworkError after a minute or so if the first rank, which hosts it, has ended.
+    """
     world = dist.group.WORLD
     assert world is not None
-    return world.get_group_store().clone()  # type: ignore[attr-defined]
+    shared: Any = world.get_group_store()  # type: ignore[attr-defined]
+    limit = shared.timeout
+    shared.set_timeout(timedelta(seconds=_CONNECT_SECONDS))
+    try:
+        own: dist.Store = shared.clone()
+    finally:
+        shared.set_timeout(limit)
+    own.set_timeout(limit)
+    return own
