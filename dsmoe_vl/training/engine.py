@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups, safe_get_full_grad
 from safetensors import SafetensorError
@@ -57,8 +58,9 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
         backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
-    _make_expert_groups(model, plan.ep_size)
-    warm_up(list(groups._get_expert_parallel_group_dict().values()))
+    if dist.is_initialized():  # the doctor looks at models of one process without it
+        _make_expert_groups(model, plan.ep_size)
+        warm_up(list(groups._get_expert_parallel_group_dict().values()))
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     rule_of = rules(plan.recipe)
     fill = first_values(backbone, plan.recipe.run.seed, plan.recipe.model.vision.connector_scale)
