@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, A
         read.add(lambda: _read_plain(files))
         _forget(files)
         with memory.phase("loading"), _timing(training_state, "after_loading", exchanged):
-            loaded.add(lambda: restore(path, manifest, plan, ranks, engine, device))
+            loaded.add(lambda: restore(path, manifest, plan, ranks, engine))
     found |= {"save_seconds_waiting": saved.median, "load_seconds": loaded.median}
     found["of_it_exchange_seconds"] = statistics.median(exchanged)
     found["write_over_plain"] = written.median / saved.median
@@ -155,7 +155,7 @@ def no_room() -> Iterator[None]:
 
 def waiting_save(saver: Saver, engine: Any, step: int) -> Path:
     """The folder of a checkpoint."""
-    saver.begin(engine, step, None, {})
+    saver.begin(engine, step, {}, {})
     return saver.finish()
 
 
@@ -168,7 +168,7 @@ def _in_background(
     during: list[float] = []
     with _timing(saver, "begin", blocked), _timing(saver, "finish", blocked), _timing(saver, "before_update", waits):
         take_step.before_update = saver.before_update
-        saver.begin(take_step.engine, number, None, {})
+        saver.begin(take_step.engine, number, {}, {})
         while take_step.host.max(int(saver.is_writing)):
             during.append(step() - waits[-1])
         saver.finish()

@@ -1,6 +1,6 @@
 """Does sparsity help, does the gate's knowledge of the task help, does learning together cost anything?
 
-    python benchmarks/compare.py [--parts catalogue scenes alone] [--seeds 1 2 3] [--jobs 2] [--plot]
+    python benchmarks/compare.py [--parts catalogue scenes task_weights alone] [--seeds 1 2 3] [--jobs 2] [--plot]
                                                                                (some two hours on two cores)
 
 Trains, one process a run, and writes a result file of each part to benchmarks/results/; `--plot` draws the first two
@@ -10,6 +10,7 @@ not trained again. Needs the quickstart's shards.
 - Variants of two recipes, the catalogue (catalogue.py) and `three_tasks.toml` on smaller packs: as it is, with a plain
   gate, and dense at equal active FLOPs; a seed decides first values and the order of the data. All variants of a seed
   see the same packs.
+- Weights of tasks: the same small packs, with the recipe's weights and with learned factors.
 - Alone: `three_tasks.toml` as it is, and with one task and packs so much smaller that a step holds as many of its
   samples.
 """
@@ -21,7 +22,7 @@ import os
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,43 +47,49 @@ SPARSE, PLAIN, DENSE = "sparse, gate knows task and modality", "sparse, plain ga
 
 @dataclass(frozen=True)
 class World:
-    """A recipe whose variants are compared. The experts of a token are together as wide as the dense feed-forward."""
+    """A recipe whose variants are compared: overrides of the recipe by name, beside those that all of them have."""
 
     name: str
-    title: str
     recipe: Path
     steps: int
     common: tuple[str, ...]
-    sparse: tuple[str, ...]
-    dense: tuple[str, ...]
-
-    def variants(self) -> dict[str, tuple[str, ...]]:
-        """Overrides of the recipe by variant."""
-        return {SPARSE: self.sparse, PLAIN: (*self.sparse, "moe.routing=plain"), DENSE: self.dense}
+    variants: dict[str, tuple[str, ...]]
 
 
+_PLAIN_GATE = "moe.routing=plain"
+# Rates for so few steps: rates.py. Each expert sees a quarter of the tokens.
+_RATES = 'train={"*"={lr_scale=1}, embedding={lr_scale=10}, experts={lr_scale=2}}'
+# The experts of a token are together as wide as the dense feed-forward.
 CATALOGUE = World(
     "catalogue",
-    "A catalogue to remember",
     ROOT / "benchmarks/catalogue.toml",
     1250,
     (),
-    (),
-    ("moe.first_dense_layers=3",),
+    {SPARSE: (), PLAIN: (_PLAIN_GATE,), DENSE: ("moe.first_dense_layers=3",)},
 )
 SCENES = World(
     "scenes",
-    "Three tasks on scenes",
     _THREE_TASKS,
     256,
-    (
-        "data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16",
-    ),
-    # Rates for so few steps: rates.py. Each expert sees a quarter of the tokens.
-    ('train={"*"={lr_scale=1}, embedding={lr_scale=10}, experts={lr_scale=2}}',),
-    ("moe.first_dense_layers=4", "model.ffn_width=512", 'train={"*"={lr_scale=1}, embedding={lr_scale=10}}'),
+    ("data.pack_length=1024", "data.pack_patches=3840", "run.evaluate_every=32", "run.evaluate_packs=16"),
+    {
+        SPARSE: (_RATES,),
+        PLAIN: (_RATES, _PLAIN_GATE),
+        DENSE: (
+            "moe.first_dense_layers=4", "model.ffn_width=512",
+            'train={"*"={lr_scale=1}, embedding={lr_scale=10}}',
+        ),
+    },
 )  # fmt: skip
-_WORLDS = {world.name: world for world in (CATALOGUE, SCENES)}
+TASK_WEIGHTS = replace(
+    SCENES,
+    name="task_weights",
+    variants={
+        method: (_RATES, f"objective.task_weights.method={method}") for method in ("fixed", "uncertainty", "famo")
+    },
+)
+_WORLDS = {world.name: world for world in (CATALOGUE, SCENES, TASK_WEIGHTS)}
+_TITLES = {CATALOGUE.name: "A catalogue to remember", SCENES.name: "Three tasks on scenes"}  # those that are drawn
 _PARTS = (*_WORLDS, "alone")
 # Of each task: its scores, as (folder of shards, name in eval.json).
 SCORES = {
@@ -107,7 +114,9 @@ class Variant:
     flops_per_token: float
     steps: list[int] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)  # [seed][evaluation]
-    last: list[dict[str, float]] = field(default_factory=list)  # [seed], every held-out term at the end
+    last: list[dict[str, float]] = field(
+        default_factory=list
+    )  # [seed], every held-out term at the end, and learned weights of tasks
 
 
 def compare_variants(world: World, args: argparse.Namespace) -> list[Variant]:
@@ -115,7 +124,7 @@ def compare_variants(world: World, args: argparse.Namespace) -> list[Variant]:
     common = (*world.common, f"run.steps={world.steps}")
     found: list[Variant] = []
     runs: list[tuple[Variant, Run]] = []
-    for name, overrides in world.variants().items():
+    for name, overrides in world.variants.items():
         recipe = load_recipe(world.recipe, (*common, *overrides))
         plan = resolve(recipe, load_deepspeed(DEEPSPEED), 1, device="cpu", bf16_unit=False)
         variant = Variant(name, plan.parameters.total, plan.parameters.active, plan.flops_per_token)
@@ -127,10 +136,14 @@ def compare_variants(world: World, args: argparse.Namespace) -> list[Variant]:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda pair: pair[1].train(), runs))
     for variant, run in runs:
-        lines = [line for line in run.metrics() if "eval_loss" in line]
+        metrics = run.metrics()
+        lines = [line for line in metrics if "eval_loss" in line]
         variant.steps = [line["step"] for line in lines]
         variant.losses.append([line["eval_loss"] for line in lines])
-        variant.last.append({name: value for name, value in lines[-1].items() if name.startswith("eval_loss")})
+        of_training = [line for line in metrics if "loss" in line][-1]
+        learned = {name: value for name, value in of_training.items() if name.startswith("weight_")}
+        losses = {name: value for name, value in lines[-1].items() if name.startswith("eval_loss")}
+        variant.last.append(losses | learned)
     return found
 
 
@@ -191,16 +204,16 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(_WORLDS), figsize=(11, 4), dpi=120)
-    for axes, world in zip(panels, _WORLDS.values(), strict=True):
-        for found in Result.read(RESULTS / f"{world.name}.json").figures["variants"]:
+    figure, panels = pyplot.subplots(1, len(_TITLES), figsize=(11, 4), dpi=120)
+    for axes, (name, title) in zip(panels, _TITLES.items(), strict=True):
+        for found in Result.read(RESULTS / f"{name}.json").figures["variants"]:
             variant = Variant(**found)
             by_step = list(zip(*variant.losses, strict=True))[1:]  # the first is before training
             means = [statistics.fmean(step) for step in by_step]
             (line,) = axes.plot(variant.steps[1:], means, marker="o", ms=3, label=variant.name)
             least, most = [min(step) for step in by_step], [max(step) for step in by_step]
             axes.fill_between(variant.steps[1:], least, most, color=line.get_color(), alpha=0.2)
-        axes.set_title(world.title)
+        axes.set_title(title)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel("held-out loss")
         axes.set_yscale("log")

@@ -84,6 +84,28 @@ def scenes(results: Results) -> str:
     return _variants(results, "scenes")
 
 
+def task_weights(results: Results) -> str:
+    """Methods that weigh the tasks, on three_tasks.toml."""
+    result = newest(results, "task_weights")
+    if result is None:
+        table = Table("weights", "held-out loss")
+        table.unverified("task_weights", "all")
+        return block(table)
+    variants = result.figures["variants"]
+    terms = [term for term in _TERMS if f"eval_loss_{term}" in variants[0]["last"][0]]
+    table = Table("held-out loss by term, mean of three seeds", *(_TERMS[term] for term in terms))
+    factors = [name for name in variants[-1]["last"][0] if name.startswith("weight_")]
+    learned = Table("learned factor at the end", *(name.removeprefix("weight_") for name in factors))
+    for variant in variants:
+        values = [[found[f"eval_loss_{term}"] for found in variant["last"]] for term in terms]
+        cells = [f"{fmean(seeds):.4f} ({min(seeds):.4f} to {max(seeds):.4f})" for seeds in values]
+        table.row(result, variant["name"], *cells)
+        if factors[0] in variant["last"][0]:
+            means = [fmean(found[name] for found in variant["last"]) for name in factors]
+            learned.row(result, variant["name"], *(f"{mean:.2f}" for mean in means))
+    return block(table, learned)
+
+
 def pretrained(results: Results) -> str:
     """From real weights, and the same model from nothing."""
     result = newest(results, "pretrained")

@@ -21,6 +21,7 @@ BLOCKS = {
     function.__name__: function
     for function in (
         learned.quickstart_output, learned.results, learned.sizes, learned.recipes, learned.catalogue, learned.scenes,
+        learned.task_weights,
         learned.together_and_alone, learned.learning, learned.ablations, learned.rates,
         learned.parting, learned.pretrained,
         timed.speed, timed.train_step, timed.moe_cost, timed.monitoring, timed.data, timed.checkpoint,

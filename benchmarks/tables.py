@@ -11,7 +11,10 @@ Results = Mapping[str, Sequence[Result]]
 
 # What measures a benchmark that has no result file yet.
 COMMANDS = {
-    **{part: f"python benchmarks/compare.py --parts {part}" for part in ("catalogue", "scenes", "alone")},
+    **{
+        part: f"python benchmarks/compare.py --parts {part}"
+        for part in ("catalogue", "scenes", "task_weights", "alone")
+    },
     "data": "python benchmarks/data.py",
     "generate": "python benchmarks/generate.py",
     "moe_cost": "deepspeed --num_accelerators 2 benchmarks/moe_cost.py",

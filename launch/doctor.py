@@ -1,4 +1,4 @@
-"""Examine a recipe or a cluster: `python launch/doctor.py objective|lr|cluster --recipe FILE [section.key=value ...]`.
+"""Examine a recipe or a cluster: `python launch/doctor.py objective|lr|weights|cluster --recipe FILE [key=value ...]`.
 
 `objective` runs the recipe on its own data with a small model, split in many ways over ranks, expert parallelism, ZeRO
 stages, accumulation and packing order, and compares every loss term and gradient with one rank. It also checks for
@@ -6,6 +6,8 @@ faults that raise no error. Takes some minutes on the CPU, in two processes. Exi
 
 `lr` trains the recipe's real model for some steps at several learning rates, on the GPU if there is one, compares the
 held-out losses and suggests `optimizer.params.lr`. Exit status 1 if every rate diverges.
+
+`weights` trains it likewise, then measures how strongly each task pulls, and suggests the tasks' weights.
 
 `cluster`, alone, under a launcher or with `--hostfile FILE`, finds what is wrong with hosts, links, data and settings
 before a run does, in less than a minute. Exit status 1 after a problem.
@@ -32,8 +34,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     """Exit status: 0 if all checks passed or a rate is suggested, 1 if not, 2 for a user's error."""
     args = parse(_ROOT)
-    if args.subject == "lr":
-        return run(lambda: race_rates(args))
+    if args.subject in ("lr", "weights"):
+        return run(lambda: train_in_short(args))
     if args.subject == "cluster":
         return run(lambda: check_cluster(args), print_error if is_first_of_host() else lambda error: None)
     # Torch and DeepSpeed read these when they are imported.
@@ -43,15 +45,18 @@ def main() -> int:
     return run(lambda: examine_split(args), print_error if os.environ["RANK"] == "0" else lambda error: None)
 
 
-def race_rates(args: argparse.Namespace) -> int:
-    """Race learning rates. Returns the exit status. Raises DsmoeVlError."""
+def train_in_short(args: argparse.Namespace) -> int:
+    """Race learning rates, or weigh tasks. Returns the exit status. Raises DsmoeVlError."""
     from dsmoe_vl.parallel.device import device_name
 
     device_name()  # sets what DeepSpeed reads when it is imported
     from dsmoe_vl.doctor.learning_rate import STEPS, find_rate
+    from dsmoe_vl.doctor.task_gradients import find_weights
 
     steps = STEPS if args.steps is None else args.steps
     world_size = 1 if args.world_size is None else args.world_size
+    if args.subject == "weights":
+        return find_weights(args.recipe, args.deepspeed, args.overrides, steps, world_size)
     return find_rate(args.recipe, args.deepspeed, args.overrides, args.rates or [], steps, world_size)
 
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from dsmoe_vl.checkpoint import optimizer_files
 from dsmoe_vl.checkpoint.manifest import Manifest, Topology, entries
@@ -47,6 +46,7 @@ from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan, plan_to_json
 
+STEP_STATE = ("load_fraction", "task_weights")  # of `OptimizerStep`
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of the engine
 
 
@@ -107,8 +107,9 @@ class Saver:
         """Make the groups in which parts of ZeRO-3 come together. Collective."""
         self._groups = host_groups(engine.module, self._host)
 
-    def begin(self, engine: Any, step: int, load_fraction: Tensor | None, data_state: dict[str, Any]) -> None:
-        """Begin to copy this rank's share and to write it. Collective; no other save may be in flight.
+    def begin(self, engine: Any, step: int, step_state: dict[str, Any], data_state: dict[str, Any]) -> None:
+        """Begin to copy this rank's share and to write it, beside the state of `OptimizerStep`. Collective; no other
+        save may be in flight.
 
         The next update of the weights has to wait for `before_update`. Raises OSError if the folder cannot be made.
         """
@@ -126,7 +127,7 @@ class Saver:
         schedule = engine.lr_scheduler
         trainer = {
             "step": step,
-            "load_fraction": None if load_fraction is None else load_fraction.tolist(),
+            **step_state,
             "schedule": None if schedule is None else schedule.state_dict(),
             "first_step": self._first_step,
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
@@ -253,10 +254,8 @@ def data_states(folder: Path) -> list[dict[str, Any]]:
         return found
 
 
-def restore(
-    folder: Path, manifest: Manifest, plan: RunPlan, ranks: Ranks, engine: Any, device: torch.device
-) -> Tensor | None:
-    """Load a checkpoint of any topology into the engine, and the random state. Returns the load fractions.
+def restore(folder: Path, manifest: Manifest, plan: RunPlan, ranks: Ranks, engine: Any) -> dict[str, Any]:
+    """Load a checkpoint of any topology into the engine, and the random state. Returns the state of `OptimizerStep`.
 
     Raises CheckpointError for files of another content. Collective.
     """
@@ -283,8 +282,7 @@ def restore(
             _restore_random_state(folder, ranks)
         else:  # only routing noise depends on it
             torch.manual_seed(((plan.recipe.run.seed << 20) + trainer["step"] << 20) + ranks.rank)
-        load = trainer["load_fraction"]
-        return None if load is None else torch.tensor(load, device=device)
+        return {name: trainer.get(name) for name in STEP_STATE}  # a checkpoint may be older than one of them
 
 
 @contextmanager

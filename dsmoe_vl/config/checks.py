@@ -37,6 +37,12 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
             if not satisfied:
                 raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
     learned = tuple(spec.name for spec in learned_tasks(recipe))
+    method = recipe.objective.task_weights.method
+    if method != "fixed" and len(learned) == 1:
+        raise ConfigError(
+            f"objective.task_weights.method = {method!r} in {file}: weighs tasks against each other, and "
+            f'{learned[0]} is the only one: set "fixed"'
+        )
     _check_stages(recipe, learned, file)
     for key in ("data.sources", "data.evaluation"):
         _check_sources(recipe.data, key, learned, file)

@@ -85,10 +85,21 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class TaskWeightsConfig:
+    """How the tasks' losses are weighed against each other, beyond their weights."""
+
+    # "fixed"; or factors learned from the losses: "uncertainty" (Kendall et al. 2018), "famo" (Liu et al. 2023)
+    method: str = bounded("fixed", choices=("fixed", "uncertainty", "famo"))
+    rate: float = bounded(0.025, above=0)  # learning rate of the factors' logarithms
+    decay: float = bounded(0.001, least=0)  # pulls them back to even factors
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
-    """Terms of the objective besides the task losses and the balancing terms."""
+    """The objective besides the task losses and the balancing terms."""
 
     l1: L1Config = field(default_factory=L1Config)
+    task_weights: TaskWeightsConfig = field(default_factory=TaskWeightsConfig)
 
 
 @dataclass(frozen=True)

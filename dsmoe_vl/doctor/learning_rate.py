@@ -150,7 +150,7 @@ class Race:
 
     def plan(self, rate: float) -> RunPlan:
         """The JSON's plan with this peak rate and the race's schedule. Raises ConfigError."""
-        params = {"warmup_type": "linear", "warmup_num_steps": self.steps // _PART, "cos_min_ratio": 0.1}
+        params = {"warmup_type": "linear", "warmup_num_steps": max(self.steps // _PART, 1), "cos_min_ratio": 0.1}
         optimizer = self.deepspeed["optimizer"]
         config = {
             **self.deepspeed,
@@ -177,7 +177,7 @@ class Race:
         losses: list[float] = []
         norms: list[float] = []
         first: dict[str, float] = {}  # each term of the loss when it first had targets
-        with closing(self._loader(plan)) as loader:
+        with closing(self.loader(plan)) as loader:
             for batches in islice(loader, self.steps):
                 shared = take_step.share(batches)
                 result = take_step(shared.batches, shared.counts)
@@ -208,7 +208,7 @@ class Race:
         }
         return {**found, "balancing": float(terms["loss"]) - sum(found.values())}
 
-    def _loader(self, plan: RunPlan) -> Loader:
+    def loader(self, plan: RunPlan) -> Loader:
         """The run's first batches, read again for every rate: all of them may not fit into memory."""
         recipe, vision = plan.recipe, plan.recipe.model.vision
         return Loader(

@@ -37,7 +37,7 @@ def tag(name: str) -> str:
         return "eval/" + name.removeprefix("eval_")
     if name.startswith("grad_norm_"):
         return "gradients/" + name.removeprefix("grad_norm_")
-    if name.startswith("loss_"):
+    if name.startswith(("loss_", "weight_")):
         return "train/" + name
     return f"{_GROUPS.get(name, 'data')}/{name}"
 
@@ -102,11 +102,16 @@ def write_layout(writer: SummaryWriter, plan: RunPlan) -> None:
 
     # The peak rate of a CPU is unknown.
     rate = {"share of the peak rate": lines("mfu")} if plan.device == "cuda" else {"TFLOP a second": lines("tflops")}
+    learned = plan.recipe.objective.task_weights.method != "fixed"
+    weights = (
+        {"weight of every task": lines(*(f"weight_{t.name}" for t in learned_tasks(plan.recipe)))} if learned else {}
+    )
     layout: dict[str, dict[str, list[Any]]] = {
         "is it learning": {
             "loss of every task": lines(*terms),
             "held-out loss of every task": lines(*(f"eval_{term}" for term in terms)),
             "loss, all in all": lines("loss", "eval_loss"),
+            **weights,
             "learning rate": lines("lr"),
             "gradient norm": lines("grad_norm"),
             "skipped steps": lines("skipped_steps"),

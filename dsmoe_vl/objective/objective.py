@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe_vl.config.recipe import term_weights
 from dsmoe_vl.data.segment import TOKENS_OF
 from dsmoe_vl.moe.balance import (
     global_entropy_loss,
@@ -26,6 +25,7 @@ from dsmoe_vl.moe.balance import (
     router_z_loss,
 )
 from dsmoe_vl.moe.stats import RouterStats, grouped
+from dsmoe_vl.objective.task_weights import TaskWeights
 from dsmoe_vl.parallel.collectives import summed_over_ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
@@ -43,8 +43,9 @@ class StepLoss:
 class Objective:
     """Computes the scalar loss from the sums of one micro-step."""
 
-    def __init__(self, plan: RunPlan) -> None:
-        self.moe, self.weights = plan.recipe.moe, term_weights(plan.recipe)
+    def __init__(self, plan: RunPlan, device: torch.device | str = "cpu") -> None:
+        """device: of the sums."""
+        self.moe, self.task_weights = plan.recipe.moe, TaskWeights(plan.recipe, device)
         self.ranks, self.accumulation = plan.dp_size, plan.accumulation
         self.experts = torch.tensor(experts_of_layers(plan.recipe)).view(-1, 1, 1)
 
@@ -60,7 +61,7 @@ class Objective:
         total: Tensor | None = None
         for term, loss_sum in output.loss_sums.items():
             parts[f"loss_{term}"] = loss_sum / max(counts[term], 1)
-            weighted = self.weights[term] * parts[f"loss_{term}"]
+            weighted = self.task_weights.of(term) * parts[f"loss_{term}"]
             total = weighted if total is None else total + weighted
         assert total is not None, "a model without tasks"
         logged = total

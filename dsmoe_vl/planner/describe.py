@@ -9,7 +9,7 @@ from dataclasses import asdict
 from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.config.imported import imported_roots
 from dsmoe_vl.config.parts import part_of
-from dsmoe_vl.config.recipe import AugmentConfig, L1Config, first_step
+from dsmoe_vl.config.recipe import AugmentConfig, L1Config, TaskWeightsConfig, first_step
 from dsmoe_vl.planner.counts import count_adapters
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers, tensors
@@ -178,6 +178,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
         ("schedule", _schedule(plan)),
         ("gradient clipping", f"{setting(plan.deepspeed, 'gradient_clipping', 1.0)}"),
         *_l1(plan.recipe.objective.l1),
+        *_task_weights(plan.recipe.objective.task_weights),
         *_backend(plan),
     ]
 
@@ -192,6 +193,12 @@ def _backend(plan: RunPlan) -> list[tuple[str, str]]:
     more = [text for text in (moe.noisy_gate, "random token selection" * moe.random_token_selection) if text]
     rows = f"at most {share} assignments per rank and micro-step, at least {moe.min_capacity} (capacity)"
     return [("experts compute", ", ".join([rows, *more]))]
+
+
+def _task_weights(settings: TaskWeightsConfig) -> list[tuple[str, str]]:
+    if settings.method == "fixed":
+        return []
+    return [("weights of tasks", f"{settings.method}, rate {settings.rate:g}: learned, from the recipe's on")]
 
 
 def _l1(l1: L1Config) -> list[tuple[str, str]]:

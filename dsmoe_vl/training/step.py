@@ -64,11 +64,12 @@ class StepResult:
 
 
 class OptimizerStep:
-    """Takes optimizer steps with an engine; keeps load fractions and the balancing bias for the next step."""
+    """Takes optimizer steps with an engine; keeps load fractions, the balancing bias and the weights of tasks for the
+    next step."""
 
     def __init__(self, plan: RunPlan, ranks: Ranks, engine: Any, host: HostGroup, device: torch.device) -> None:
         self.plan, self.ranks, self.engine, self.host, self.device = plan, ranks, engine, host, device
-        self.objective = Objective(plan)
+        self.objective = Objective(plan, device)
         self.moe = plan.recipe.moe
         learned = learned_tasks(plan.recipe)
         self.contrasts = any(term.targets == "pairs" for task in learned for term in task.terms)
@@ -80,6 +81,18 @@ class OptimizerStep:
         self.before_update: Callable[[], None] | None = None  # called when all gradients of a step are accumulated
         self._has_skipped = False  # the last step
         self.routers = [module for module in engine.module.modules() if isinstance(module, Router)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step has from those before, beside the model's and the optimizer's state; for JSON."""
+        fractions = None if self.load_fraction is None else self.load_fraction.tolist()
+        return {"load_fraction": fractions, "task_weights": self.objective.task_weights.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that of a checkpoint; None: it has none."""
+        if state["load_fraction"] is not None:
+            self.load_fraction = torch.tensor(state["load_fraction"], device=self.device)
+        if state["task_weights"] is not None:
+            self.objective.task_weights.load_state_dict(state["task_weights"])
 
     def share(self, batches: list[Batch], stop: bool = False, writing: bool = False) -> Shared:
         """What the step needs to know of the other ranks. `stop`: this one wants to stop; `writing`: it still writes
@@ -106,7 +119,8 @@ class OptimizerStep:
         which reads every gradient once more.
 
         If the loss or the gradient norm of any rank is not finite, all ranks skip the update: weights, optimizer state,
-        load fractions and the balancing bias stay as they are, only the learning rate's schedule advances. Collective.
+        load fractions, the balancing bias and the weights of tasks stay as they are, only the learning rate's schedule
+        advances. Collective.
         """
         learning_rate = rate_of(self.engine.basic_optimizer)
         part_norms = part_norms or self._has_skipped  # to name the parts from the second skipped step in a row
@@ -140,8 +154,11 @@ class OptimizerStep:
         if part_norms:
             terms |= zip(PARTS, squares.unbind(), strict=True)
         terms, routing = self.reduce(terms, layer_stats)
+        terms |= self.objective.task_weights.logged()  # those of this step
         squared = {part: terms.pop(part) for part in PARTS} if part_norms else {}
         norms = {part: squared[part].sqrt() for part in self.plan.trained.parts} if part_norms else {}
+        if not self._has_skipped:
+            self.objective.task_weights.update(terms, counts)
         if routing is not None and not self._has_skipped:
             self.load_fraction = load_fractions(routing.load, self.moe.balance_over, self.even_load)
             self._move_selection_bias(routing.load.sum((1, 2)))

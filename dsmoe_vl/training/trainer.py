@@ -92,7 +92,7 @@ class Trainer:
         self.skipped = SkippedSteps(plan)
         if found is not None:
             self.watchdog.enter("start: state")
-            self.take_step.load_fraction = restore(*found, plan, ranks, self.engine, self.device)
+            self.take_step.load_state_dict(restore(*found, plan, ranks, self.engine))
         # One process of a host hashes its shards: hosts may have copies of their own.
         verified = self.loader.indexes if ranks.local_rank == 0 else {}
         self.verifier = ShardVerifier(verified, recipe.data.verify_mib_per_second)
@@ -217,7 +217,7 @@ class Trainer:
         if self.recorder is not None:  # a resumed run also needs it up to this step
             self._log_router(self.recorder)
         self.watchdog.enter("save")
-        self.saver.begin(self.engine, self.step, self.take_step.load_fraction, self.loader.state_dict())
+        self.saver.begin(self.engine, self.step, self.take_step.state_dict(), self.loader.state_dict())
         self.begun = self.step
 
     def _finish_save(self, last: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.support.runs import REPOSITORY, finish, python, start
@@ -72,3 +74,36 @@ def test_a_race_that_no_rate_survives(tiny):
 def test_a_race_that_cannot_be_run(tiny, arguments, words):
     result = finish(start(python(DOCTOR, "lr", "--recipe", tiny.recipe, *arguments)))
     assert result.status == 2 and words in result.err and "Traceback" not in result.err
+
+
+def gradients_of(out):
+    """Task by task: loss, norm, cosines."""
+    rows = [line.split() for line in out.splitlines()]
+    return {
+        row[0]: [float(cell) for cell in row[1:]]
+        for row in rows
+        if row and row[0] in ("caption", "retrieval", "summary")
+    }
+
+
+def test_suggested_weights_even_out_the_gradients(tiny):
+    command = python(DOCTOR, "weights", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(2), "--steps", "0")
+    first = finish(start([*command, *THREE_TASKS]))
+    assert first.status == 0, first.out + first.err
+    before = gradients_of(first.out)
+    assert set(before) == {"caption", "retrieval", "summary"} and all(loss > 0 for loss, *_ in before.values())
+    assert [row[2 + index] for index, row in enumerate(before.values())] == [1.0, 1.0, 1.0]
+    suggested = re.findall(r"^  (tasks\.\w+\.\w+) = (\S+)   # now 1$", first.out, re.MULTILINE)
+    assert len(suggested) == 5  # of every term
+    second = finish(start([*command, *THREE_TASKS[1:2], *(f"{key}={value}" for key, value in suggested)]))
+    assert second.status == 0, second.out + second.err
+    after = gradients_of(second.out)
+    norms = [row[1] for row in after.values()]
+    assert max(norms) < 1.01 * min(norms) < 1.01 * max(norms)  # suggestions have three digits
+    assert [row[2:] for row in after.values()] == [row[2:] for row in before.values()]
+
+
+def test_weights_of_one_task(tiny):
+    result = finish(start(python(DOCTOR, "weights", "--recipe", tiny.recipe)))
+    assert result.status == 2 and "learns caption: weights are of at least two tasks" in result.err
+    assert "Traceback" not in result.err

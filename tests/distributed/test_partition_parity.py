@@ -64,6 +64,8 @@ def test_four_steps_of_all_tasks(zero, ep):
         "--routing isolated",
         "--contrast sigmoid",
         "--gradient-cache",
+        "--task-weights uncertainty",
+        "--task-weights famo",
     ],
 )
 def test_every_choice_is_the_same_on_two_ranks(flags):

@@ -27,10 +27,12 @@ from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
 from dsmoe_vl.config.recipe import (
     DataConfig,
     LoraConfig,
+    ObjectiveConfig,
     PartConfig,
     Recipe,
     SourceConfig,
     TasksConfig,
+    TaskWeightsConfig,
     TokenizerConfig,
 )
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
@@ -104,6 +106,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--save", type=Path, metavar="RUN", help="write a checkpoint of the last step there")
     parser.add_argument("--contrast", default="info_nce")
     parser.add_argument("--gradient-cache", action="store_true")
+    parser.add_argument("--task-weights", default="fixed")
     parser.add_argument("--one-sided", action="store_true", help="text alone on rank 0, videos alone on the others")
     return parser.parse_args(arguments)
 
@@ -147,7 +150,8 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     moe = replace(moe, **{key: tuple(value) if isinstance(value, list) else value for key, value in args.moe.items()})
     retrieval = replace(RECIPE.tasks.retrieval, loss=args.contrast, gradient_cache=args.gradient_cache)
     tasks = TasksConfig() if args.caption_only else replace(RECIPE.tasks, retrieval=retrieval)
-    recipe = replace(RECIPE, moe=moe, tasks=tasks)
+    weights = ObjectiveConfig(task_weights=TaskWeightsConfig(args.task_weights))
+    recipe = replace(RECIPE, moe=moe, tasks=tasks, objective=weights)
     if args.train is not None:
         recipe = replace(recipe, train={key: PartConfig(**table) for key, table in args.train.items()})
     recipe = replace(recipe, lora=LoraConfig(**args.lora))
@@ -168,7 +172,8 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     if args.resume:
         manifest = read_manifest(args.resume)
         assert manifest is not None
-        first, take_step.load_fraction = manifest.step, restore(args.resume, manifest, plan, ranks, engine, device)
+        first = manifest.step
+        take_step.load_state_dict(restore(args.resume, manifest, plan, ranks, engine))
     for step in range(first, first + args.steps):
         without = ("retrieval", "summary") if args.caption_only else ()
         if args.one_sided:
@@ -187,7 +192,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         unread = SimpleNamespace(sha256="pieces", path=__file__, vocabulary=file)  # it is copied, not read
         saver = Saver(plan, ranks, HostGroup(), unread)  # type: ignore[arg-type]
         saver.prepare(engine)
-        saver.begin(engine, first + args.steps, take_step.load_fraction, {})
+        saver.begin(engine, first + args.steps, take_step.state_dict(), {})
         found["saved"] = str(saver.finish())
         saver.close()
     if args.reload:

@@ -10,6 +10,7 @@ from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.doctor import silent_faults as doctor
 from dsmoe_vl.doctor.silent_faults import silent_faults
 from dsmoe_vl.doctor.splits import Probe, shrink
+from dsmoe_vl.doctor.task_gradients import TaskGradients
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats
 from dsmoe_vl.parallel.ranks import Ranks
@@ -95,3 +96,18 @@ def test_a_router_that_no_task_teaches(probe, monkeypatch):
     monkeypatch.setattr(Router, "forward", wrong)
     (fault,) = silent_faults(probe)
     assert fault == "the tasks' loss has no gradient in some router"
+
+
+def test_gradients_of_tasks_by_hand():
+    """Gradients (3, 4), (0, 2) in one step, (6, 8) alone in the other."""
+    products = torch.tensor([[[25.0, 8.0], [8.0, 4.0]], [[100.0, 0.0], [0.0, 0.0]]]).double()
+    found = TaskGradients.of(("a", "b"), torch.tensor([[1.0, 2.0], [3.0, 0.0]]).double(), products)
+    assert found.losses == (2.0, 2.0) and found.norms == (7.5, 2.0)
+    assert found.cosines == ((1.0, 0.8), (0.8, 1.0))
+    evened = [norm * factor for norm, factor in zip(found.norms, found.factors(), strict=True)]
+    assert evened == pytest.approx([15**0.5] * 2)
+
+
+def test_a_task_without_a_gradient_keeps_its_weight():
+    found = TaskGradients.of(("a", "b"), torch.zeros(1, 2).double(), torch.zeros(1, 2, 2).double())
+    assert found.factors() == (1.0, 1.0) and found.cosines == ((0.0, 0.0), (0.0, 0.0))
