@@ -1,8 +1,8 @@
 """Memory of weights, gradients and optimizer states on one rank (Rajbhandari et al. 2020, section 3.1).
 
 Bytes per parameter with AdamW in mixed precision: 2 for the weight, 2 for the gradient, 12 for the fp32 master weight
-and two moments. In fp32: 4, 4, and 12 with ZeRO (its partitions are copies) or 8 without. Activations and communication
-buckets are not counted. Frozen parameters have a weight only.
+and two moments. In fp32: 4, 4, and 8, or 12 at ZeRO-1 and 2 (their partitions are copies) and with offloaded states.
+Activations and communication buckets are not counted. Frozen parameters have a weight only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def estimate_memory(
     held, partition = _of_rank(parameters.total, parameters.experts, world_size, ep_size)
     updated, own_updates = _of_rank(trained.total, trained.trained.get("experts", 0), world_size, ep_size)
     weight_bytes = 2 if bf16 else 4
-    state_bytes = 12 if bf16 or zero_stage >= 1 else 8
+    has_masters = bf16 or zero_stage in (1, 2) or (zero_stage == 3 and offload_optimizer)
+    state_bytes = 12 if has_masters else 8
     weights = weight_bytes * (partition if zero_stage >= 3 else held)
     gradients = weight_bytes * (own_updates if zero_stage >= 2 else updated)
     optimizer = state_bytes * (own_updates if zero_stage >= 1 else updated)

@@ -169,11 +169,24 @@ def wrap(plan: RunPlan, model: nn.Module, updates: Mapping[str, int] = _NEW) -> 
         )
     if not trains_experts:
         engine.has_moe_layers = False  # which the engine could not set
+    if plan.zero_stage == 3:
+        _share_masters(engine.optimizer)
     if engine.optimizer is engine.basic_optimizer:  # ZeRO-0 in fp32
         add_overflow(engine.basic_optimizer)
     # Not earlier: at ZeRO-0 in bf16, initialize takes a step without gradients to create the optimizer state.
     add_proximal_step(engine.basic_optimizer, plan.recipe.objective.l1)
     return engine
+
+
+def _share_masters(optimizer: Any) -> None:
+    """Let fp32 weights be the masters that the optimizer updates, instead of a second copy of each partition.
+
+    DeepSpeed means to, but compares a tensor's device with the name of one, and copies.
+    """
+    pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+    for master, weights in pairs:
+        if weights is not None and (weights.dtype, weights.device) == (master.dtype, master.device):
+            master.data = weights.data
 
 
 def full_value(parameter: nn.Parameter) -> Tensor:

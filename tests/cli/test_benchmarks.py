@@ -164,11 +164,11 @@ def noise_pictures(folder):
 
 
 def test_learning(tmp_path):
-    variants = ("--pairs", "660", "--seeds", "1", "--variants", "together", "plain dual encoder")
+    variants = ("--pairs", "330", "--seeds", "1", "--variants", "together", "plain dual encoder")
     found = measured(python(BENCHMARKS / "learning.py", *noise_pictures(tmp_path), *variants), tmp_path).figures
     ours, plain = (seeds[0] for seeds in found["curves"].values())
-    assert [point["pairs"] for point in plain] == [110 * step for step in range(1, 7)]
-    assert len(ours) == 6 and 600 < ours[-1]["pairs"] < 720 and ours[-1]["seconds"] > ours[0]["seconds"] > 0
+    assert [point["pairs"] for point in plain] == [110 * step for step in range(1, 4)]
+    assert len(ours) == 3 and 300 < ours[-1]["pairs"] < 360 and ours[-1]["seconds"] > ours[0]["seconds"] > 0
     assert {"text_to_media_r1", "media_to_text_r1", "captions"} <= set(ours[-1])
     assert ours[-1]["caption_loss"] > 0
 

@@ -131,21 +131,18 @@ def test_two_hosts_that_cannot_talk(tiny):
     assert "a and b cannot talk" in problems and "GLOO_SOCKET_IFNAME=none0: none0 does not exist here" in problems
 
 
-def test_a_rank_that_does_not_come(tiny):
-    """The doctor ends, and names it."""
-    own = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    process = start(python(DOCTOR, *arguments(tiny)), **own, LOCAL_SIZE="1", MASTER_PORT=str(free_port()))
-    result = finish(process, 280)
+def test_ranks_that_do_not_come(tiny):
+    """Of two worlds of two ranks, one lacks rank 1, the other rank 0: the doctor ends, and names them."""
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = python(DOCTOR, *arguments(tiny))
+    first, second = (start(command, **common, RANK=str(rank), MASTER_PORT=str(free_port())) for rank in (0, 1))
+    result = finish(first, 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 1 and "doctor of 1 of 2 ranks" in result.out, result.out + result.err
     [problem] = found(result, "problem")
     assert "ranks 1 have not reached" in problem and "cannot talk" in problem
     assert "memory" in result.out  # the others are judged all the same
-
-
-def test_a_first_host_that_does_not_answer(tiny):
-    own = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    result = finish(start(python(DOCTOR, *arguments(tiny)), **own, MASTER_PORT=str(free_port())), 280)
+    result = finish(second, 280)
     assert result.status == 2 and "Traceback" not in result.err, result.err
     assert "rank 1 has not reached the first host at 127.0.0.1" in result.err
 

@@ -100,6 +100,12 @@ def test_activation_checkpointing_changes_nothing():
     assert largest_difference(curve(2, 2, 2, "--checkpointing", *flags), curve(1, 1, 1, *flags)) < 1e-5
 
 
+def test_partitions_in_fp32_are_their_own_masters():
+    flags = ("--accumulation", "2")
+    assert all(curve(2, 3, 2, *flags)["shares_masters"])
+    assert not any(curve(2, 3, 2, "--bf16", *flags, "--steps", "20")["shares_masters"])
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_learns_like_fp32(zero):
     """bf16 rounds to 3 digits: the losses of twenty steps stay within a few percent of the fp32 curve."""

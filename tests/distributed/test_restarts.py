@@ -70,7 +70,8 @@ def two_processes(*arguments):
 
 
 @pytest.mark.parametrize(
-    "launch", [by_deepspeed, by_torchrun, pytest.param(by_torchrun_itself, marks=pytest.mark.long)]
+    "launch",
+    [by_deepspeed, *(pytest.param(launch, marks=pytest.mark.long) for launch in (by_torchrun, by_torchrun_itself))],
 )
 def test_a_killed_rank_starts_again_and_nothing_differs(launch, tiny, trained, tmp_path):
     run = tmp_path / "run"

@@ -83,6 +83,13 @@ def test_with_every_term(ranks, tmp_path):
     same(ours, train(ranks, chain[0], "--steps", len(chain), "--all-terms"))
 
 
+def test_with_an_update_in_many_parts(ranks, tmp_path):
+    """ZeRO-3 updates one sub-group of the parameters after the other."""
+    chain = [(2, 2, 3), (1, 1, 3), (2, 2, 2), (2, 1, 3)]
+    ours = chained(ranks, chain, tmp_path / "run", "--caption-only", "--sub-group", 2000)
+    same(ours, train(ranks, (2, 2, 2), "--steps", 2 * len(chain), "--caption-only"))
+
+
 def test_with_expert_capacity(ranks, tmp_path):
     chain = [(2, 2, 2), (1, 1, 0), (2, 1, 1), (2, 2, 0)]
     ours = chained(ranks, chain, tmp_path / "run", *CAPACITY)

@@ -90,6 +90,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--zero", type=int, required=True)
     parser.add_argument("--ep", type=int, required=True)
+    parser.add_argument("--sub-group", type=int, help="zero_optimization.sub_group_size")
     parser.add_argument("--accumulation", type=int, help="of four packs; all of them by default")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
@@ -137,7 +138,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
             "type": "AdamW",
             "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1},
         },
-        "zero_optimization": {"stage": args.zero},
+        "zero_optimization": {"stage": args.zero, **({"sub_group_size": args.sub_group} if args.sub_group else {})},
         "gradient_clipping": 1.0,
         "expert_parallel": {"enabled": True, "autoep_size": args.ep},
     }
@@ -187,6 +188,10 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
         norms.append(result.grad_norm)
         dropped.append(float(result.routing.dropped.sum()))
     found = {"terms": terms, "norms": norms, "dropped": dropped, "through_vision": any(seen)}
+    if args.zero == 3:
+        owner = engine.optimizer
+        flats = zip(owner.fp32_partitioned_groups_flat, owner.fp16_partitioned_groups_flat, strict=True)
+        found["shares_masters"] = [master.data_ptr() == weights.data_ptr() for master, weights in flats]
     if args.save:
         file = SimpleNamespace(file_name="tokenizer.model")
         unread = SimpleNamespace(sha256="pieces", path=__file__, vocabulary=file)  # it is copied, not read
