@@ -155,6 +155,15 @@ def checkpoint(results: Results) -> str:
         for phase in peaks[0]:
             figure = f"{max(of_rank[phase] for of_rank in peaks):.2f}"
             table.row(result, f"{title}: peak memory / what a rank keeps, {phase}", figure)
+    for result in _or_unverified(table, results, "large", "a large model in a host's memory"):
+        found = result.figures
+        cut = (
+            f"large.toml cut to two layers, {found['parameters'] / 1e6:.0f} M parameters, {found['precision']}, ZeRO-3"
+        )
+        for phase, peak in found["peak_gib"].items():
+            table.row(
+                result, f"{cut}, {found['world_size']} ranks: memory of all processes, {phase}", f"{peak:.1f} GiB"
+            )
     for result in _or_unverified(table, results, "kills", "kills at random moments"):
         found = result.figures
         moments = f"kills at random moments, of these while a checkpoint was written: {found['kills_in_a_save']}"

@@ -20,6 +20,7 @@ COMMANDS = {
     "moe_cost": "deepspeed --num_accelerators 2 benchmarks/moe_cost.py",
     "import_model": "python benchmarks/import_model.py",
     "kills": "python benchmarks/kills.py",
+    "large": "python benchmarks/large.py",
     "learning": "python benchmarks/learning.py --pictures DIR",
     "monitoring": "deepspeed --num_accelerators 2 benchmarks/monitoring.py",
     "parting": "python benchmarks/parting.py",

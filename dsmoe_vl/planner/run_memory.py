@@ -78,8 +78,8 @@ def checkpoint_bytes(plan: RunPlan) -> float:
 
 
 def _flat_gradients(plan: RunPlan) -> float:
-    """Gradients in one piece, as ZeRO's update reads them. Activations are gone by then: on a GPU it takes their memory,
-    but a CPU's allocator has kept that of many small pieces."""
+    """Gradients in one piece, as ZeRO's update reads them. Activations are gone by then: on a GPU it takes their
+    memory, but a CPU's allocator has kept that of many small pieces."""
     if plan.zero_stage == 0:
         return 0.0
     own = plan.trained.total / plan.world_size

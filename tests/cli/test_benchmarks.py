@@ -71,6 +71,18 @@ def test_import_model(tmp_path):
     assert len(found["plan_seconds"]) == 5 and list(tmp_path.iterdir()) == [tmp_path / "result.json"]
 
 
+def test_large(tiny, tmp_path):
+    small = (
+        "model.width=64", "model.heads=4", "model.kv_heads=2", "model.head_width=0", "model.ffn_width=64",
+        "model.vision.width=32", "model.vision.heads=2", "model.vision.ffn_width=32", "moe.experts=4", "moe.top_k=2",
+        "moe.ffn_width=32", f'data.sources=[{{name="images", path="{tiny.data}/images_train"}}]',
+        f"tokenizer.path={tiny.data}/tokenizer.model",
+    )  # fmt: skip
+    found = measured(python(BENCHMARKS / "large.py"), tmp_path, *small).figures
+    assert len(found["losses"]) == 5 and found["zero_stage"] == 3 and found["world_size"] == 2
+    assert all(0.3 < peak < 10 for peak in found["peak_gib"].values())
+
+
 def test_parting(tmp_path):
     command = python(BENCHMARKS / "parting.py", "--seeds", "1", "--steps", "4")
     found = measured(command, tmp_path).figures["curves"]
