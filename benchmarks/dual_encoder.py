@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,17 +53,11 @@ class _Block(nn.Module):
 class DualEncoder(nn.Module):
     """Both sides to unit vectors, and the logarithm of the similarities' scale."""
 
-    def __init__(self) -> None:
+    def __init__(self, picture: nn.Module | None = None) -> None:
+        """`picture`: in place of the CNN; it reads what `Pairs` have as pictures, which are not changed then."""
         super().__init__()
-        first = _CHANNELS[0] // 2
-        stem: list[nn.Module] = []
-        for width, out in ((3, first), (first, _CHANNELS[0])):
-            stem += [nn.Conv2d(width, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        widths = (_CHANNELS[0], *_CHANNELS)
-        stages = [_Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
-        self.picture = nn.Sequential(
-            *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], _WIDTH)
-        )
+        self.reads_pixels = picture is None
+        self.picture = self._cnn() if picture is None else picture
         self.words = nn.EmbeddingBag(_BUCKETS, _WIDTH, mode="mean")
         self.text = nn.Sequential(
             nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH)
@@ -71,9 +65,22 @@ class DualEncoder(nn.Module):
         nn.init.normal_(self.words.weight, std=0.02)  # rows are seen seldom: small ones move
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
-        """float32 [B, 3, S, S], -1 to 1 -> [B, W]."""
-        return F.normalize(self.picture(pixels), dim=-1)
+    @staticmethod
+    def _cnn() -> nn.Module:
+        first = _CHANNELS[0] // 2
+        stem: list[nn.Module] = []
+        for width, out in ((3, first), (first, _CHANNELS[0])):
+            stem += [nn.Conv2d(width, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        widths = (_CHANNELS[0], *_CHANNELS)
+        stages = [_Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
+        return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], _WIDTH))
+
+    def embed_pictures(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 [B, 3, S, S], or what the part for pictures reads -> [B, W]. `generator`: change pixels at random."""
+        if self.reads_pixels:
+            pictures = pictures.float() / 127.5 - 1
+            pictures = pictures if generator is None else augmented(pictures, generator)
+        return F.normalize(self.picture(pictures), dim=-1)
 
     def embed_texts(self, texts: list[list[int]]) -> Tensor:
         """Features of each text -> [B, W]."""
@@ -84,7 +91,8 @@ class DualEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures uint8 [N, 3, S, S], the texts of each, and the number of what it shows: equal ones are no negatives."""
+    """Pictures uint8 [N, 3, S, S] or what stands for them, the texts of each, and the number of what it shows: equal
+    ones are no negatives."""
 
     pictures: Tensor
     texts: list[list[str]]
@@ -106,11 +114,18 @@ def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return moved * (1 + uniform(0.2)).view(-1, 1, 1, 1) + uniform(0.2).view(-1, 1, 1, 1)
 
 
-def train(pairs: Pairs, steps: int, batch: int, seed: int, every: int) -> Iterator[tuple[DualEncoder, int, float]]:
+def feature_reader(width: int) -> nn.Module:
+    """A small network over features [B, width] of a frozen encoder."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * _WIDTH), nn.GELU(), nn.Linear(2 * _WIDTH, _WIDTH))
+
+
+def train(
+    pairs: Pairs, steps: int, batch: int, seed: int, every: int, picture: Callable[[], nn.Module | None] = lambda: None
+) -> Iterator[tuple[DualEncoder, int, float]]:
     """After every `every` steps: the model in evaluation mode, pairs seen, and the CPU seconds of training so far."""
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    model = DualEncoder()
+    model = DualEncoder(picture())
     optimizer = torch.optim.AdamW(model.parameters(), _RATE, weight_decay=0.05, fused=True)
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / _WARMUP, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3)
@@ -122,8 +137,10 @@ def train(pairs: Pairs, steps: int, batch: int, seed: int, every: int) -> Iterat
             order += rng.permutation(len(pairs.texts)).tolist()
         rows, order = order[:batch], order[batch:]
         texts = [pairs.texts[row][rng.integers(len(pairs.texts[row]))] for row in rows]
-        pixels = augmented(pairs.pictures[rows].float() / 127.5 - 1, generator)
-        media, text = model.embed_pictures(pixels), model.embed_texts([features(text) for text in texts])
+        media, text = (
+            model.embed_pictures(pairs.pictures[rows], generator),
+            model.embed_texts([features(text) for text in texts]),
+        )
         content = pairs.content[rows]
         same = (content[:, None] == content) & ~torch.eye(batch, dtype=torch.bool)
         logits = (model.log_scale.exp().clamp(max=100) * media @ text.t()).masked_fill(same, float("-inf"))

@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import numpy as np
 import torch
-from dual_encoder import DualEncoder, Pairs, features
+import torch.nn.functional as functional
+from dual_encoder import DualEncoder, Pairs, feature_reader, features
 from dual_encoder import train as train_dual_encoder
 from record import ROOT
 from run import DEEPSPEED
+from torch import Tensor
 
 from dsmoe_vl.command import leave
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
@@ -50,7 +53,7 @@ from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from dsmoe_vl.tasks.retrieval import pair_id
 
-RECIPE = ROOT / "benchmarks/learning.toml"
+RECIPE, PRETRAINED = ROOT / "benchmarks/learning.toml", ROOT / "benchmarks/pretrained_pictures.toml"
 _SPARSE = "train.experts.lr_scale=2"  # each expert sees a quarter of the tokens
 VARIANTS: dict[str, tuple[str, ...]] = {
     "retrieval": ("tasks.caption.weight=0", _SPARSE),
@@ -60,6 +63,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "together, dense": ("moe.first_dense_layers=4", "model.ffn_width=512"),  # equal active FLOPs
 }
 DUAL_ENCODER = "plain dual encoder"
+REAL, FROZEN = "retrieval, from real weights", "frozen DINOv2-small, two small networks"  # of pretrained_pictures.py
 _CAPTIONED = 3  # of so many held-out samples, one gets a caption: writing takes longer than the other scores
 _BATCH = 110  # samples of a step, about
 _SLACK = 1.03  # of a pack's room over what its samples take
@@ -159,25 +163,48 @@ def pairs_of(samples: list[Sample]) -> Pairs:
 @torch.no_grad()
 def dual_encoder_scores(model: DualEncoder, pairs: Pairs) -> dict[str, float]:
     """As `scores`."""
-    media = torch.cat([model.embed_pictures(part.float() / 127.5 - 1) for part in pairs.pictures.split(128)])
+    media = torch.cat([model.embed_pictures(part) for part in pairs.pictures.split(128)])
     texts = [features(text) for of_picture in pairs.texts for text in of_picture]
     text = torch.cat([model.embed_texts(texts[at : at + 256]) for at in range(0, len(texts), 256)])
     owners = np.repeat(np.arange(len(media)), [len(of_picture) for of_picture in pairs.texts])
     return recalls(retrieval_metrics(media.numpy(), text.numpy(), owners))
 
 
+def _dual_encoder_curve(args: argparse.Namespace, recipe: Recipe, samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    learned = [sample for source in recipe.data.sources for sample in iterate_samples(SourceConfig.at(source.path))]
+    steps, (train_pairs, tests) = round(args.pairs / _BATCH), map(pairs_of, (learned, samples))
+    reader: Callable[[], Any] = lambda: None  # noqa: E731
+    if args.variant == FROZEN:
+        train_pairs, tests = (replace(pairs, pictures=dino_features(pairs.pictures)) for pairs in (train_pairs, tests))
+        reader = partial(feature_reader, tests.pictures.shape[1])
+    for model, pairs, seconds in train_dual_encoder(
+        train_pairs, steps, _BATCH, args.seed, -(-steps // args.points), reader
+    ):
+        yield {"pairs": pairs, "seconds": seconds, **dual_encoder_scores(model, tests)}
+
+
+@torch.no_grad()
+def dino_features(pictures: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] -> float32 [N, 2 widths]: the class token and the mean of the patches, by transformers."""
+    from transformers import Dinov2Model
+
+    model = Dinov2Model.from_pretrained(ROOT / "data/pretrained/dinov2").eval()
+    mean, spread = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    found = []
+    for part in pictures.split(64):
+        pixels = functional.interpolate(part.float() / 255, size=(56, 56), mode="bicubic", antialias=True)
+        states = model(pixel_values=(pixels.clamp(0, 1) - mean) / spread).last_hidden_state
+        found.append(torch.cat((states[:, 0], states[:, 1:].mean(1)), -1))
+    return torch.cat(found)
+
+
 def curve(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The points of one variant."""
     overrides = (f"run.seed={args.seed}", *VARIANTS.get(args.variant, ()), *args.overrides)
-    recipe = load_recipe(RECIPE, overrides)
+    recipe = load_recipe(PRETRAINED if args.variant == REAL else RECIPE, overrides)
     samples = held_out(recipe)
-    if args.variant == DUAL_ENCODER:
-        learned = [sample for source in recipe.data.sources for sample in iterate_samples(SourceConfig.at(source.path))]
-        steps, tests = round(args.pairs / _BATCH), pairs_of(samples)
-        for model, pairs, seconds in train_dual_encoder(
-            pairs_of(learned), steps, _BATCH, args.seed, -(-steps // args.points)
-        ):
-            yield {"pairs": pairs, "seconds": seconds, **dual_encoder_scores(model, tests)}
+    if args.variant in (DUAL_ENCODER, FROZEN):
+        yield from _dual_encoder_curve(args, recipe, samples)
         return
     deepspeed = load_deepspeed(DEEPSPEED)
     deepspeed["optimizer"]["params"]["lr"] = args.rate
@@ -190,7 +217,7 @@ def curve(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Print the points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=[*VARIANTS, DUAL_ENCODER])
+    parser.add_argument("variant", choices=[*VARIANTS, DUAL_ENCODER, REAL, FROZEN])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=66_000, help="samples to see")
     parser.add_argument("--points", type=int, default=6, help="points of the curve")
