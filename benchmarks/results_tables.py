@@ -201,6 +201,23 @@ def learning(results: Results) -> str:
     return block(table)
 
 
+def pretrained_pictures(results: Results) -> str:
+    """Real pictures from real weights, from nothing, and over frozen features."""
+    scores = {"text_to_media": "text to picture", "media_to_text": "picture to text"}
+    heads = [f"{title}, R@{k}" for title in scores.values() for k in (1, 10)]
+    table = Table("start", "pairs", "CPU seconds", *heads)
+    result = newest(results, "pretrained_pictures")
+    if result is None:
+        table.unverified("pretrained_pictures", "all")
+        return block(table)
+    for way, seeds in result.figures["curves"].items():
+        last = [points[-1] for points in seeds]
+        cells = [_percent_of_seeds([point[f"{score}_r{k}"] for point in last]) for score in scores for k in (1, 10)]
+        pairs, seconds = (fmean(point[name] for point in last) for name in ("pairs", "seconds"))
+        table.row(result, way, f"{pairs:,.0f}", f"{seconds:.0f}", *cells)
+    return block(table)
+
+
 def rates(results: Results) -> str:
     """Learning rates of body, embedding and heads, on scenes and on pictures."""
     scores = {

@@ -25,6 +25,7 @@ COMMANDS = {
     "monitoring": "deepspeed --num_accelerators 2 benchmarks/monitoring.py",
     "parting": "python benchmarks/parting.py",
     "pretrained": "python benchmarks/pretrained.py",
+    "pretrained_pictures": "python benchmarks/pretrained_pictures.py --pictures DIR",
     "planning": "python benchmarks/planning.py",
     "published": "python benchmarks/published.py",
     "quickstart": "python benchmarks/recipes.py quickstart",

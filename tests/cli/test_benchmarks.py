@@ -185,6 +185,20 @@ def test_learning(tmp_path):
     assert ours[-1]["caption_loss"] > 0
 
 
+def test_the_reader_of_frozen_features_learns(tmp_path):
+    """The encoder itself is compared where its weights are."""
+    command = """
+import torch, dual_encoder as d
+torch.manual_seed(0)
+features = torch.randn(8, 12)
+pairs = d.Pairs(features, [[f"name {row} of it"] for row in range(8)], torch.arange(8))
+*_, (model, pairs_seen, _) = d.train(pairs, 60, 8, 1, 60, lambda: d.feature_reader(12))
+found = model.embed_pictures(features) @ model.embed_texts([d.features(f"name {row} of it") for row in range(8)]).t()
+assert pairs_seen == 480 and found.argmax(1).tolist() == list(range(8)), found
+"""
+    subprocess.run([sys.executable, "-c", command], cwd=BENCHMARKS, check=True)
+
+
 def test_kills(tiny, tmp_path):
     command = python(BENCHMARKS / "kills.py", "--kills", "1", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed())
     found = measured(command, tmp_path, "run.steps=8").figures

@@ -44,7 +44,7 @@ def pdsh(hosts, *command):
 
 
 def deepspeed_openmpi(hosts, *command):
-    return deepspeed(hosts, "--launcher", "openmpi", "--launcher_args", "--allow-run-as-root")(*command)
+    return deepspeed(hosts, "--launcher", "openmpi", "--launcher_args=--allow-run-as-root")(*command)
 
 
 def mpirun(hosts, *command):
