@@ -29,7 +29,7 @@ BLOCKS = {
         planned.published, planned.planning, planned.scaling, planned.budgets, planned.internet,
     )
 }  # fmt: skip
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md")))
 _BEGIN, _END = "<!-- figures: {} -->", "<!-- end -->"
 
 

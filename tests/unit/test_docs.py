@@ -12,7 +12,8 @@ import pytest
 from tests.unit.test_layers import ORDER
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+TRANSLATIONS = [page for page in PAGES if page.suffixes[:-1] == [".zh"]]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 # Folders that a page may leave out before a name.
@@ -115,6 +116,23 @@ def test_the_table_of_folders_is_the_order_of_layers():
     assert shown == {name: level for level, row in enumerate(ORDER[:-1], 1) for name in row}
     layers = list(shown.values())
     assert all(above >= below for above, below in pairwise(layers))
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
+def test_a_translation_shows_what_the_page_shows(page):
+    """The same commands, outputs, pictures and figures of theirs, in the same order; a translation may leave some out.
+    Every setting and option that the page names in sentences is named too."""
+    original = page.with_name(page.name.replace(".zh", ""))
+
+    def blocks(of):
+        return [text for text, in_sentence in code(of) if not in_sentence and "runs/" in text]
+
+    def names(of):
+        return {text for text, in_sentence in code(of) if in_sentence}
+
+    assert blocks(page) and blocks(page) == blocks(original)
+    missing = names(original) - names(page)
+    assert page.name == "README.zh.md" or missing == set(), missing
 
 
 def test_the_test_itself(tmp_path):
