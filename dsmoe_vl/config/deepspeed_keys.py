@@ -113,6 +113,13 @@ SECTIONS: dict[str, dict[str, Kind]] = {
             """,
     ),
     "tensorboard": _keys(flag="enabled", string="output_path job_name"),
+    "wandb": _keys(flag="enabled", string="group team project"),
+    "csv_monitor": _keys(flag="enabled", string="output_path job_name"),
+    "comet": _keys(
+        flag="enabled online",
+        integer="samples_log_interval",
+        string="project workspace api_key experiment_name experiment_key mode",
+    ),
     "flops_profiler": _keys(
         flag="enabled detailed",
         number="recompute_fwd_factor",
@@ -164,7 +171,6 @@ REMOVED = _names("""
 
 _MODEL_OWNS = "the recipe defines the experts; set only enabled and autoep_size here. Remove the key"
 _NO_OTHER_PARALLELISM = "only data and expert parallelism are available. Remove the key"
-_OWN_METRICS = "metrics are written to TensorBoard and metrics.jsonl. Remove the section, or set enabled to false"
 _OWN_RECOMPUTATION = (
     "PyTorch recomputes whole layers. Remove the key; an empty activation_checkpointing section turns recomputation on"
 )
@@ -185,9 +191,7 @@ UNSUPPORTED: dict[str, str] = {
     "autotuning": "DeepSpeed's autotuner starts its own scripts. Use --dry-run to compare settings",
     "weight_quantization": "it is for inference only. Remove the section",
     "compile": "DeepCompile does not support expert parallelism. Remove the section",
-    "wandb": _OWN_METRICS,
-    "csv_monitor": _OWN_METRICS,
-    "comet": _OWN_METRICS,
+    "comet.api_key": "plan.json would show it. Set COMET_API_KEY in the environment, and remove the key",
     "optimizer.params.torch_adam": "AdamW is PyTorch's, under offload DeepSpeed's for CPUs. Remove the key",
     "optimizer.params.fp32_optimizer_states": "optimizer states are fp32. Remove the key",
     "optimizer.legacy_fusion": "it belongs to the LAMB optimizer. Remove the key",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dsmoe_vl.monitor.board import Board, layer_tag, tag
 from dsmoe_vl.monitor.metrics_file import MetricsFile
+from dsmoe_vl.monitor.mirror import Mirror
 from dsmoe_vl.monitor.router import draw_record
 from dsmoe_vl.monitor.router_series import RouterSeries
 from dsmoe_vl.monitor.samples import write_samples
@@ -45,6 +46,9 @@ class RunLog:
         self._board: Board | None = None
         if plan.tensorboard_enabled:
             self.attempt(_BOARD, lambda: self._open_board(plan, first_step))
+        self._mirror: Mirror | None = None
+        if plan.mirrors:
+            self._mirror = Mirror(plan)
 
     def say(self, text: str) -> None:
         """Print one line to standard output."""
@@ -99,7 +103,7 @@ class RunLog:
 
     def log_router(self, series: RouterSeries | None) -> None:
         """Write the recorder's last record to TensorBoard: a picture, and aggregates of every layer."""
-        if not self.enabled or series is None or self._board is None:
+        if not self.enabled or series is None or (self._board is None and self._mirror is None):
             return
         step = int(series.step[-1])
         picture = np.asarray(draw_record(series, self._first_sparse_layer))
@@ -108,8 +112,8 @@ class RunLog:
             for name, values in series.of_layers().items()
             for layer, value in enumerate(values[-1], self._first_sparse_layer)
         }
-        self._draw(lambda board: board.add_image("moe/load", picture, step))
-        self._draw(lambda board: board.add_scalars(aggregates, step))
+        self._picture("moe/load", picture, step)
+        self._scalars(aggregates, step)
 
     def log_samples(self, step: int) -> None:
         """Run the checkpoint of `step` on held-out samples, if enough steps have passed since the last time."""
@@ -124,7 +128,7 @@ class RunLog:
             self.say(f"no samples at step {step}: {type(error).__name__}: {error}")
             return
         if picture is not None:
-            self._draw(lambda board: board.add_image("samples", np.asarray(picture), step))
+            self._picture("samples", np.asarray(picture), step)
 
     def close(self) -> None:
         """Close the files."""
@@ -133,6 +137,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         self._draw(lambda board: board.close())
+        self._reflect(lambda mirror: mirror.close())
         self._metrics.close()
 
     def _warn(self, step: int, values: dict[str, float]) -> None:
@@ -143,7 +148,15 @@ class RunLog:
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         self.attempt("metrics.jsonl", lambda: self._metrics.write(step, values))
-        self._draw(lambda board: board.add_scalars({tag(name): value for name, value in values.items()}, step))
+        self._scalars({tag(name): value for name, value in values.items()}, step)
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        self._draw(lambda board: board.add_scalars(values, step))
+        self._reflect(lambda mirror: mirror.add_scalars(values, step))
+
+    def _picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        self._draw(lambda board: board.add_image(name, picture, step))
+        self._reflect(lambda mirror: mirror.add_image(name, picture, step))
 
     def _open_board(self, plan: RunPlan, first_step: int) -> None:
         self._board = Board(plan, first_step)
@@ -153,6 +166,18 @@ class RunLog:
         board = self._board
         if board is not None and not self.attempt(_BOARD, lambda: draw(board)):
             self._board = None
+
+    def _reflect(self, send: Callable[[Mirror], None]) -> None:
+        """Give the mirrors what TensorBoard gets. They are programs of others: after an error of any kind training goes
+        on without them."""
+        if self._mirror is None:
+            return
+        try:
+            send(self._mirror)
+        except Exception as error:
+            self._mirror = None
+            names = ", ".join(self.plan.mirrors)
+            self.say(f"warning: no more metrics go to {names}: {type(error).__name__}: {error}; training goes on")
 
 
 def _clock(seconds: float) -> str:

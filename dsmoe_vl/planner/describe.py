@@ -46,6 +46,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     return [
         ("directory", str(plan.run_dir)),
         ("tensorboard", str(plan.tensorboard_dir) if plan.tensorboard_enabled else "off"),
+        *([("metrics also go to", ", ".join(plan.mirrors))] if plan.mirrors else []),
         ("ranks", f"{plan.world_size} x {plan.device}, {plan.precision}, ZeRO-{plan.zero_stage}{recomputed}"),
         ("sources", _sources(plan)),
         ("readers", f"{data.lanes} lanes, {data.lanes // plan.world_size} per rank, {data.workers} workers per rank"),

@@ -23,7 +23,7 @@ class RunPlan:
     """Settings and estimates that are known before a process group or a model exists. Built by `resolve`."""
 
     recipe: Recipe
-    deepspeed: dict[str, Any]  # for `deepspeed.initialize`: complete, without `expert_parallel` and `tensorboard`
+    deepspeed: dict[str, Any]  # for `deepspeed.initialize`: complete, without the sections that are handled here
     device: Literal["cpu", "cuda"]
     world_size: int
     dp_size: int  # data-parallel ranks: all of them
@@ -36,6 +36,7 @@ class RunPlan:
     packs_per_step: int  # over all ranks
     tokens_per_step: int  # over all ranks, padding included
     run_dir: Path
+    mirrors: dict[str, Any]  # the JSON's sections of other programs that get the metrics too
     tensorboard_enabled: bool
     tensorboard_dir: Path  # of the event files
     parameters: ParameterCounts

@@ -22,7 +22,8 @@ from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.trained import check_lora, check_train, count_trained
 
-_OUR_SECTIONS = ("expert_parallel", "tensorboard")  # handled here; the engine must not see them
+_MIRRORS = ("wandb", "comet", "csv_monitor")  # other programs that get the metrics, by DeepSpeed's monitors
+_OUR_SECTIONS = ("expert_parallel", "tensorboard", *_MIRRORS)  # handled here; the engine must not see them
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _NEED_TOTAL_STEPS = ("WarmupCosineLR", "WarmupDecayLR")
 
@@ -93,6 +94,7 @@ def resolve(
         packs_per_step=packs,
         tokens_per_step=packs * recipe.data.pack_length,
         run_dir=run_dir,
+        mirrors={name: deepspeed[name] for name in _MIRRORS if setting(deepspeed, f"{name}.enabled", False)},
         tensorboard_enabled=setting(deepspeed, "tensorboard.enabled", False),
         tensorboard_dir=_tensorboard_dir(deepspeed, run_dir),
         parameters=parameters,

@@ -105,9 +105,11 @@ def train(
     `fresh`: begin anew; a run that is there is kept under another name."""
     _quiet_deepspeed(ranks.rank)
     from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, PLAN_NAME, lock_run, remove_unfinished
+    from dsmoe_vl.monitor.mirror import require_packages
     from dsmoe_vl.parallel.process_group import HostGroup, end_process_group, start_process_group
     from dsmoe_vl.training.same_copies import require_same_copies
 
+    require_packages(plan)
     start_process_group(ranks, plan.device, plan.recipe.run.stall_seconds)
     host = HostGroup()
     if make_data is not None:

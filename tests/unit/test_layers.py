@@ -41,6 +41,7 @@ MAY_IMPORT_DEEPSPEED = (
     "moe/expert_parallel.py",
     "moe/expert_parallel_capacity.py",
     "moe/placement.py",
+    "monitor/mirror.py",
     "training/engine.py",
     "optim/*",
     "parallel/first_host.py",
