@@ -30,7 +30,7 @@ def checkpoints(tmp_path):
     return sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_rate_of_1e9_ends_all_ranks_and_keeps_the_checkpoint(with_rate, tmp_path, stage):
     good = try_ranks(TRAIN, with_rate(1e-2, "run.steps=4", "run.keep_checkpoints=1", stage=stage), 2)
     assert [rank.status for rank in good] == [0, 0], good[0].err + good[1].err

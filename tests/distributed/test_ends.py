@@ -63,7 +63,7 @@ def assert_saved(run, processes, seconds=SECONDS):
     assert found is not None and found[1].step == metrics(run)[-1]["step"] >= 2
 
 
-@pytest.mark.parametrize("launcher", ["alone", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["alone", "deepspeed", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_a_reader_that_goes_away_stops_a_run_that_saves(tiny, tmp_path, launcher):
     """As `| head -1` does, and the end of pdsh over hosts."""
     run, errors = tmp_path / "run", tmp_path / "errors"
@@ -104,7 +104,7 @@ def test_nohup_keeps_a_run_alive(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["alone", "torchrun"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_while_a_run_starts(tiny, tmp_path, launcher, number):
     """The run takes a step, saves it and ends, as at any later time."""
     run = tmp_path / "run"

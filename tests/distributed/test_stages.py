@@ -44,7 +44,7 @@ def parts_that_moved(run: Path, first: int, second: int) -> set[str]:
     return {name.partition(".")[0] for name in before if not before[name].equal(after[name])} - {"head"}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_connector_first_then_everything(tiny, tmp_path, stage):
     run = tmp_path / "run"
     command = arguments(tiny, run, stage)
