@@ -37,8 +37,8 @@ class _GroupedLinearOnCPU(torch.autograd.Function):
         grad_x, grad_weight = grad.new_empty(len(grad), weight.shape[2]), None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
-            for index, (rows, grad_rows) in enumerate(zip(x.split(ctx.counts), grad.split(ctx.counts), strict=True)):
-                grad_weight[index] = grad_rows.t() @ rows
+            for rows, grad_rows, out in zip(x.split(ctx.counts), grad.split(ctx.counts), grad_weight, strict=True):
+                torch.mm(grad_rows.t(), rows, out=out)
         for matrix, grad_rows, out in zip(weight, grad.split(ctx.counts), grad_x.split(ctx.counts), strict=True):
             torch.mm(grad_rows, matrix, out=out)
         return grad_x, grad_weight, None
