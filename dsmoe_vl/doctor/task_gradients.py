@@ -110,7 +110,7 @@ def _gradients(
                 weights[term.name] * output.loss_sums[term.name] / max(counts[term.name], 1) for term in task.terms
             ]
             loss = torch.stack(shares).sum()
-            losses[index] += float(loss)
+            losses[index] += float(loss.detach())
             last = index == len(tasks) - 1
             for total, gradient in zip(
                 sums[index], torch.autograd.grad(loss, shared, retain_graph=not last, allow_unused=True), strict=True
@@ -142,7 +142,7 @@ def advice(found: TaskGradients, recipe: Recipe) -> list[str]:
                     'moe.routing = "task", give each of them parameters of its own'
                 )
     lines.append(
-        "A start, no more: equal gradients are not equal scores, and they change as training goes on. "
+        "A start, no more: equal gradients are not equal scores, and they change as training goes on;\n"
         "objective.task_weights.method learns factors while it trains"
     )
     return lines
@@ -160,7 +160,8 @@ def find_weights(recipe_file: Path, deepspeed_file: Path, overrides: Sequence[st
     plain: dict[str, Any] = {**deepspeed, "zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
     race = Race(recipe, of_world(plain, recipe, world_size), max(steps, 1))
     plan = race.plan(float(deepspeed["optimizer"]["params"]["lr"]))
-    print(f"{steps} steps of {plan.packs_per_step} packs, then the gradients of {MEASURED} more, in fp32", flush=True)
+    packs = f"{plan.packs_per_step} pack{'s' * (plan.packs_per_step > 1)}"
+    print(f"{steps} steps of {packs}, then the gradients of {MEASURED} more, in fp32", flush=True)
     if recipe.tasks.retrieval.gradient_cache:
         print("retrieval contrasts the pairs of one micro-step here, without the gradient cache")
     found = measure(race, plan, steps)
