@@ -30,7 +30,7 @@ def parse(root: Path) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
     args = parser.parse_intermixed_args()
     if args.subject != "lr" and args.rates:
-        parser.error("--rates belongs to lr")
+        parser.error("--rates belong to lr")
     if args.subject not in ("lr", "weights") and (args.steps is not None or args.world_size is not None):
         parser.error("--steps and --world-size belong to lr and weights")
     if args.subject != "cluster" and args.hostfile is not None:
