@@ -11,8 +11,8 @@ import pytest
 
 from data_tools.tokenizer.train import train as train_tokenizer
 from dsmoe_vl.checkpoint.store import lock_run
-from tests.distributed.ranks import free_port, run_ranks, try_ranks
-from tests.support.runs import STEPS, TRAIN, finish, metrics, python, start
+from tests.distributed.ranks import run_ranks, try_ranks
+from tests.support.runs import STEPS, TRAIN, metrics
 
 
 def refusal(arguments, world_size=2):
@@ -148,13 +148,16 @@ class TestResume:
         refused(tiny.arguments(run, setting), f"step_{STEPS:08d} is of another model", difference, "new run.name")
 
     def test_another_training(self, tiny, run):
-        """The first of two ranks ends before it meets the other."""
-        environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         with lock_run(run):
-            first = finish(start(python(TRAIN, *tiny.arguments(run)), **environment))
-        assert first.status == 2, first.err
+            refused(tiny.arguments(run), f"{run} is being trained by process {os.getpid()} of ", world_size=1)
+
+    @pytest.mark.long
+    def test_another_training_of_two_ranks(self, tiny, run):
+        with lock_run(run):
+            first, other = try_ranks(TRAIN, tiny.arguments(run), 2, timeout_seconds=100)
+        assert first.status == 2 and other.status, first.err + other.err
         assert f"error (rank 0): {run} is being trained by process {os.getpid()} of " in first.err
+        assert other.err == ""  # it ends because the first rank has
 
     def test_another_order_of_the_data(self, tiny, run):
         refused(tiny.arguments(run, LONGER, "run.seed=2"), "run.seed was 1", "is 2 now", "start a new run")
