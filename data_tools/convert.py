@@ -29,6 +29,7 @@ from data_tools.formats import (
     msrvtt,
     msvd,
     qvhighlights,
+    recordio,
     summe,
     tvsum,
     vatex,
@@ -45,6 +46,7 @@ from dsmoe_vl.errors import DataError
 FORMATS = (
     folder, coco, karpathy, flickr, llava, img2dataset,
     msrvtt, msvd, vatex, webvid, activitynet, videoxum, tvsum, summe, qvhighlights,
+    recordio,
 )  # fmt: skip
 
 
