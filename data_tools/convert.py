@@ -33,6 +33,7 @@ from data_tools.formats import (
     summe,
     tvsum,
     vatex,
+    videolist,
     videoxum,
     webvid,
 )
@@ -46,7 +47,7 @@ from dsmoe_vl.errors import DataError
 FORMATS = (
     folder, coco, karpathy, flickr, llava, img2dataset,
     msrvtt, msvd, vatex, webvid, activitynet, videoxum, tvsum, summe, qvhighlights,
-    recordio,
+    recordio, videolist,
 )  # fmt: skip
 
 

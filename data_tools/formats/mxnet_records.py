@@ -1,9 +1,10 @@
 """MXNet's RecordIO: the records of a .rec file, their keys in a .idx file, their paths in a .lst file.
 
 A .rec file is a row of parts. A part is a magic number, a word with its kind (3 bits) and size (29 bits), its bytes,
-and zeros up to a multiple of four. A record is one part, or several: where its bytes have the magic number at a multiple of
-four they are cut, and the number is left out. So it stands only where a part begins, and behind damage the next record
-is found again. A record begins with a header: number of labels, label, two ids, and the labels if there are several.
+and zeros up to a multiple of four. A record is one part, or several: where its bytes have the magic number at a
+multiple of four they are cut, and the number is left out. So it stands only where a part begins, and behind damage the
+next record is found again. A record begins with a header: number of labels, label, two ids, and the labels if there
+are several.
 """
 
 from __future__ import annotations
