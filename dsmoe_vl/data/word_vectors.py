@@ -7,7 +7,8 @@ blanks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ from dsmoe_vl.files import replacing, require_regular
 _CHUNK = 2**20  # bytes read at a time
 _LONGEST = 4096  # bytes of a word
 _WIDEST = 2**16
+_FIRST_LINE = b"%-12d %d\n"  # of the same length for any number of words
 _FIX = "write it as gensim's save_word2vec_format does"
 
 
@@ -52,12 +54,23 @@ def read_vectors(path: Path, wanted: Collection[str] | None = None) -> WordVecto
     return WordVectors(words, width, found)
 
 
-def write_vectors(path: Path, rows: Iterable[tuple[str, np.ndarray]], count: int, width: int) -> None:
-    """Write `count` vectors, float32 [width], in the binary form, and replace `path`. Blanks in a name become `_`."""
+@contextmanager
+def writing_vectors(path: Path, width: int) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """A function that writes one vector, float32 [width], in the binary form; at the end the file replaces `path`.
+    Blanks in a name become `_`. The number of words is filled in at the end, so nothing is kept in memory."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(b"%d %d\n" % (count, width))
-        for name, vector in rows:
+        file.write(_FIRST_LINE % (0, width))
+        words = 0
+
+        def write(name: str, vector: np.ndarray) -> None:
+            nonlocal words
+            assert vector.shape == (width,), f"{vector.shape} for a file of width {width}"
             file.write(word_of(name).encode("utf-8", "replace") + b" " + vector.astype("<f4").tobytes() + b"\n")
+            words += 1
+
+        yield write
+        file.seek(0)
+        file.write(_FIRST_LINE % (words, width))
 
 
 def word_of(name: str) -> str:

@@ -12,10 +12,10 @@ from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.data.word_start import read_word_start
-from dsmoe_vl.data.word_vectors import write_vectors
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.word_rows import fill_words
 from dsmoe_vl.tasks.registry import build_backbone
+from tests.support.keyed_vectors import write_vectors
 from tests.support.runs import TRAIN, deepspeed_command, finish, python, start
 
 
@@ -23,7 +23,7 @@ def test_every_topology_starts_from_the_same_vectors(tiny, tmp_path):
     tokenizer = Tokenizer(tiny.data / "tokenizer.model")
     words = [*list(tokenizer.words())[:6], "elsewhere"]
     vectors = np.random.default_rng(4).normal(size=(7, 20)).astype(np.float32)
-    write_vectors(tmp_path / "v.bin", zip(words, vectors, strict=True), 7, 20)
+    write_vectors(tmp_path / "v.bin", words, vectors)
     setting = f"model.embedding_from={tmp_path / 'v.bin'}"
     dry = finish(start(python(TRAIN, "--dry-run", *tiny.arguments(tmp_path / "run", setting))))
     assert dry.status == 0, dry.err

@@ -13,12 +13,13 @@ from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.copies import differences, read_copy
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.data.word_start import WordStart, describe_word_start, read_word_start
-from dsmoe_vl.data.word_vectors import read_vectors, word_of, write_vectors
+from dsmoe_vl.data.word_vectors import read_vectors, word_of
 from dsmoe_vl.errors import ConfigError, DataError
 from dsmoe_vl.model.init import first_values
 from dsmoe_vl.model.word_rows import fill_words
 from dsmoe_vl.moe.placement import placed
 from dsmoe_vl.tasks.registry import build_backbone
+from tests.support.keyed_vectors import write_text, write_vectors
 
 RNG = np.random.default_rng(2)
 WORDS = ["red", "Straße", "日本", "a", "left", "circle"]
@@ -26,15 +27,11 @@ VECTORS = RNG.normal(size=(len(WORDS), 12)).astype(np.float32)
 
 
 def binary(path, words=WORDS, vectors=VECTORS):
-    write_vectors(path, zip(words, vectors, strict=True), len(words), vectors.shape[1])
-    return path
+    return write_vectors(path, words, vectors)
 
 
 def text(path, words=WORDS, vectors=VECTORS):
-    lines = [f"{len(words)} {vectors.shape[1]}"]
-    lines += [" ".join([word, *map(repr, row.tolist())]) for word, row in zip(words, vectors, strict=True)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_text(path, words, vectors)
 
 
 @pytest.mark.parametrize("write", [binary, text])
