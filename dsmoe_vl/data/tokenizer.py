@@ -16,7 +16,7 @@ from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.data.vocabulary import Vocabulary, read_vocabulary
 from dsmoe_vl.errors import ConfigError
 
-_BLANKS = "\u2581\u0120"  # a blank in the pieces of SentencePiece, and in those of bytes
+_BLANKS = ("\u2581", "\u0120")  # a blank in the pieces of SentencePiece, and in those of bytes
 _NO_SETTINGS = TokenizerConfig()
 
 
@@ -86,10 +86,10 @@ class Tokenizer:
         """The rows of pieces that begin a word, by their text: those with a blank before it."""
         found: dict[str, int] = {}
         for row in self.spoken:
-            piece = self.vocabulary.piece(row)
-            if piece[1:] and piece[0] in _BLANKS:
-                word = piece[1:] if piece[0] == _BLANKS[0] else self.vocabulary.decode([row]).strip()
-                found.setdefault(word, row)
+            if self.vocabulary.piece(row).startswith(_BLANKS):
+                word = self.vocabulary.decode([row]).strip()
+                if word and "\N{REPLACEMENT CHARACTER}" not in word:  # blanks alone; a part of a letter
+                    found.setdefault(word, row)
         return found
 
     @property
