@@ -130,12 +130,12 @@ def _binary(path: Path, file: BinaryIO, words: int, width: int, names: frozenset
             data, at = data[at:] + file.read(_CHUNK + 4 * width + _LONGEST), 0
             end = data.find(b" ")
         word = data[at : max(end, 0)].lstrip(b"\n")
-        place = f"byte {behind + at}"
         if end < 0 or not word or len(word) > _LONGEST or end + 1 + 4 * width > len(data):
+            place = f"byte {behind + at}"
             raise DataError(
                 f"{path}, {place}: word {number:,} of {words:,} is not there or has no {width} values: {_FIX}"
             )
         if names is None or word in names:
-            yield place, word, np.frombuffer(data, "<f4", width, end + 1).astype(np.float32)
+            yield f"byte {behind + at}", word, np.frombuffer(data, "<f4", width, end + 1).astype(np.float32)
         at = end + 1 + 4 * width
     file.seek(behind + at)
