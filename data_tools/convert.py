@@ -29,9 +29,11 @@ from data_tools.formats import (
     msrvtt,
     msvd,
     qvhighlights,
+    recordio,
     summe,
     tvsum,
     vatex,
+    videolist,
     videoxum,
     webvid,
 )
@@ -45,6 +47,7 @@ from dsmoe_vl.errors import DataError
 FORMATS = (
     folder, coco, karpathy, flickr, llava, img2dataset,
     msrvtt, msvd, vatex, webvid, activitynet, videoxum, tvsum, summe, qvhighlights,
+    recordio, videolist,
 )  # fmt: skip
 
 

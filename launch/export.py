@@ -5,6 +5,9 @@ Experts that the L1 term has reduced to zero output are left out; the model's ou
 
 With `--format hf` DIR is a folder that transformers loads with one of its own classes, or the reason why none fits;
 with `--own-code` as well, it has the code of a class that fits every model.
+
+With `--format keyedvectors --data SHARDS` DIR has the retrieval embeddings of pictures, videos and captions, as files
+that gensim's KeyedVectors opens.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from pathlib import Path
 
 from dsmoe_vl.checkpoint.export import export_run
 from dsmoe_vl.command import run
+from dsmoe_vl.inference.commands import print_error
+from dsmoe_vl.inference.keyed_vectors import describe_counts, export_keyed_vectors
+from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.pretrained.exporting import export_hf
 
 
@@ -24,8 +30,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="a run directory, such as runs/quickstart")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
-        "--format", choices=("dsmoe_vl", "hf"), default="dsmoe_vl", help="for these programs, or for transformers"
-    )
+        "--format", choices=("dsmoe_vl", "hf", "keyedvectors"), default="dsmoe_vl",
+        help="for these programs, for transformers, or embeddings for gensim",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="SHARDS", help="with keyedvectors: folder or URL of shards to embed")
     parser.add_argument("--part", choices=("all", "text"), default="all", help="with hf: text is the decoder alone")
     parser.add_argument(
         "--drop-routing-bias", action="store_true", help="with hf: leave the routers' biases out; tokens change experts"
@@ -37,6 +45,8 @@ def parse() -> argparse.Namespace:
     changed = args.part != "all" or args.drop_routing_bias
     if args.format != "hf" and (changed or args.own_code):
         parser.error("--part, --drop-routing-bias and --own-code need --format hf")
+    if (args.format == "keyedvectors") != (args.data is not None):
+        parser.error("--format keyedvectors and --data SHARDS need each other")
     if changed and args.own_code:
         parser.error("--own-code leaves nothing out: give it without --part and --drop-routing-bias")
     return args
@@ -45,6 +55,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Print the dropped experts and the sizes. Exit status 2 if the run or the folder cannot be used."""
     args = parse()
+    if args.format == "keyedvectors":
+        return run(lambda: export_embeddings(args))
     return run(lambda: export_for_transformers(args) if args.format == "hf" else export(args.run, args.output))
 
 
@@ -68,6 +80,18 @@ def export_for_transformers(args: argparse.Namespace) -> int:
     print(f"  weights: {done.size_bytes:,} bytes")
     print(f"wrote {args.output} for transformers: {done.architecture}")
     return 0
+
+
+def export_embeddings(args: argparse.Namespace) -> int:
+    """Embed, and print a summary. Returns the exit status: 1 if something was left out."""
+    trained = load_run(args.run, None)
+    counts = export_keyed_vectors(
+        trained, args.data, args.output, lambda name, reason: print_error(f"{name}: {reason}")
+    )
+    print(f"{trained.checkpoint}")
+    describe_counts(counts)
+    print(f"wrote {args.output}")
+    return 1 if counts.left_out else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.signals import StopRequest
-from dsmoe_vl.training.start import Request, is_supervised, missing_files, plan_run, supervise, train
+from dsmoe_vl.training.start import Request, first_words, is_supervised, missing_files, plan_run, supervise, train
 
 _ROOT = Path(__file__).resolve().parent.parent
 _DEFAULT_RECIPE = _ROOT / "launch" / "recipes" / "quickstart.toml"
@@ -90,6 +90,8 @@ def plan_and_train(args: argparse.Namespace, stop: StopRequest) -> int:
 def show(plan: RunPlan) -> None:
     """Print the plan, and the files missing on this machine. Raises ConfigError."""
     print(describe(plan))
+    if words := first_words(plan):
+        print(words)
     for name in missing_files(plan):
         print(f"not here yet: {name}")
 

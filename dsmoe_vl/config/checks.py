@@ -66,6 +66,11 @@ def _model(recipe: Recipe) -> Iterator[Rule]:
         f"gives a head width of {head}; rotary embeddings need an even one",
     )
     yield model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {model.heads}"
+    yield (
+        not (model.embedding_from and model.init_from),
+        "model.embedding_from",
+        f"the weights of model.init_from = {model.init_from!r} have an embedding already: remove one of the two",
+    )
     sections = model.rope_sections
     yield (
         not sections

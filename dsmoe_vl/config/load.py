@@ -23,7 +23,7 @@ from dsmoe_vl.files import require_regular
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 # Keys of files and folders, whose ~ is the home folder. `data.cache` is expanded where it is used: its default has one.
-_PLACES = ("path", "directory", "init_from")
+_PLACES = ("path", "directory", "init_from", "embedding_from")
 _KEY = re.compile(r'(?:^|\.)((?:"[^"]*"|[^".])*)')  # between the dots of an override
 _WHOLE = (["stages"], ["train"])  # a list outside a table; a table of tables, whose names are the user's
 _KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}

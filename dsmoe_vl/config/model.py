@@ -60,6 +60,8 @@ class ModelConfig:
     rope_base: float = bounded(10000.0, least=1)
     # a folder that launch/import_hf.py wrote: training starts from its weights, and its settings need not be given
     init_from: str = ""
+    # vectors of words in the format of word2vec: pieces that are such a word start from its vector
+    embedding_from: str = ""
     # The following keys are for weights that were trained elsewhere.
     head_width: int = bounded(0, least=0)  # d; 0: width / heads
     norm_eps: float = bounded(1e-6, above=0)  # of every RMSNorm of the decoder

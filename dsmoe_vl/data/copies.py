@@ -14,6 +14,7 @@ from dsmoe_vl.config.source_map import map_sha256
 from dsmoe_vl.data.shards.download import without_query
 from dsmoe_vl.data.shards.index import manifest_sha256
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.data.word_start import read_word_start
 from dsmoe_vl.errors import as_user_error
 
 _DIGITS = 12  # of a hash in a message
@@ -30,11 +31,14 @@ class Copy:
 
 
 def read_copy(recipe: Recipe, who: str) -> Copy:
-    """Hash the recipe's tokenizer, and the manifests and transformations of its sources. Shards are not read."""
+    """Hash the recipe's tokenizer and vectors of words, and the manifests and transformations of its sources. Shards
+    are not read."""
     data = recipe.data
     parts: list[tuple[str, str, Callable[[], str]]] = [
         ("", f"tokenizer {recipe.tokenizer.path}", partial(_tokenizer_sha256, recipe))
     ]
+    if recipe.model.embedding_from:
+        parts.append(("", f"model.embedding_from {recipe.model.embedding_from}", partial(_vectors_sha256, recipe)))
     for part, sources in (("data.sources", data.sources), ("data.evaluation", data.evaluation)):
         for source in sources:
             prefix = f"{part}, {source.name}: "
@@ -68,6 +72,12 @@ def differences(copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
                 )
                 found.append((copy, text))
     return found
+
+
+def _vectors_sha256(recipe: Recipe) -> str:
+    start = read_word_start(recipe, Tokenizer.of(recipe))
+    assert start is not None, "the recipe names vectors"
+    return start.sha256
 
 
 def _tokenizer_sha256(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.data.vocabulary import Vocabulary, read_vocabulary
 from dsmoe_vl.errors import ConfigError
 
+_BLANKS = ("\u2581", "\u0120")  # a blank in the pieces of SentencePiece, and in those of bytes
 _NO_SETTINGS = TokenizerConfig()
 
 
@@ -80,6 +81,16 @@ class Tokenizer:
     def new_rows(self) -> range:
         """Rows that the file has no piece for: of symbols of ours."""
         return range(self.vocabulary.size, self._rows)
+
+    def words(self) -> dict[str, int]:
+        """The rows of pieces that begin a word, by their text: those with a blank before it."""
+        found: dict[str, int] = {}
+        for row in self.spoken:
+            if self.vocabulary.piece(row).startswith(_BLANKS):
+                word = self.vocabulary.decode([row]).strip()
+                if word and "\N{REPLACEMENT CHARACTER}" not in word:  # blanks alone; a part of a letter
+                    found.setdefault(word, row)
+        return found
 
     @property
     def spoken(self) -> list[int]:

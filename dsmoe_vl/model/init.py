@@ -12,7 +12,7 @@ from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.placement import Placed, expert_name, placed
 from dsmoe_vl.moe.router import Router
 
-_EMBEDDING_STD = 0.02
+EMBEDDING_STD = 0.02
 _ROUTER_STD = 0.02  # near-even routing at the start
 _FROM_PICTURES = ("connector.down.weight", "connector.place.weight", "connector.time.weight")
 _INTO_RESIDUAL = ("attention.out.weight", "down.weight", "experts.w2", "mlp.w2")
@@ -45,7 +45,7 @@ def first_values(model: VisionLanguageModel, seed: int, connector_scale: float =
         if id(where.parameter) in routers:
             return _ROUTER_STD
         if where.parameter is model.embedding.weight or where.parameter is model.head.weight:
-            return _EMBEDDING_STD
+            return EMBEDDING_STD
         std = where.shape[-1] ** -0.5
         if "layers" in where.name and where.name.endswith(_INTO_RESIDUAL):
             std /= (2 * depth[where.name.split(".")[0]]) ** 0.5
@@ -73,5 +73,9 @@ def first_values(model: VisionLanguageModel, seed: int, connector_scale: float =
 
 
 def _fill_normal(values: Tensor, std: float, name: str) -> None:
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
-    values.normal_(0.0, std, generator=generator)
+    values.normal_(0.0, std, generator=generator_of(name))
+
+
+def generator_of(name: str) -> torch.Generator:
+    """Random numbers that follow from a name alone."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)

@@ -240,7 +240,7 @@ def _with_decoder(recipe: Recipe, decoder: Decoder, found: FoundTokenizer | None
 def _plain(settings: Any) -> dict[str, Any]:
     """Without tables inside it."""
     return {item.name: value for item in fields(settings) if not is_dataclass(value := getattr(settings, item.name))
-            and item.name != "init_from"}  # fmt: skip
+            and item.name not in ("init_from", "embedding_from")}  # fmt: skip
 
 
 def _vision_settings(tower: Tower) -> dict[str, Any]:

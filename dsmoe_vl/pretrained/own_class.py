@@ -67,7 +67,7 @@ class OwnClass:
         recipe = self.recipe
         model = asdict(recipe.model)
         vision = model.pop("vision")
-        del model["init_from"]
+        del model["init_from"], model["embedding_from"]
         rotary = Rotary(recipe.model)
         files = {"AutoConfig": "DsmoeVLConfig"}
         files |= dict.fromkeys(("AutoModelForImageTextToText", "AutoModelForCausalLM"), self.architecture)

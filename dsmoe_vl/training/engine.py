@@ -17,8 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
+from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.data.word_start import read_word_start
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.model.init import first_values
+from dsmoe_vl.model.word_rows import fill_words
 from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.placement import Placed, placed
@@ -40,7 +43,7 @@ def build_engine(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], updates: 
     """The engine around a freshly initialised model, its experts spread over `plan.ep_size` ranks.
 
     `updates`: those of a checkpoint that will be read into it, as `OptimizerFiles.updates` has them. Without, it begins
-    with the weights of `model.init_from`.
+    with the weights of `model.init_from`, or the vectors of `model.embedding_from`.
     """
     engine = wrap(plan, build_model(plan, ranks, tasks, imports=updates is None), updates or {})
     torch.manual_seed(plan.recipe.run.seed * 2**20 + ranks.rank)  # for routing noise: a different seed on every rank
@@ -65,6 +68,11 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
     rule_of = rules(plan.recipe)
     fill = first_values(backbone, plan.recipe.run.seed, plan.recipe.model.vision.connector_scale)
     imported = imported_values(plan.recipe.model.init_from if imports else "")
+    words = (
+        read_word_start(plan.recipe, Tokenizer.of(plan.recipe))
+        if imports and plan.recipe.model.embedding_from
+        else None
+    )
     partition = _partitioner(plan) if plan.zero_stage == 3 else None
     for where in list(placed(model)):
         assert where.name in rule_of, f"{where.name} is in no task's head_shapes"
@@ -72,6 +80,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
         _make_real(where.parameter)
         if not imported(where):
             fill(where)
+            fill_words(where.name, where.parameter.data, words, plan.recipe.run.seed)
         where.parameter.data = where.parameter.data.to(dtype)
         if partition is not None:
             partition(where.parameter)

@@ -15,6 +15,7 @@ from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.tokenizer import Tokenizer
+from dsmoe_vl.data.word_start import describe_word_start
 from dsmoe_vl.files import write_atomically
 from dsmoe_vl.parallel.device import device_name, has_bf16_unit
 from dsmoe_vl.parallel.ranks import Ranks
@@ -92,6 +93,17 @@ def missing_files(plan: RunPlan) -> Iterator[str]:
         Tokenizer.of(plan.recipe)
     else:
         yield f"tokenizer.path: {tokenizer}"
+    if (vectors := plan.recipe.model.embedding_from) and not Path(vectors).is_file():
+        yield f"model.embedding_from: {vectors}"
+
+
+def first_words(plan: RunPlan) -> str:
+    """How many pieces of the tokenizer start from `model.embedding_from`, in a line; "" if none do, or if a file is not
+    here. Raises ConfigError."""
+    vectors, tokenizer = plan.recipe.model.embedding_from, Path(plan.recipe.tokenizer.path)
+    if not vectors or not Path(vectors).is_file() or not tokenizer.is_file():
+        return ""
+    return describe_word_start(plan.recipe, Tokenizer.of(plan.recipe))
 
 
 def train(

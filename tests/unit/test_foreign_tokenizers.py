@@ -55,6 +55,13 @@ def made(request, files):
     return Tokenizer(*files[request.param])
 
 
+def test_words_are_pieces_with_a_blank_before_them(made):
+    words = made.words()
+    assert len(words) >= 3 and all(word == word.strip() and word for word in words)
+    for word, row in words.items():
+        assert made.decode([made.encode("x")[-1], row]).endswith(f" {word}") and row not in silent(made)
+
+
 def silent(tokenizer):
     return set(range(tokenizer.size)) - set(tokenizer.spoken)
 
