@@ -24,8 +24,8 @@ BLOCKS = {
         learned.task_weights,
         learned.together_and_alone, learned.learning, learned.ablations, learned.rates,
         learned.parting, learned.pretrained,
-        timed.speed, timed.train_step, timed.moe_cost, timed.monitoring, timed.data, timed.checkpoint,
-        timed.import_model, timed.generate,
+        timed.speed, timed.train_step, timed.moe_cost, timed.moe_layer, timed.packing, timed.monitoring,
+        timed.data, timed.checkpoint, timed.import_model, timed.generate,
         planned.published, planned.planning, planned.scaling, planned.budgets, planned.internet,
     )
 }  # fmt: skip
