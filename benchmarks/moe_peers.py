@@ -146,7 +146,7 @@ def lost(layer: Layer, x: Tensor) -> Tensor:
 
 
 DENSE, OURS, CAPACITY = "dense", "ours", "DeepSpeed MoE, capacity 1.25"
-# Each layer's forms, of which the fastest is measured: which it is depends on the shape and on the machine. Left out is
+# Each layer's forms, of which the fastest is reported: which it is depends on the shape and on the machine. Left out is
 # what cannot win or cannot run on a CPU: transformers' batched_mm copies a matrix for every row, the others' fused
 # kernels are Triton's. DeepSpeed's `use_tutel` needs a package that is built for CUDA only.
 PATHS: dict[str, dict[str, Callable[[SparseMoE, Shape, Ranks], Layer]]] = {
