@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-_PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "pillow", "simplejpeg", "av")
+_PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "pillow", "simplejpeg", "av", "transformers")
 _CPU_FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_bf16": "AMX"}
 
 

@@ -86,6 +86,43 @@ def moe_cost(results: Results) -> str:
     return block(table)
 
 
+def moe_layer(results: Results) -> str:
+    """One sparse layer beside others' and beside a dense one; columns are the paths of the newest result."""
+    found = results.get("moe_layer", ())
+    paths = list(found[-1].figures["layers"][0]["paths"]) if found else ["ours", "dense"]
+    *sparse, dense = paths
+    table = Table("layer", "tokens a rank", "EP", f"{dense}, TFLOP/s a rank", *sparse)
+    for result in _or_unverified(table, results, "moe_layer", "on a CPU"):
+        figures = result.figures
+        for layer in figures["layers"]:
+            of = layer["paths"]
+            name = f"{layer['shape']}: {layer['experts']} experts of {layer['width']} x {layer['ffn_width']}"
+            cells = ["not run" if "not_run" in of[path] else _spread(of[path]["over_dense"]) for path in sparse]
+            table.row(
+                result, f"{name}, {layer['top_k']} a token, {figures['precision']}", f"{layer['tokens']:,}",
+                f"{figures['ep_size']}", f"{of[dense]['tflops_per_rank']:.3f}", *cells,
+            )  # fmt: skip
+    return block(table)
+
+
+def packing(results: Results) -> str:
+    """Steps on packs beside steps on padded batches."""
+    table = Table(
+        "step", "samples", "padded: real tokens", "packed: real tokens", "padded, real tokens/s",
+        "packed, real tokens/s", "packed / padded", "by the processor's time",
+    )  # fmt: skip
+    for result in _or_unverified(table, results, "packing", "on a CPU"):
+        found = result.figures
+        sides = [found[side] for side in ("padded", "packed")]
+        table.row(
+            result, _setting(result), f"{found['samples_a_step']:.0f}",
+            *(f"{100 * side['real_share']:.1f} %" for side in sides),
+            *(f"{side['real_tokens_per_second'][0]:,.0f}" for side in sides),
+            _spread(found["packed_over_padded"]), _spread(found["packed_over_padded_processor"]),
+        )  # fmt: skip
+    return block(table)
+
+
 def monitoring(results: Results) -> str:
     """Watched steps beside bare ones."""
     table = Table(

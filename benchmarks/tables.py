@@ -18,6 +18,8 @@ COMMANDS = {
     "data": "python benchmarks/data.py",
     "generate": "python benchmarks/generate.py",
     "moe_cost": "deepspeed --num_accelerators 2 benchmarks/moe_cost.py",
+    "moe_layer": "python benchmarks/moe_layer.py",
+    "packing": "python benchmarks/packing.py",
     "import_model": "python benchmarks/import_model.py",
     "kills": "python benchmarks/kills.py",
     "large": "python benchmarks/large.py",

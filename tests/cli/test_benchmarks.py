@@ -52,6 +52,26 @@ def test_moe_cost(tiny, tmp_path):
     assert all(found[name][0] > 0 for name in ("forward_backward_moe_over_dense", "step_l1_over_moe"))
 
 
+def test_moe_layer(tmp_path):
+    """All layers of a shape agree, or the benchmark fails."""
+    command = python(BENCHMARKS / "moe_layer.py", "--tokens", "64", "--turns", "1")
+    found = measured(command, tmp_path).figures["layers"]
+    assert [(layer["shape"], layer["tokens"]) for layer in found] == [("coarse", 64), ("fine", 64)]
+    for layer in found:
+        assert len(layer["paths"]) == 7 and layer["paths"]["dense"]["over_dense"] == [1, 1, 1]
+        for path in layer["paths"].values():
+            assert path["tflops_per_rank"] > 0 and path.get("tokens_agreeing", 1) == 1
+
+
+def test_packing(tiny, tmp_path):
+    """Both forms of a step have the same loss, or the benchmark fails."""
+    options = ("--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(), "--turns", "1")
+    command = python(BENCHMARKS / "packing.py", *options, "tasks.retrieval.weight=1", "tasks.summary.weight=1")
+    found = measured(command, tmp_path).figures
+    assert found["packed"]["real_share"] > found["padded"]["real_share"] > 0
+    assert found["packed"]["tokens_a_step"] == 256 and found["packed_over_padded"][0] > 0
+
+
 def test_checkpoint(tmp_path):
     small = (
         "model.width=64", "model.heads=4", "model.kv_heads=2", "model.ffn_width=64", "model.vision.width=32",
