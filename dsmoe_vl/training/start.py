@@ -136,8 +136,10 @@ def train(
         lock = lock_run(plan.run_dir)
         unfinished = remove_unfinished(plan.run_dir / CHECKPOINTS_NAME)
         changes = changed_settings(plan, plan.run_dir / PLAN_NAME)
+        words = "" if (plan.run_dir / PLAN_NAME).exists() else first_words(plan)  # a run that goes on has its own
         notes = [
             *plan.notes,
+            *([words] if words else []),
             *(f"{name} was not finished; removed" for name in unfinished),
             *[f"changed since the run's last start: {change}" for change in changes],
         ]

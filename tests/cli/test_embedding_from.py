@@ -44,6 +44,7 @@ def test_every_topology_starts_from_the_same_vectors(tiny, tmp_path):
         arguments = [*tiny.arguments(tmp_path / name, *still), "--deepspeed", str(tmp_path / "ds.json")]
         result = finish(start(python(TRAIN, *arguments) if ranks == 1 else deepspeed_command(arguments)), 250)
         assert result.status == 0, result.out + result.err
+        assert f"note: embedding starts from {tmp_path / 'v.bin'}: 6 of 320 pieces" in result.out
         found = newest_complete(tmp_path / name / "checkpoints")
         assert found is not None
         trained = WeightsFile(found[0]).read("embedding.weight")
