@@ -23,6 +23,7 @@ from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
 from dsmoe_vl.moe.phases import phase
+from dsmoe_vl.moe.rows import permute, places_of
 from dsmoe_vl.moe.stats import RouterStats
 
 # What DeepSpeed sets on the parameters of experts, and reads to reduce and to partition them.
@@ -72,8 +73,8 @@ class ExpertParallelMoE(AutoEPMoELayer):
             local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
             owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
             order = owner.argsort(stable=True)
-            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
-            computed = self.experts(received.index_select(0, order), by_source.sum(0)).index_select(0, inverse)
+            inverse = places_of(order, 1).squeeze(1)
+            computed = permute(self.experts(permute(received, order, inverse), by_source.sum(0)), inverse, order)
         with phase("all_to_all"):
             return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
 

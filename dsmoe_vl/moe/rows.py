@@ -48,6 +48,24 @@ class _Combine(torch.autograd.Function):
         return grad_rows.mul_(gates.flatten().take(order).unsqueeze(1)), grad_gates, None, None
 
 
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """rows [N, D] in another order: row i is rows[order[i]]. Both int64 [N], each the inverse of the other."""
+    out: Tensor = _Permute.apply(rows, order, inverse)
+    return out
+
+
 def dispatch(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
     """x [T, D] -> rows [R, D]."""
     out: Tensor = _Dispatch.apply(x, order, places)
