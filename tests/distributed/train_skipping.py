@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig
+from dsmoe_vl.config.recipe import L1Config, ObjectiveConfig, TaskWeightsConfig
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.optim.values import owned_values
 from dsmoe_vl.parallel.device import use_device
@@ -30,7 +30,8 @@ from tests.distributed.train_losses import RECIPE
 from tests.support.batches import mixed_pack
 
 MOE = replace(RECIPE.moe, bias_rate=0.01)
-RECIPE = replace(RECIPE, moe=MOE, objective=ObjectiveConfig(L1Config(weight=0.1, matrices=0.5)))
+OBJECTIVE = ObjectiveConfig(L1Config(weight=0.1, matrices=0.5), TaskWeightsConfig("famo"))
+RECIPE = replace(RECIPE, moe=MOE, objective=OBJECTIVE)
 PACKS = (0, 1, 2)  # of the steps; the second one fails
 
 
@@ -62,7 +63,8 @@ class Run:
         return self.take_step(shared.batches, shared.counts)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what an update changes on this rank: weights, moments, load fractions and selection bias."""
+        """Copies of what an update changes on this rank: weights, moments, load fractions, selection bias, and the
+        weights of tasks."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.engine.module.named_parameters():
             values = owned_values(parameter, self.ranks.world_size, self.ranks.rank)
@@ -75,6 +77,8 @@ class Run:
         for index, router in enumerate(self.take_step.routers):
             found[f"bias {index}"] = router.selection_bias
         found["load fractions"] = self.take_step.load_fraction
+        of_tasks = self.take_step.state_dict()["task_weights"]
+        found |= {f"{name} of tasks": torch.tensor(of_tasks[name]) for name in ("numbers", "losses")}
         return {name: torch.as_tensor(value).detach().clone() for name, value in found.items()}
 
 
@@ -104,6 +108,7 @@ def infinite_loss(run: Run) -> Callable[[], None]:
         terms = {**loss.terms, "loss_caption": loss.terms["loss_caption"] + math.inf}
         return replace(loss, scalar=loss.scalar + math.inf, terms=terms)
 
+    spoiled.task_weights = objective.task_weights  # type: ignore[attr-defined]
     run.take_step.objective = spoiled
 
     def restore() -> None:
