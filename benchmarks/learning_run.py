@@ -208,7 +208,10 @@ def curve(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return
     deepspeed = load_deepspeed(DEEPSPEED)
     deepspeed["optimizer"]["params"]["lr"] = args.rate
-    plan = resolve(sized(recipe, args.pairs), deepspeed, 1, device="cpu", bf16_unit=False)
+    schedule = deepspeed["scheduler"]["params"]
+    recipe = sized(recipe, args.pairs)
+    schedule["warmup_num_steps"] = max(min(schedule["warmup_num_steps"], recipe.run.steps // 8), 1)  # of few steps
+    plan = resolve(recipe, deepspeed, 1, device="cpu", bf16_unit=False)
     for trained, pairs, seconds, losses in train(plan, args.points):
         loss = {"caption_loss": losses["eval_loss_caption"]} if "eval_loss_caption" in losses else {}
         yield {"pairs": pairs, "seconds": seconds, **scores(trained, samples), **loss}

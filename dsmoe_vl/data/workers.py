@@ -24,7 +24,7 @@ _CHECK_SECONDS = 0.2  # between a worker's looks at its rank
 
 
 class Late(NamedTuple):
-    """A worker whose item is waited for, since `seconds`; `is_stopped`: by a signal, such as SIGSTOP."""
+    """A worker for which `next` has waited since `seconds`; `is_stopped`: by a signal, such as SIGSTOP."""
 
     worker: int
     pid: int
@@ -74,16 +74,18 @@ class WorkerProcesses(Generic[T]):
         return item
 
     def late(self) -> Late | None:
-        """The worker that `next` is waiting for; None if it is not waiting. Any thread may call it."""
+        """The worker that `next` is waiting for, or another one that a signal has stopped: it may hold the lock of the
+        queue into which all send. None if `next` is not waiting. Any thread may call it."""
         since, worker = self._waits_since, self._taken % len(self._processes)
         pid = self._processes[worker].pid
         if since is None or pid is None:
             return None
-        try:
-            is_stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
-        except psutil.Error:
-            is_stopped = False
-        return Late(worker, pid, time.monotonic() - since, is_stopped)
+        seconds = time.monotonic() - since
+        for number in sorted(range(len(self._processes)), key=lambda number: number != worker):  # its own first
+            stopped = self._processes[number].pid
+            if stopped is not None and _is_stopped(stopped):
+                return Late(number, stopped, seconds, True)
+        return Late(worker, pid, seconds, False)
 
     @property
     def has_failed(self) -> bool:
@@ -96,6 +98,13 @@ class WorkerProcesses(Generic[T]):
         for process in self._processes:
             if process.pid is not None:  # it was started
                 process.join()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
 
 
 class _RecordingContext(BaseContext):
