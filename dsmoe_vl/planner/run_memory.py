@@ -11,7 +11,7 @@ from dsmoe_vl.planner.memory import memory_for
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.planner.products import Shape
 
-_BUCKET, _PREFETCH = 5e8, 5e7  # numbers; DeepSpeed's defaults
+_BUCKET, _PREFETCH, _SUB_GROUP = 5e8, 5e7, 1e9  # numbers; DeepSpeed's defaults
 _CHECKPOINT_BYTES = 12  # of a trained parameter: fp32 weight and two moments
 
 
@@ -55,7 +55,7 @@ def run_memory(plan: RunPlan, cluster: Cluster, shape: Shape | None = None) -> R
         shape = Shape.full(plan.recipe, plan.micro_batch, plan.ep_size)
         shape = replace(shape, labels=shape.tokens)
     kept = activations(plan.recipe, shape, bf16=bf16, cuda=cuda, recompute=plan.activation_checkpointing)
-    buffers = _buffers(plan, cuda)
+    buffers = _buffers(plan, cuda) + (0.0 if cuda else _flat_gradients(plan))
     peak = kept.total
     return RunMemory(
         reserved=cluster.reserved_bytes,
@@ -75,6 +75,16 @@ def checkpoint_bytes(plan: RunPlan) -> float:
     """Of one checkpoint: the weights in the plan's precision, and the optimizer's state of what trains."""
     weight = 2 if plan.precision == "bf16" else 4
     return weight * plan.parameters.total + _CHECKPOINT_BYTES * plan.trained.total
+
+
+def _flat_gradients(plan: RunPlan) -> float:
+    """Gradients in one piece, as ZeRO's update reads them. Activations are gone by then: on a GPU it takes their
+    memory, but a CPU's allocator has kept that of many small pieces."""
+    if plan.zero_stage == 0:
+        return 0.0
+    own = plan.trained.total / plan.world_size
+    group = setting(plan.deepspeed, "zero_optimization.sub_group_size", _SUB_GROUP)
+    return 4 * (min(own, group) if plan.zero_stage == 3 else own)
 
 
 def _buffers(plan: RunPlan, cuda: bool) -> float:
