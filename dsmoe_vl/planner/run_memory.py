@@ -78,10 +78,13 @@ def checkpoint_bytes(plan: RunPlan) -> float:
 
 
 def _flat_gradients(plan: RunPlan) -> float:
-    """Gradients in one piece, as ZeRO's update reads them. Activations are gone by then: on a GPU it takes their
-    memory, but a CPU's allocator has kept that of many small pieces."""
+    """Gradients in one piece: as ZeRO's update reads them, or as DeepSpeed without ZeRO adds them up over ranks, the
+    experts' apart. Activations are gone by then: on a GPU it takes their memory, but a CPU's allocator has kept that of
+    many small pieces."""
     if plan.zero_stage == 0:
-        return 0.0
+        experts = plan.trained.trained.get("experts", 0)
+        element = 2 if plan.precision == "bf16" else 4
+        return element * min(max(plan.trained.total - experts, experts / plan.ep_size), _BUCKET)
     own = plan.trained.total / plan.world_size
     group = setting(plan.deepspeed, "zero_optimization.sub_group_size", _SUB_GROUP)
     return 4 * (min(own, group) if plan.zero_stage == 3 else own)

@@ -29,7 +29,7 @@ from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.clock import PhaseClock
-from dsmoe_vl.training.gradient_cache import cache_gradients, with_cached_gradients
+from dsmoe_vl.training.gradient_cache import CachedGradients, cache_gradients, with_cached_gradients
 from dsmoe_vl.training.skipped import Skipped
 
 # Number of token groups for load balancing, by moe.balance_over.
@@ -143,9 +143,11 @@ class OptimizerStep:
             with self.clock.phase("optimizer"):
                 self.engine.step()
             for name, value in loss.terms.items():
+                value = value.detach()
                 terms[name] = terms[name] + value if name in terms else value
             if stats is not None:
                 layer_stats.append(RouterStats(*(value.detach() for value in stats)))
+            del output, stats, loss, value  # else their graph would live on through the next forward
         self._has_skipped = not self.engine.was_step_applied()
         if self._has_skipped and self.engine.lr_scheduler is not None:
             # The engine does not, but a skipped step is a step of the run: its batches are used up, and the rate of a
@@ -181,12 +183,12 @@ class OptimizerStep:
         with self.clock.phase("forward"):
             caches = cache_gradients(self.engine, batches, self.plan.recipe.tasks.retrieval.loss)
         for batch, cache in zip(batches, caches, strict=True):
-            output, stats = self._forward(batch)
-            yield with_cached_gradients(output, cache), stats
+            yield self._forward(batch, cache)
 
-    def _forward(self, batch: Batch) -> tuple[Any, RouterStats | None]:
+    def _forward(self, batch: Batch, cache: CachedGradients | None = None) -> tuple[Any, RouterStats | None]:
         with self.clock.phase("forward"):
-            return self.engine(batch)
+            output, stats = self.engine(batch)
+        return (output if cache is None else with_cached_gradients(output, cache)), stats
 
     def _move_selection_bias(self, load: Tensor) -> None:
         if not self.moe.bias_rate:
