@@ -15,7 +15,7 @@ from data_tools.formats.caption_files import CaptionFile
 from data_tools.formats.dicom_pixels import Picture, imported, in_one_line, missing_decoder, number_of_frames, quiet
 from data_tools.formats.tables import existing_folder
 from dsmoe_vl.data.folder_walk import described, files_below
-from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.errors import ConfigError, DataError
 from dsmoe_vl.files import require_regular
 
 NAME = "dicom"
@@ -120,6 +120,10 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     if captions:
         captions.require_use(known)
         arguments.left.append(captions.unused())
+    elif not number:
+        raise DataError(
+            f"--images {folder}: no DICOM file with a picture is there, but {described(passed, folder) or 'nothing'}"
+        )
     arguments.left.append(described(passed, folder))
 
 

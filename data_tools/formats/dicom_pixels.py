@@ -44,6 +44,7 @@ class Picture(Rendered):
     def read_bytes(self) -> bytes:
         """See `Rendered`. Raises DataError if the pixels cannot be decoded."""
         pydicom = imported()
+        dataset: Any = None
         try:
             with quiet():
                 dataset = pydicom.dcmread(require_regular(self.path))
@@ -56,7 +57,8 @@ class Picture(Rendered):
         except (OSError, DataError):
             raise
         except Exception as error:  # pydicom and its plugins raise anything for malformed files
-            raise DataError(f"DICOM cannot be decoded: {in_one_line(error)}") from error
+            others = _other_decoders(dataset) if isinstance(error, RuntimeError) else ""
+            raise DataError(f"DICOM cannot be decoded: {in_one_line(error)}{others}") from error
 
 
 def imported() -> Any:
@@ -100,6 +102,17 @@ def missing_decoder(syntax: str) -> str:
     return f"{name} is decoded by packages that are not installed, one of: {'; '.join(decoder.missing_dependencies)}"
 
 
+def _other_decoders(dataset: Any) -> str:
+    """Packages that may decode what those that are installed could not; "" without any."""
+    from pydicom.pixels import get_decoder
+
+    try:
+        missing = get_decoder(dataset.file_meta.TransferSyntaxUID).missing_dependencies
+    except Exception:  # as above
+        return ""
+    return f"; others may, which are not installed: {'; '.join(missing)}" if missing else ""
+
+
 def number_of_frames(dataset: Any) -> int:
     """At least 1. Raises ValueError."""
     return max(1, int(dataset.get("NumberOfFrames") or 1))
@@ -124,7 +137,7 @@ def shown(dataset: Any, window: tuple[float, float] | None) -> Iterator[np.ndarr
         if dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
             grey = 255 - grey
         grey[~visible] = 0
-        yield _square(np.rint(np.clip(grey, 0, 255)).astype(np.uint8), facts)
+        yield _square(np.rint(np.clip(np.nan_to_num(grey), 0, 255)).astype(np.uint8), facts)
 
 
 def _stored(dataset: Any) -> Iterator[np.ndarray]:
@@ -177,7 +190,8 @@ def _modality_values(stored: np.ndarray, facts: _Facts) -> tuple[np.ndarray, np.
     if table := facts.get("ModalityLUTSequence"):
         return _looked_up(stored, table[0], facts)[0], visible
     slope, intercept = facts.number("RescaleSlope"), facts.number("RescaleIntercept")
-    return stored * (1.0 if slope is None else slope) + (intercept or 0.0), visible
+    values = stored * (1.0 if slope is None else slope) + (intercept or 0.0)
+    return np.nan_to_num(values, posinf=0.0, neginf=0.0), visible & np.isfinite(values)
 
 
 def _grey(values: np.ndarray, facts: _Facts, window: tuple[float, float] | None) -> np.ndarray | None:

@@ -67,13 +67,14 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
     captions = CaptionFile(arguments.captions, "--captions") if arguments.captions else None
     arguments.left = []  # for `unused`, which is called when all records are read
     files, passed = files_below(folder)
-    known, uncaptioned = "", 0
+    known, uncaptioned, found_any = "", 0, False
     for path in files:
         name = path.relative_to(folder).as_posix()
         try:
             if not _is_pdf(path):
                 passed.append((path, _OTHER))
                 continue
+            found_any = True
             with opened(path) as document:
                 found = page_texts(document) if captions is None else [("", "")] * len(document)
                 for number, (text, problem) in enumerate(found, 1):
@@ -92,6 +93,8 @@ def records(arguments: argparse.Namespace) -> Iterator[Record]:
         except DataError as error:
             reason, _, detail = str(error).partition(": ")
             yield Record(name, "image", None, [], problem=f"{reason}: {path}: {detail}")
+    if not found_any:
+        raise DataError(f"--documents {folder}: no PDF file is there, but {described(passed, folder) or 'nothing'}")
     if captions:
         captions.require_use(known)
         arguments.left += [f"{uncaptioned} pages without a caption" if uncaptioned else "", captions.unused()]

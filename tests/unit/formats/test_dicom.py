@@ -147,6 +147,7 @@ def test_pictures_of_one_text_are_no_negatives_of_each_other(tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (("--images", "{}/gone", *BY_TAGS), "gone: no such folder"),
+    (("--images", "{}/empty", *BY_TAGS), "empty: no DICOM file with a picture is there, but nothing"),
     (("--images", "{}", "--captions", "{}/gone.csv"), "gone.csv: No such file"),
     (("--images", "{}", "--captions", "{}/other.csv"), r"names 'zzz', and the data has nothing .* such as 'a.dcm'"),
     (("--images", "{}", *BY_TAGS, "--window", "40", "0"), "--window 40 0: give a centre, and a width of at least 1"),
@@ -154,6 +155,7 @@ def test_pictures_of_one_text_are_no_negatives_of_each_other(tmp_path):
 ])  # fmt: skip
 def test_errors_of_users(tmp_path, words, message):
     write_dicom(tmp_path / "a.dcm", RAMP)
+    (tmp_path / "empty").mkdir()
     written(tmp_path / "other.csv", "file,text\nzzz,none\n")
     with pytest.raises((DataError, ConfigError), match=message):
         read(dicom, *(word.replace("{}", str(tmp_path)) for word in words))
@@ -187,6 +189,15 @@ def test_one_process_and_two_give_the_same_bytes(tmp_path):
     assert [sample.media_type for sample in iterate_samples(SourceConfig.at(tmp_path / "1"))] == ["mkv", "png"] * 3
 
 
+def all_of(parsed, folder):
+    """The records, or none if nothing is left that is DICOM."""
+    try:
+        return list(dicom.records(parsed))
+    except DataError as error:
+        assert str(error).startswith(f"--images {folder}: no DICOM file with a picture is there, but 1 ")
+        return []
+
+
 def test_mutated_files(tmp_path):
     """Samples or reasons, in one line each."""
     small = np.random.default_rng(6).integers(0, 4096, (12, 10), dtype=np.uint16)
@@ -213,7 +224,7 @@ def test_mutated_files(tmp_path):
             content = bytes(changed)
         (folder / "a.dcm").write_bytes(content)
         parsed = arguments_of("--images", folder, "--text-tags", "Modality", "SeriesDescription")
-        for record in dicom.records(parsed):
+        for record in all_of(parsed, folder):
             found = check(record, "dicom", Reencoding())
             if isinstance(found, Checked):
                 whole += 1

@@ -13,6 +13,7 @@ from data_tools.check import Reencoding, check
 from data_tools.formats import dicom
 from data_tools.formats.dicom_pixels import Picture
 from dsmoe_vl.data.decode import decode_video
+from dsmoe_vl.errors import DataError
 from tests.support.datasets import read
 from tests.support.domain_files import dicom_item as item
 from tests.support.domain_files import dicom_table as table
@@ -70,6 +71,16 @@ def test_without_a_window_all_values_are_shown(tmp_path):
     assert np.abs(shown(tmp_path, PhotometricInterpretation="MONOCHROME1") - (255 - expected)).max() <= 1
     assert np.abs(shown(tmp_path, PresentationLUTShape="INVERSE") - (255 - expected)).max() <= 1
     assert set(np.unique(shown(tmp_path, np.full((4, 4), 7, np.uint16)))) <= {0, 127, 128}
+
+
+def test_values_beyond_numbers_are_black(tmp_path):
+    found = shown(tmp_path, RescaleSlope="1e307", RescaleIntercept=0)
+    assert found[0, 0] == found[-1, -1] == 0
+
+
+def test_what_is_installed_is_not_enough():
+    with pytest.raises(DataError, match=r"12-bit precision; others may, .*pylibjpeg-libjpeg>=2.1$"):
+        Picture(REAL / "JPGExtended.dcm").read_bytes()
 
 
 def test_padding_is_black_and_takes_no_part(tmp_path):

@@ -128,12 +128,14 @@ def test_texts_in_one_line():
 
 @pytest.mark.parametrize(("words", "message"), [
     (("--documents", "{}/gone"), "gone: no such folder"),
+    (("--documents", "{}"), r"no PDF file is there, but 1 no PDF file \(notes.txt\)"),
     (("--documents", "{}", "--dpi", "0"), "--dpi 0: give 1 to 2400"),
     (("--documents", "{}", "--dpi", "nan"), "--dpi nan: give 1 to 2400"),
     (("--documents", "{}", "--megapixels", "1e9"), r"--megapixels 1e\+09: give 0.01 to 64"),
     (("--documents", "{}", "--captions", "{}/gone.csv"), "gone.csv: No such file"),
 ])  # fmt: skip
 def test_errors_of_users(tmp_path, words, message):
+    written(tmp_path / "notes.txt", "none")
     with pytest.raises((DataError, ConfigError), match=message):
         read(pdf, *(word.replace("{}", str(tmp_path)) for word in words))
 
@@ -158,6 +160,15 @@ def test_one_process_and_two_give_the_same_bytes(tmp_path):
     assert [sample.text for sample in samples] == ["page 0", "end", "page 1", "end", "page 2", "end"]
 
 
+def all_of(given, folder):
+    """The records, or none if nothing is left that is PDF."""
+    try:
+        return list(pdf.records(given))
+    except DataError as error:
+        assert str(error) == f"--documents {folder}: no PDF file is there, but 1 no PDF file (a.pdf)"
+        return []
+
+
 def test_mutated_files(tmp_path):
     """Samples or reasons, in one line each."""
     sources = [pdf_of(["Revenue grew", "Outlook"], compress, password=password)
@@ -166,7 +177,7 @@ def test_mutated_files(tmp_path):
     whole = refused = 0
     for number in range(1000):
         saved(tmp_path / "a.pdf", corrupted_bytes(rng, sources[number % len(sources)]))
-        for record in pdf.records(parsed("--documents", tmp_path, "--dpi", 40)):
+        for record in all_of(parsed("--documents", tmp_path, "--dpi", 40), tmp_path):
             found = check(record, "pdf", Reencoding())
             if isinstance(found, Checked):
                 whole += 1
