@@ -83,6 +83,8 @@ def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Reje
         return Rejected(record.identifier, "missing file", str(record.media))
     except (OSError, ValueError) as error:  # ValueError: an impossible file name
         return Rejected(record.identifier, "unreadable file", f"{record.media}: {error}")
+    except DataError as error:  # of what is made of a file
+        return Rejected(record.identifier, f"unreadable {record.kind}", f"{record.media}: {error}")
     kind = media_kind(data[:HEAD]) or record.kind
     notes: tuple[str, ...] = ()
     if kind != record.kind:

@@ -21,6 +21,7 @@ from data_tools.formats import (
     Record,
     activitynet,
     coco,
+    dicom,
     flickr,
     folder,
     img2dataset,
@@ -28,6 +29,7 @@ from data_tools.formats import (
     llava,
     msrvtt,
     msvd,
+    pdf,
     qvhighlights,
     recordio,
     summe,
@@ -47,7 +49,7 @@ from dsmoe_vl.errors import DataError
 FORMATS = (
     folder, coco, karpathy, flickr, llava, img2dataset,
     msrvtt, msvd, vatex, webvid, activitynet, videoxum, tvsum, summe, qvhighlights,
-    recordio, videolist,
+    recordio, videolist, dicom, pdf,
 )  # fmt: skip
 
 

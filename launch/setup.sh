@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates .venv with the tested versions, once. Usage: bash launch/setup.sh [test]
+# Creates .venv with the tested versions, once. Usage: bash launch/setup.sh [test, or other extras of pyproject.toml]
 # Everything is installed in .venv; delete the folder to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -47,6 +47,26 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """A picture or video that is made of the file `path` when it is read, in the process that checks the record."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's name, for messages."""
+        return self.path.name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture or video; the same file gives the same bytes. Raises OSError, and DataError if it cannot
+        be made."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Record:
     """One image or video with its captions, as the annotations of a dataset describe it, unchecked.
 
@@ -59,7 +79,7 @@ class Record:
 
     identifier: str
     kind: Literal["image", "video"]
-    media: Path | Stored | None
+    media: Path | Stored | Rendered | None
     captions: list[Any]
     meta: dict[str, Any] = field(default_factory=dict)
     problem: str = ""

@@ -6,7 +6,7 @@ import argparse
 import json
 import posixpath
 from collections.abc import Iterator
-from os.path import isdir
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from data_tools.formats.identifiers import identifier, identifier_text
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
 from data_tools.formats.text_files import records_beside_text, unused_beside_text
 from dsmoe_vl.data.media_kind import NO_MEDIA, Kind, kind_of_file
+from dsmoe_vl.data.sample import MEDIA_EXTENSIONS
 from dsmoe_vl.errors import DataError
 
 NAME = "folder"
@@ -36,7 +37,8 @@ or without one, with one caption per line in text files:
       2024/c.jpg
       2024/c.txt
 
-What a file is, its content decides. Links to folders are followed, hidden files are not used.
+What a file is, its content decides. A name in a table may lack the ending, such as .jpg. Links to folders are
+followed, hidden files are not used.
 
 Several rows of one file are several captions; other columns are taken from the first of them. Known columns: file,
 text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1, one
@@ -138,10 +140,10 @@ def _record(
     values = {field: _as_json(row.get(column)) for field, column in columns.items()}
     meta = {column: _as_json(row.get(column)) for column in keep}
     meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
-    kind, problem = None, ""
+    path, kind, problem = folder / name, None, ""
     if name.startswith(("/", "../")) or name in (".", ".."):
         problem = f"outside of the folder: {name} is not in {folder}"
-    elif (kind := _kind(folder / name)) is None:
+    elif (kind := _kind(path := _file(folder, name))) is None:
         problem = f"unknown kind: {name} is {NO_MEDIA}"
     for field, kind_of_value in LABELS.items():
         value = meta.get(field)
@@ -154,7 +156,15 @@ def _record(
             problem = problem or f"malformed {field}: line {line}: {error}"
     given = values.get("id")
     own = name if given is None else identifier(given, f"--table, line {line}, {columns['id']!r}")
-    return Record(own, kind or "image", None if problem else folder / name, [], meta, problem)
+    return Record(own, kind or "image", None if problem else path, [], meta, problem)
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file `name` in a folder; if it is missing, one with an ending more, if there is one."""
+    path = folder / name
+    if isfile(path):  # False for an impossible name
+        return path
+    return next((longer for ending in MEDIA_EXTENSIONS if isfile(longer := folder / f"{name}.{ending}")), path)
 
 
 def _kind(path: Path) -> Kind | None:

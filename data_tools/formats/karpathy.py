@@ -24,6 +24,8 @@ Expected files:
       val2014/COCO_val2014_000000391895.jpg      `filepath`/`filename`; those of Flickr have no `filepath`
       train2014/...
 
+The captions of UCM, Sydney and RSICD, pictures from above, have this form too.
+
 `--part train` includes the images of `restval`, as in published results: 113,287 of COCO.
 
 Examples:

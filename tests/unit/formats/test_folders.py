@@ -238,6 +238,17 @@ class TestFolder:
         (record,) = read(folder, "--media", tmp_path, "--table", tmp_path / "t.parquet", "--keep", "day")
         assert record.meta == {"day": "2024-02-29"}
 
+    def test_a_name_without_its_ending(self, tmp_path):
+        """As in ROCO's tables. A file of the very name counts before one with an ending more."""
+        for name in ("PMC1_F1.jpg", "b.webp", "c.jpg", "c.jpg.png", "v.mp4"):
+            photo(tmp_path / name)
+        table = written(tmp_path / "t.csv", "ID,Caption\nPMC1_F1,a\nb,b\nc.jpg,c\nd,d\nv,v\n")
+        found = read(folder, "--media", tmp_path, "--table", table, "--map", "file=ID", "--map", "text=Caption")
+        assert [(record.identifier, record.media.name) for record in found] == [
+            ("PMC1_F1", "PMC1_F1.jpg"), ("b", "b.webp"), ("c.jpg", "c.jpg"), ("d", "d"), ("v", "v.mp4"),
+        ]  # fmt: skip
+        assert [record.kind for record in found] == ["image", "image", "image", "image", "video"]
+
     def test_paths_that_are_refused(self, tmp_path):
         inner = tmp_path / "inner"
         photo(tmp_path / "secret.jpg")
