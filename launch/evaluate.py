@@ -48,6 +48,9 @@ def parse() -> Options:
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default=Options.split, help="what counts as a word in scores of texts (words)"
     )
+    parser.add_argument(
+        "--format", choices=("lmms",), help="also write the scores to RUN/lmms as lmms-eval writes its own"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per rank) or cuda:N")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     args = parser.parse_args()
@@ -61,6 +64,7 @@ def parse() -> Options:
         max_tokens=args.max_tokens,
         device=args.device,
         split=args.split,
+        lmms=args.format == "lmms",
     )
 
 

@@ -15,7 +15,7 @@ from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
-from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
 from dsmoe_vl.files import writing
 from dsmoe_vl.inference.generate import caption
@@ -58,6 +58,7 @@ class CaptionEvaluation:
         samples, examples = folder.own(), CaptionChoice(folder.examples)
         found = examples.watch(caption_samples(self.trained, samples, self.options.max_tokens))
         results = merged(found, samples, self.dealer, whole=self.options.show)
+        folder.answers.extend(_answer(result) for result in results)
         return self.scores(results), examples.merged(self.dealer)
 
     def finish(self) -> None:
@@ -112,6 +113,11 @@ class CaptionChoice:
         shown = {example.key for example in random}
         more = [example for example in self._wrong.merged(dealer) if example.key not in shown]
         return CaptionExamples(random, more[: self._counts.wrong]) if random else None
+
+
+def _answer(result: Captioned) -> Answer:
+    scores = {} if result.correct is None else {"attribute_accuracy": float(result.correct)}
+    return Answer(result.sample.key, contents_of(result.sample).captions, result.generated, scores)
 
 
 def _reference(sample: Sample) -> str:

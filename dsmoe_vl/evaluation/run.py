@@ -20,8 +20,9 @@ from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Counts
 from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
+from dsmoe_vl.evaluation.lmms_results import write_results
 from dsmoe_vl.evaluation.scalars import write_scalars
-from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, TaskEvaluation
+from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, TaskEvaluation
 from dsmoe_vl.files import write_atomically, write_json, writing
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.parallel.device import device_name, use_device
@@ -32,10 +33,11 @@ from dsmoe_vl.report.page import render
 
 @dataclass(frozen=True)
 class Evaluated:
-    """By folder and task: scores (the same on every rank) and examples for the report (on rank 0)."""
+    """By folder and task: scores and generated texts (the same on every rank), examples for the report (on rank 0)."""
 
     scores: dict[str, dict[str, Scores]]
     examples: dict[str, dict[str, Any]]
+    answers: dict[str, dict[str, list[Answer]]]
 
 
 def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
@@ -83,6 +85,9 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
     report = Report(options.run.resolve().name, manifest.step, evaluated.scores, parts, load, plan)
     write_atomically(options.run / "report.html", render(report))
     print(f"wrote {options.run / 'eval.json'} and {options.run / 'report.html'}")
+    if options.lmms:
+        labels = {name: evaluation.labels for name, evaluation in evaluations.items()}
+        print(f"wrote {write_results(options, manifest.step, evaluated.scores, evaluated.answers, labels)}")
 
 
 def wanted_tasks(options: Options, trained: TrainedModel) -> Sequence[TaskSpec]:
@@ -102,13 +107,14 @@ def evaluate_folders(
     # The run's cache settings. Its plan may come from somebody else: only commands given on the command line are run.
     data = replace(trained.recipe.data, allow_pipe=bool(options.folders))
     print(f"{trained.checkpoint}")
-    evaluated = Evaluated({}, {})
+    evaluated = Evaluated({}, {}, {})
     for source in sources:
-        path = source.path
-        folder = Folder(source, data, dealer, options.limit, Counts.of(len(sources)))
-        results = {name: evaluation.evaluate(folder) for name, evaluation in evaluations.items()}
+        path, counts = source.path, Counts.of(len(sources))
+        folders = {name: Folder(source, data, dealer, options.limit, counts) for name in evaluations}
+        results = {name: evaluation.evaluate(folders[name]) for name, evaluation in evaluations.items()}
         evaluated.scores[path] = {name: scores for name, (scores, _) in results.items() if scores}
         evaluated.examples[path] = {name: examples for name, (_, examples) in results.items()}
+        evaluated.answers[path] = {name: folder.answers for name, folder in folders.items()}
         for name, (scores, _) in results.items():
             values = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
             print(f"{path}: {name}: {values or 'no sample of this task'}")

@@ -15,7 +15,7 @@ from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen
 from dsmoe_vl.evaluation.frame_features import frame_features
 from dsmoe_vl.evaluation.storyboards import storyboard
-from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
@@ -64,6 +64,9 @@ class SummaryEvaluation:
         samples, boards = folder.own(), Chosen[Storyboard](folder.examples.videos, seed=0)
         found = self._watched(summarize_samples(self.trained, samples, self.options.max_tokens), boards)
         videos = merged(found, samples, self.dealer)
+        folder.answers.extend(
+            Answer(video.sample.key, [_reference(video.sample)], video.summary.text, video.scores) for video in videos
+        )
         for video in videos[: self.options.show]:
             peak = video.summary.seconds[video.summary.importance.argmax()]
             print_text(video.sample, f"{video.summary.text} (peak at {peak:.2f} s)", _reference(video.sample))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -44,18 +44,30 @@ class Options:
     max_tokens: int = MAX_TOKENS  # per text
     device: str = "cpu"
     split: str = "words"  # of texts, for their scores: a key of `metrics/captions.py: SPLITS`
+    lmms: bool = False  # also write the scores as lmms-eval does
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, the references of its sample, and its own scores."""
+
+    key: str
+    references: Sequence[str]
+    text: str
+    scores: Scores
 
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of shards, on this rank: a held-out source of the recipe, or one made of a path. `examples`: how many
-    the report shows."""
+    """One folder of shards for one task, on this rank: a held-out source of the recipe, or one made of a path.
+    `examples`: how many the report shows. `answers`: a task that generates texts appends those of all ranks."""
 
     source: SourceConfig
     data: DataConfig
     dealer: Dealer
     limit: int | None
     examples: Counts
+    answers: list[Answer] = field(default_factory=list)
 
     def own(self) -> Dealt:
         """This rank's samples, in order."""
