@@ -5,6 +5,7 @@ What is promised for every container is in docs/data.md.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from dsmoe_vl.errors import DataError
 LEAST_SHARE = 0.95  # of the bytes that a container states must be in the file
 
 _PICTURES = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
+# PyAV 17 starts one thread per core for every converter, and has a setting for it; before, it was one thread.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 _WIDEST_PIXEL = 8  # greatest ratio of a pixel's sides; more is damage
 
 
@@ -124,9 +127,9 @@ class VideoFile:
         """The frames that the decoder returns for a packet; after the last packet, those that are left in it."""
         try:
             return list(self._decoder.decode(self.packets[number] if number < len(self.packets) else None))
-        except av.error.ArgumentError:  # a size above max_pixels
-            raise
-        except av.error.FFmpegError:
+        except av.error.FFmpegError as error:
+            if error.errno == errno.EINVAL:  # a size above max_pixels; versions of PyAV name it differently
+                raise
             self.damaged += 1
             return []
 
@@ -137,8 +140,7 @@ class VideoFile:
 
     def _pixels(self, frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
         width, height = self._shown(frame.width, frame.height)
-        # By default every converter starts one thread per core.
-        pixels = converter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+        pixels = converter.reformat(frame, width, height, "rgb24", **_ONE_THREAD).to_ndarray()
         return _upright(pixels, frame)
 
 
