@@ -52,8 +52,8 @@ class Samples:
     def __init__(self, recipe: Recipe, tasks: tuple[Task, ...]) -> None:
         from dsmoe_vl.tasks.registry import Encoder
 
-        data, vision = recipe.data, recipe.model.vision
-        self.shape = PackShape(data.pack_length, data.pack_patches, vision.patch_size, vision.merge)
+        data = recipe.data
+        self.shape = PackShape.of(recipe)
         indexes = {source.name: ShardIndex.load(source.path, data) for source in data.sources}
         log = ErrorLog(data.max_bad_fraction)
         self.reader = SampleReader(data.sources, indexes, Encoder(tasks), self.shape, log)

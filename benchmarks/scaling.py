@@ -81,7 +81,7 @@ def packs_of_sizes(recipe_name: str, packs: int = 1000) -> dict[str, float]:
         patches = int(data.image_max_patches * rng.uniform(0.5, 1)) // cell * cell
         return Encoded(_NOWHERE, "", [], patches // cell + text, patches)
 
-    packer = Packer(PackShape(data.pack_length, data.pack_patches, vision.patch_size, vision.merge), data.lookahead)
+    packer = Packer(PackShape.of(recipe), data.lookahead)
     filled = [packer.fill(draw) for _ in range(packs)]
     tokens = np.array([sum(sample.length for sample in pack) for pack in filled]) / data.pack_length
     patches = np.array([sum(sample.patches for sample in pack) for pack in filled]) / data.pack_patches

@@ -1,4 +1,4 @@
-"""Checks whether a record can be trained on, and makes its sample: media, media type, clean captions, KEY.json."""
+"""Checks whether a record can be trained on, and makes its sample: media, recording, clean captions, KEY.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from data_tools.formats import Record
+from data_tools.formats import Record, Rendered, Stored
+from data_tools.recordings import recording_facts
 from data_tools.schema import curves_problem
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.config.task_table import TASKS
@@ -48,11 +49,13 @@ class Checked:
     """A record that can be trained on."""
 
     identifier: str
-    media: bytes
-    media_type: str  # extension without a dot, by content
-    text: str  # the first caption; without captions, the summary
+    media: bytes | None
+    media_type: str  # extension without a dot, by content; "" without media
+    text: str  # the first caption; without captions, the summary or the transcript
     meta: dict[str, Any]
     notes: tuple[str, ...] = ()  # what a user should know of it: "damaged metadata ignored"
+    recording: bytes | None = None  # of speech
+    recording_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,47 +68,96 @@ class Rejected:
 
 
 def check(record: Record, source: str, reencoding: Reencoding) -> Checked | Rejected:
-    """Read and decode the media of a record as training will, and clean its captions."""
+    """Read and decode the media and the recording of a record as training will, and clean its texts."""
+    try:
+        return _checked(record, source, reencoding)
+    except _Unusable as why:
+        return Rejected(record.identifier, why.reason, why.detail)
+
+
+def _checked(record: Record, source: str, reencoding: Reencoding) -> Checked:
+    """Raises _Unusable."""
     if record.problem:
-        return _rejected(record, record.problem)
-    captions = [" ".join(caption.split()) for caption in record.captions if isinstance(caption, str)]
+        raise _Unusable.of(record.problem)
+    captions = [_clean(caption) for caption in record.captions if isinstance(caption, str)]
     captions = [caption for caption in captions if caption]
+    if isinstance(transcript := record.meta.get("transcript"), str):
+        record = replace(record, meta={**record.meta, "transcript": _clean(transcript) or None})
     if not tasks_of(record, captions):
-        return Rejected(record.identifier, "empty caption", f"{len(record.captions)} captions, none with text")
+        raise _without_text(record, captions)
     if problem := curves_problem(record.meta):
-        return _rejected(record, problem)
-    if record.media is None:
-        return Rejected(record.identifier, "unlisted file", "the annotations caption it but name no file")
-    try:
-        media = require_regular(record.media) if isinstance(record.media, Path) else record.media
-        data = media.read_bytes()
-    except FileNotFoundError:
-        return Rejected(record.identifier, "missing file", str(record.media))
-    except (OSError, ValueError) as error:  # ValueError: an impossible file name
-        return Rejected(record.identifier, "unreadable file", f"{record.media}: {error}")
-    except DataError as error:  # of what is made of a file
-        return Rejected(record.identifier, f"unreadable {record.kind}", f"{record.media}: {error}")
-    kind = media_kind(data[:HEAD]) or record.kind
+        raise _Unusable.of(problem)
+    if record.media is None and record.recording is None:
+        raise _Unusable("unlisted file", "the annotations caption it but name no file")
+    media, media_type, recording, recording_type = None, "", None, ""
+    facts: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
-    if kind != record.kind:
-        record = replace(record, kind=kind)
-        notes = (f"{kind} by its content, not by its name or dataset",)
-    tasks = tasks_of(record, captions)
-    if not tasks:
-        return Rejected(record.identifier, "no task", f"the annotations of {record.media} do not fit an {kind}")
-    try:
-        data, media_type, facts, more = (image_facts if kind == "image" else video_facts)(data, reencoding)
-    except DataError as error:
-        return Rejected(record.identifier, f"unreadable {kind}", f"{record.media}: {error}")
+    if record.media is not None:
+        data = _read(record.media, record.kind)
+        kind = media_kind(data[:HEAD]) or record.kind
+        other_kind: tuple[str, ...] = ()
+        if kind != record.kind:
+            record = replace(record, kind=kind)
+            other_kind = (f"{kind} by its content, not by its name or dataset",)
+            if not tasks_of(record, captions):
+                raise _Unusable("no task", f"the annotations of {record.media} do not fit an {kind}")
+        try:
+            media, media_type, facts, notes = (image_facts if kind == "image" else video_facts)(data, reencoding)
+        except DataError as error:
+            raise _Unusable(f"unreadable {kind}", f"{record.media}: {error}") from error
+        notes = other_kind + notes
+    if record.recording is not None:
+        recording = _read(record.recording, "recording")
+        try:
+            recording_type, of_speech, more = recording_facts(recording)
+        except DataError as error:
+            raise _Unusable("unreadable recording", f"{record.recording}: {error}") from error
+        facts, notes = {**facts, **of_speech}, notes + more
     own = {"source": source, "id": record.identifier, "captions": captions or None}
-    meta = {"tasks": tasks, **record.meta, **facts, **own}
-    text = captions[0] if captions else str(record.meta.get("summary") or "")
-    return Checked(record.identifier, data, media_type, text, meta, notes + more)
+    meta = {"tasks": tasks_of(record, captions), **record.meta, **facts, **own}
+    text = captions[0] if captions else str(record.meta.get("summary") or record.meta.get("transcript") or "")
+    return Checked(record.identifier, media, media_type, text, meta, notes, recording, recording_type)
 
 
 def tasks_of(record: Record, captions: list[str]) -> list[str]:
     """The tasks that a record with these clean captions can be used for."""
-    return [spec.name for spec in TASKS if spec.qualifies(record.kind, captions, record.meta)]
+    return [spec.name for spec in TASKS if spec.qualifies(record.has, captions, record.meta)]
+
+
+class _Unusable(Exception):
+    """Why a record is rejected."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    @classmethod
+    def of(cls, problem: str) -> _Unusable:
+        """`problem`: `reason: detail`."""
+        reason, _, detail = problem.partition(":")
+        return cls(reason, detail.strip())
+
+
+def _without_text(record: Record, captions: list[str]) -> _Unusable:
+    if record.media is None and record.recording is not None and captions:
+        return _Unusable("no transcript", f"{len(captions)} captions of a recording alone, which needs one text")
+    return _Unusable("empty caption", f"{len(record.captions)} captions, none with text")
+
+
+def _read(file: Path | Stored | Rendered, kind: str) -> bytes:
+    """Raises _Unusable."""
+    try:
+        return (require_regular(file) if isinstance(file, Path) else file).read_bytes()
+    except FileNotFoundError as error:
+        raise _Unusable("missing file", str(file)) from error
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
+        raise _Unusable("unreadable file", f"{file}: {error}") from error
+    except DataError as error:  # of what is made of a file
+        raise _Unusable(f"unreadable {kind}", f"{file}: {error}") from error
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.split())
 
 
 # The bytes to store, their extension by content, what is known of them for KEY.json, and notes.
@@ -157,9 +209,3 @@ def video_facts(data: bytes, _: Reencoding) -> Facts:
 
 def _true(notes: dict[str, bool]) -> tuple[str, ...]:
     return tuple(note for note, is_so in notes.items() if is_so)
-
-
-def _rejected(record: Record, problem: str) -> Rejected:
-    """`problem`: `reason: detail`."""
-    reason, _, detail = problem.partition(":")
-    return Rejected(record.identifier, reason, detail.strip())

@@ -24,6 +24,7 @@ from dsmoe_vl.command import run
 from dsmoe_vl.console import printable
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
+from dsmoe_vl.data.recording import SAMPLE_RATE, decode_recording
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars
 from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
@@ -52,6 +53,9 @@ class Report:
     lengths: list[int] = field(default_factory=list)  # of captions, in `unit`
     unit: str = "words"
     kib: list[int] = field(default_factory=list)  # of the media
+    recordings: Counter[str] = field(default_factory=Counter)  # by type
+    speech_seconds: float = 0.0  # of the recordings that can be decoded
+    transcripts: int = 0
     sides: list[int] = field(default_factory=list)  # pixels, the longer side of images and videos
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     cells: list[Cell] = field(default_factory=list)
@@ -69,6 +73,7 @@ class Look:
     sample: Sample | None
     pictures: list[Image.Image]
     errors: list[tuple[str, DataError]]  # where, what
+    speech_seconds: float = 0.0
 
 
 def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None = None) -> Report:
@@ -95,8 +100,12 @@ def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None 
             report.problems["duplicate key"].append(look.sample.key)
         seen.add(look.sample.key)
         report.samples += 1
-        report.media_types[look.sample.media_type or "text only"] += 1
+        without_media = "text only" if look.sample.recording is None else "recording only"
+        report.media_types[look.sample.media_type or without_media] += 1
         contents = contents_of(look.sample)
+        report.recordings.update([look.sample.recording_type] if look.sample.recording is not None else [])
+        report.speech_seconds += look.speech_seconds
+        report.transcripts += bool(contents.transcript)
         report.tasks.update(contents.tasks)
         report.foreign += not is_own(look.sample)
         report.lengths.extend(len(measure(caption)) for caption in contents.captions)
@@ -160,12 +169,18 @@ def _look(index: ShardIndex, shard: int, number: int) -> Look:
         return Look(None, [], [(place, error)])
     errors = [DataError(problem) for problem in problems(sample)]
     pictures: list[Image.Image] = []
+    seconds = 0.0
     try:
         if sample.media is not None:
             pictures = [Image.fromarray(pixels) for pixels in pictures_of(sample, FRAMES)]
     except DataError as error:
         errors.append(error)
-    return Look(sample, pictures, [(f"{place}, {sample.key}", error) for error in errors])
+    try:
+        if sample.recording is not None:
+            seconds = len(decode_recording(sample.recording, index.data.speech_max_seconds)) / SAMPLE_RATE
+    except DataError as error:
+        errors.append(error)
+    return Look(sample, pictures, [(f"{place}, {sample.key}", error) for error in errors], seconds)
 
 
 def _thumbnails(pictures: list[Image.Image]) -> list[Image.Image]:
@@ -186,6 +201,9 @@ def describe(report: Report) -> Iterator[str]:
     yield f"{report.samples} samples read, {report.shards} shards, {report.total_bytes / 2**20:.1f} MiB"
     yield "media: " + (", ".join(f"{count} {name}" for name, count in report.media_types.most_common()) or "none")
     yield "for: " + (", ".join(f"{task} {count}" for task, count in sorted(report.tasks.items())) or "none")
+    if report.recordings:
+        kinds = ", ".join(f"{count} {name}" for name, count in report.recordings.most_common())
+        yield f"recordings: {kinds}; {report.speech_seconds:.1f} s of speech, {report.transcripts} transcripts"
     if report.foreign:
         yield f"{report.foreign} samples of another tool; `convert img2dataset` would add the missing metadata"
     yield from _histogram(f"caption length, {report.unit}", report.lengths)

@@ -199,7 +199,15 @@ def make_part(part: Part, settings: Settings, progress: Callable[[int], Any]) ->
         for record in records:
             found = check(record, settings.source, settings.reencoding)
             if isinstance(found, Checked):
-                writer.write(found.identifier, found.media, found.media_type, found.text, found.meta)
+                writer.write(
+                    found.identifier,
+                    found.media,
+                    found.media_type,
+                    found.text,
+                    found.meta,
+                    recording=found.recording,
+                    recording_type=found.recording_type,
+                )
                 notes += ({"id": found.identifier, "note": note} for note in found.notes)
             else:
                 rejected.append({"id": found.identifier, "reason": found.reason, "detail": found.detail})

@@ -86,5 +86,5 @@ def _hash(key: str) -> int:
 
 
 def _place(number: int, record: Record) -> str:
-    media = getattr(record.media, "name", "without media")
+    media = getattr(record.media or record.recording, "name", "without media")
     return f"number {number + 1}, {media}, with identifier {record.identifier!r}"

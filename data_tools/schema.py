@@ -33,11 +33,13 @@ def problems(sample: Sample) -> Iterator[str]:
     tasks = meta.get("tasks", [])
     if not isinstance(tasks, list) or not set(map(str, tasks)) <= set(_TASKS):
         yield f"unknown task: {tasks} is not a list of {', '.join(_TASKS)}"
-    for name in ("width", "height", "duration_seconds", "fps"):
+    for name in ("width", "height", "duration_seconds", "fps", "speech_seconds"):
         if name in meta and not _is_positive(meta[name]):
             yield f"no positive number: {name} is {meta[name]!r:.40}"
     if sample.media is not None and meta.get("sha256") != hashlib.sha256(sample.media).hexdigest():
         yield "media differ from the sha256 in json"
+    if sample.recording is not None and meta.get("recording_sha256") != hashlib.sha256(sample.recording).hexdigest():
+        yield "recording differs from the recording_sha256 in json"
 
 
 def curves_problem(meta: dict[str, Any]) -> str:

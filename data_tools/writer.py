@@ -71,15 +71,27 @@ class ShardWriter:
         self._tar_samples = 0
         self._tar_bytes = 0
 
-    def write(self, key: str, media: bytes | None, media_type: str, text: str, meta: dict[str, Any]) -> None:
-        """Append one sample: KEY.`media_type`, KEY.txt, and KEY.json with `meta`, schema_version, split and sha256.
+    def write(
+        self,
+        key: str,
+        media: bytes | None,
+        media_type: str,
+        text: str,
+        meta: dict[str, Any],
+        *,
+        recording: bytes | None = None,
+        recording_type: str = "",
+    ) -> None:
+        """Append one sample: KEY.`media_type`, KEY.`recording_type`, KEY.txt, and KEY.json with `meta`, schema_version,
+        split, sha256 of the media and recording_sha256.
 
         Args:
             key: changed by `sample_key` if necessary. Raises DataError if it was written before.
-            media: encoded bytes, stored unchanged; None for a text-only sample.
+            media: encoded bytes, stored unchanged; None for a sample without a picture.
             media_type: extension without a dot ("jpg", "mp4"); ignored without media.
             text: the first caption.
             meta: JSON values; None is left out.
+            recording, recording_type: encoded speech and its extension ("flac"), as of the media.
         """
         safe_key = sample_key(key)
         if safe_key in self._keys:
@@ -90,6 +102,9 @@ class ShardWriter:
         if media is not None:
             sample[media_type] = media
             known["sha256"] = hashlib.sha256(media).hexdigest()
+        if recording is not None:
+            sample[recording_type] = recording
+            known["recording_sha256"] = hashlib.sha256(recording).hexdigest()
         sample["json"] = _utf8(json.dumps(known, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
 
         if self._tar is None:

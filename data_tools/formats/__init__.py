@@ -68,11 +68,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Record:
-    """One image or video with its captions, as the annotations of a dataset describe it, unchecked.
+    """One image, video or recording with its captions, as the annotations of a dataset describe it, unchecked.
 
     `identifier`: unique in the dataset. `captions`: any values; those that are not text are dropped. A record without
-    captions is rejected unless it has a summary, saliency or importance. `meta` goes to KEY.json: url, licence,
-    segments, saliency, summary, content, ... `tasks` in it replaces the tasks that follow from the annotations.
+    captions is rejected unless it has a summary, saliency or importance, or a recording with a transcript or beside a
+    picture. `meta` goes to KEY.json: url, licence, segments, saliency, summary, transcript, content, ... `tasks` in it
+    replaces the tasks that follow from the annotations. `recording`: of speech, beside `media` or instead of them;
+    without media the `kind` means nothing.
     `problem`: why the annotations make the record unusable, as `reason: detail` ("reversed timestamps: 12.5 to 3.0 s");
     it is rejected with this reason.
     """
@@ -83,6 +85,13 @@ class Record:
     captions: list[Any]
     meta: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
+    recording: Path | Stored | None = None
+
+    @property
+    def has(self) -> tuple[str, ...]:
+        """What it has of "image", "video" and "speech". One that names no file at all lacks the file of its kind."""
+        kind = () if self.media is None and self.recording is not None else (self.kind,)
+        return (*kind, "speech") if self.recording is not None else kind
 
 
 def video_path(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""A folder of images, videos or both, with their texts in a table or in text files beside them."""
+"""A folder of images, videos and recordings of speech, with their texts in a table or in text files beside them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from data_tools.formats.filters import Filters, add_filter_argument
 from data_tools.formats.identifiers import identifier, identifier_text
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
 from data_tools.formats.text_files import records_beside_text, unused_beside_text
+from data_tools.recordings import is_recording
 from dsmoe_vl.data.media_kind import NO_MEDIA, Kind, kind_of_file
-from dsmoe_vl.data.sample import MEDIA_EXTENSIONS
+from dsmoe_vl.data.sample import MEDIA_EXTENSIONS, SPEECH_EXTENSIONS
 from dsmoe_vl.errors import DataError
 
 NAME = "folder"
-HELP = "a folder of images and videos, with a csv, tsv, jsonl or parquet table or text files"
+HELP = "a folder of images, videos and recordings, with a csv, tsv, jsonl or parquet table or text files"
 DESCRIPTION = """\
 Expected files, with a table (.csv, .tsv, .jsonl or .parquet):
 
@@ -36,14 +37,19 @@ or without one, with one caption per line in text files:
     photos/
       2024/c.jpg
       2024/c.txt
+      2024/c.flac            speech that goes with c.jpg: FLAC, WAV, MP3 or Opus; c.txt may then be missing
+      2024/d.wav             speech alone,
+      2024/d.txt             and its words
 
 What a file is, its content decides. A name in a table may lack the ending, such as .jpg. Links to folders are
 followed, hidden files are not used.
 
 Several rows of one file are several captions; other columns are taken from the first of them. Known columns: file,
-text, id (instead of the file's path), url, licence, summary (a text), importance (a list of numbers from 0 to 1, one
-for each equal part of a video) and saliency (a list of such lists, one per annotator). In csv and tsv the lists are
-JSON. --map text=caption names another column, --map id= ignores the column id.
+recording (a file of speech that goes with it, or is there alone if file is empty), text, transcript (the words of the
+recording; without it they are the only text), id (instead of the file's path), url, licence, summary (a text),
+importance (a list of numbers from 0 to 1, one for each equal part of a video) and saliency (a list of such lists, one
+per annotator). In csv and tsv the lists are JSON. --map text=caption names another column, --map id= ignores the
+column id.
 
 Examples:
 
@@ -53,13 +59,16 @@ Examples:
     python -m data_tools.convert folder --media photos --output shards/photos
 """
 
-LABELS: dict[str, type] = {"summary": str, "importance": list, "saliency": list}
-FIELDS = ("file", "text", "id", "url", "licence", *LABELS)
+LABELS: dict[str, type] = {"summary": str, "importance": list, "saliency": list, "transcript": str}
+FIELDS = ("file", "text", "id", "recording", "url", "licence", *LABELS)
+_INSTEAD_OF_TEXT = {"summary", "importance", "saliency", "recording"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--media`, `--table`, `--map`, `--keep` and `--filter`."""
-    parser.add_argument("--media", type=Path, required=True, metavar="DIR", help="folder of the images and videos")
+    parser.add_argument(
+        "--media", type=Path, required=True, metavar="DIR", help="folder of the images, videos and recordings"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="their texts; without a table they are in NAME.txt")
     parser.add_argument(
         "--map",
@@ -95,7 +104,7 @@ def unused(arguments: argparse.Namespace) -> str:
 def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     path: Path = arguments.table
     filters, mapped = Filters(arguments.filter), _parse_map(arguments.map)
-    rows = read_rows(path, "--table", {mapped.get("file", "file"): "--map file=COLUMN"})
+    rows = read_rows(path, "--table")
     known = dict.fromkeys(column for _, row in rows for column in row)
     options = {column: f"--map {field}={column}" for field, column in mapped.items() if column}
     options |= {column: f"--keep {column}" for column in arguments.keep}
@@ -103,7 +112,9 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
         if rows and column not in known:
             raise DataError(f"{option}: no column {column!r} in {path}; there are {', '.join(known)}")
     columns = {field: column for field in FIELDS if (column := mapped.get(field, field)) in known}
-    if not columns.keys() & set(LABELS):  # with one of these a text is optional
+    if "recording" not in columns:
+        require_columns(rows, path, {mapped.get("file") or "file": "--map file=COLUMN"})
+    if not columns.keys() & _INSTEAD_OF_TEXT:
         require_columns(rows, path, {mapped.get("text") or "text": "--map text=COLUMN"})
 
     found: dict[str, Record] = {}
@@ -111,16 +122,17 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     for line, row in rows:
         if not filters.accept(row):
             continue
-        name = (identifier_text(row[columns["file"]]) or "").strip()
-        if not name:
-            problem = f"no file: {path}, line {line}: {columns['file']!r} is empty"
+        name, recording = (_name(row, columns.get(field, "")) for field in ("file", "recording"))
+        if not name and not recording:
+            asked = " and ".join(repr(columns[field]) for field in ("file", "recording") if field in columns)
+            problem = f"no file: {path}, line {line}: {asked} {'are' if ' and ' in asked else 'is'} empty"
             nameless.append(Record(f"{path.name} line {line}", "image", None, [], problem=problem))
             continue
-        name = posixpath.normpath(name)
-        if name not in found:
-            found[name] = _record(folder, name, line, row, columns, arguments.keep)
+        own = name or recording
+        if own not in found:
+            found[own] = _record(folder, name, recording, line, row, columns, arguments.keep)
         text = row.get(columns.get("text", ""))
-        found[name].captions.extend(text if isinstance(text, list) else [text])
+        found[own].captions.extend(text if isinstance(text, list) else [text])
     filters.check(str(path))
     owners: dict[str, str] = {}
     for name, record in found.items():
@@ -133,18 +145,28 @@ def _in_table(folder: Path, arguments: argparse.Namespace) -> Iterator[Record]:
     yield from nameless
 
 
+def _name(row: dict[str, Any], column: str) -> str:
+    """The file that a row names in a column, "" if none."""
+    name = (identifier_text(row.get(column)) or "").strip()
+    return posixpath.normpath(name) if name else ""
+
+
 def _record(
-    folder: Path, name: str, line: int, row: dict[str, Any], columns: dict[str, str], keep: list[str]
+    folder: Path, name: str, recording: str, line: int, row: dict[str, Any], columns: dict[str, str], keep: list[str]
 ) -> Record:
-    """The record of a file from its first row, without captions."""
+    """The record of a file, a recording or both (names, "" for none) from its first row, without captions."""
     values = {field: _as_json(row.get(column)) for field, column in columns.items()}
     meta = {column: _as_json(row.get(column)) for column in keep}
     meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
-    path, kind, problem = folder / name, None, ""
-    if name.startswith(("/", "../")) or name in (".", ".."):
-        problem = f"outside of the folder: {name} is not in {folder}"
-    elif (kind := _kind(path := _file(folder, name))) is None:
+    kind, problem = None, ""
+    path, spoken = _file(folder, name, MEDIA_EXTENSIONS), _file(folder, recording, SPEECH_EXTENSIONS)
+    for one in filter(None, (name, recording)):
+        if one.startswith(("/", "../")) or one in (".", ".."):
+            problem = f"outside of the folder: {one} is not in {folder}"
+    if path and not problem and (kind := _kind(path)) is None:
         problem = f"unknown kind: {name} is {NO_MEDIA}"
+        if is_recording(path):
+            problem += "; name a recording of speech in the column 'recording' (--map recording=COLUMN)"
     for field, kind_of_value in LABELS.items():
         value = meta.get(field)
         try:
@@ -155,16 +177,18 @@ def _record(
         except ValueError as error:
             problem = problem or f"malformed {field}: line {line}: {error}"
     given = values.get("id")
-    own = name if given is None else identifier(given, f"--table, line {line}, {columns['id']!r}")
-    return Record(own, kind or "image", None if problem else path, [], meta, problem)
+    own = (name or recording) if given is None else identifier(given, f"--table, line {line}, {columns['id']!r}")
+    if problem:
+        path = spoken = None
+    return Record(own, kind or "image", path, [], meta, problem, spoken)
 
 
-def _file(folder: Path, name: str) -> Path:
-    """The file `name` in a folder; if it is missing, one with an ending more, if there is one."""
+def _file(folder: Path, name: str, endings: tuple[str, ...]) -> Path | None:
+    """The file `name` in a folder; if it is missing, one with an ending more, if there is one. None without a name."""
     path = folder / name
-    if isfile(path):  # False for an impossible name
-        return path
-    return next((longer for ending in MEDIA_EXTENSIONS if isfile(longer := folder / f"{name}.{ending}")), path)
+    if not name or isfile(path):  # False for an impossible name
+        return path if name else None
+    return next((longer for ending in endings if isfile(longer := folder / f"{name}.{ending}")), path)
 
 
 def _kind(path: Path) -> Kind | None:

@@ -1,6 +1,7 @@
 """A small synthetic dataset for a first run and for tests: scenes and videos whose captions are exactly true.
 
 Evaluation splits have only combinations of shape, colour and size (in videos, motion) that do not occur in training.
+With --speech every sample also has its first caption as a recording, by voices that do not occur in training either.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from data_tools.parallel import default_workers
 from data_tools.synthetic.films import film
 from data_tools.synthetic.scenes import scene
+from data_tools.synthetic.voices import Voice, require_speech, spoken
 from data_tools.writer import ShardWriter
 from dsmoe_vl.command import run
 from dsmoe_vl.config.task_table import TASKS
@@ -40,6 +42,7 @@ def generate(
     size: int = 64,
     max_objects: int = 2,
     seed: int = 1,
+    speech: bool = False,
 ) -> None:
     """Write the shard folders images_train, images_eval, videos_train and videos_eval into `output`.
 
@@ -49,9 +52,10 @@ def generate(
     Args:
         size: pixels, the longer side of an image and both sides of a video; a multiple of 16, at least 48.
         max_objects: shapes in a scene, 1 or 2.
+        speech: every sample also has its first caption as a recording; all else of it is the same.
 
     Raises:
-        DataError: bad arguments, or a folder that exists already.
+        DataError: bad arguments, a folder that exists already, or no espeak-ng to speak with.
     """
     if size < 48 or size % 16:
         raise DataError(f"--size {size}: give a multiple of 16 that is at least 48, else shapes look alike")
@@ -59,6 +63,8 @@ def generate(
         raise DataError(f"--max-objects {max_objects}: a scene has 1 or 2 shapes")
     if seed < 0:
         raise DataError(f"--seed {seed}: cannot be negative")
+    if speech:
+        require_speech()
     kinds: list[tuple[str, str, Draw, str, bool, int]] = [
         ("images_train", "--images", scene, "jpg", False, images),
         ("images_eval", "--eval-images", scene, "jpg", True, eval_images),
@@ -78,16 +84,18 @@ def generate(
         for stream, (name, _, draw, media_type, held_out, count) in enumerate(kinds):
             if count == 0:
                 continue
-            one = partial(_sample, draw, seed, stream, held_out, size, max_objects)
+            one = partial(_sample, draw, seed, stream, held_out, size, max_objects, speech)
             # Starting a process takes longer than making a few samples.
             samples = pool.map(one, range(count), chunksize=_CHUNK) if count > _CHUNK else map(one, range(count))
             with ShardWriter(unfinished / name, "eval" if held_out else "train", SAMPLES_PER_SHARD) as writer:
-                for i, (media, meta) in enumerate(tqdm(samples, name, count, unit="sample", disable=None, leave=False)):
+                bar = tqdm(samples, name, count, unit="sample", disable=None, leave=False)
+                for i, (media, recording, meta) in enumerate(bar):
                     key = f"{name}-{i:07d}"
-                    kind = "video" if media_type == "mp4" else "image"
-                    tasks = [spec.name for spec in TASKS if spec.qualifies(kind, meta["captions"], meta)]
+                    has = ("video" if media_type == "mp4" else "image", *(("speech",) if speech else ()))
+                    tasks = [spec.name for spec in TASKS if spec.qualifies(has, meta["captions"], meta)]
                     meta |= {"id": key, "source": "synthetic", "tasks": tasks}
-                    writer.write(key, media, media_type, meta["captions"][0], meta)
+                    text = meta["captions"][0]
+                    writer.write(key, media, media_type, text, meta, recording=recording, recording_type="flac")
     finally:
         pool.shutdown(cancel_futures=True)
     for folder in unfinished.iterdir():
@@ -96,9 +104,16 @@ def generate(
 
 
 def _sample(
-    draw: Draw, seed: int, stream: int, held_out: bool, size: int, max_objects: int, i: int
-) -> tuple[bytes, dict[str, Any]]:
-    return draw(np.random.default_rng([seed, stream, i]), held_out, size, max_objects)
+    draw: Draw, seed: int, stream: int, held_out: bool, size: int, max_objects: int, speech: bool, i: int
+) -> tuple[bytes, bytes | None, dict[str, Any]]:
+    """Media, recording and KEY.json values of a sample."""
+    rng = np.random.default_rng([seed, stream, i])
+    media, meta = draw(rng, held_out, size, max_objects)
+    if not speech:
+        return media, None, meta
+    voice, words = Voice.choose(rng, held_out), meta["captions"][0]
+    recording, seconds = spoken(words, voice)
+    return media, recording, {**meta, "transcript": words, "speech_seconds": seconds, "voice": str(voice)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-objects", type=int, default=2, metavar="K", help="shapes in a scene, 1 or 2 (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--speech", action="store_true", help="speak the first caption of every sample by espeak-ng")
     given = parser.parse_args(arguments)
 
     def command() -> int:

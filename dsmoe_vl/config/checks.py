@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
 
 from dsmoe_vl.config.bounds import out_of_bounds
+from dsmoe_vl.config.model_checks import Rule, model_rules, value_of
 from dsmoe_vl.config.parts import LORA_PARTS
 from dsmoe_vl.config.recipe import PIPE, DataConfig, Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.config.source_map import map_sha256
@@ -13,29 +13,20 @@ from dsmoe_vl.config.suggest import did_you_mean
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.errors import ConfigError
 
-# Settings that need moe.backend = "capacity"; _DROPPING also need moe.drop_tokens.
-_DROPPING = ("moe.capacity_factor", "moe.eval_capacity_factor", "moe.min_capacity", "moe.random_token_selection")
-_CAPACITY = ("moe.drop_tokens", *_DROPPING, "moe.noisy_gate", "moe.residual")
-
-Rule = tuple[bool, str, str]  # whether the recipe satisfies it, its key, the fix
-
 
 def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
     """Raises ConfigError for the first violated constraint, with the value, the key, `file` and the fix."""
     for key, value, rule in out_of_bounds(recipe):
         raise ConfigError(f"{key} = {value!r} in {file}: {rule}")
     for rules in (
-        _model(recipe),
-        _rope_scaling(recipe),
-        _moe(recipe),
-        _capacity(recipe),
+        model_rules(recipe),
         _data(recipe, world_size),
         _run(recipe),
         _lora(recipe),
     ):
         for satisfied, key, fix in rules:
             if not satisfied:
-                raise ConfigError(f"{key} = {_value(recipe, key)!r} in {file}: {fix}")
+                raise ConfigError(f"{key} = {value_of(recipe, key)!r} in {file}: {fix}")
     learned = tuple(spec.name for spec in learned_tasks(recipe))
     method = recipe.objective.task_weights.method
     if method != "fixed" and len(learned) == 1:
@@ -46,170 +37,6 @@ def check_recipe(recipe: Recipe, world_size: int, file: str) -> None:
     _check_stages(recipe, learned, file)
     for key in ("data.sources", "data.evaluation"):
         _check_sources(recipe.data, key, learned, file)
-
-
-def _value(recipe: Recipe, key: str) -> object:
-    return reduce(getattr, key.split("."), recipe)
-
-
-def _model(recipe: Recipe) -> Iterator[Rule]:
-    model, vision = recipe.model, recipe.model.vision
-    yield (
-        model.head_width > 0 or model.width % model.heads == 0,
-        "model.width",
-        f"must be a multiple of model.heads = {model.heads}, or set model.head_width",
-    )
-    head = model.width_of_head
-    yield (
-        head % 2 == 0,
-        "model.head_width" if model.head_width else "model.heads",
-        f"gives a head width of {head}; rotary embeddings need an even one",
-    )
-    yield model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {model.heads}"
-    yield (
-        not (model.embedding_from and model.init_from),
-        "model.embedding_from",
-        f"the weights of model.init_from = {model.init_from!r} have an embedding already: remove one of the two",
-    )
-    sections = model.rope_sections
-    yield (
-        not sections
-        or (len(sections) == 3 and min(sections) >= 0 and sum(sections) == head // 2
-            and all(3 * (count - 1) + axis < head // 2 for axis, count in enumerate(sections) if axis and count)),
-        "model.rope_sections",
-        f"must be three numbers, for time, row and column, whose sum is half of the head width, {head // 2}; of every "
-        "three pairs at most one turns with the row and one with the column",
-    )  # fmt: skip
-    taps = vision.taps
-    yield (
-        taps == tuple(sorted(set(taps))) and all(0 <= layer < vision.layers for layer in taps),
-        "model.vision.taps",
-        f"must be different layers of the encoder in order, from 0 to {vision.layers - 1}",
-    )
-    yield (
-        len(taps) <= model.layers,
-        "model.vision.taps",
-        f"has more layers than the decoder: model.layers = {model.layers}",
-    )
-    step = (4 if "rotary" in vision.positions else 1) * vision.heads
-    yield (
-        vision.width % step == 0,
-        "model.vision.width",
-        f"must be a multiple of 4 x model.vision.heads = {step}: the 2D rotary embedding needs it"
-        if step > vision.heads
-        else f"must be a multiple of model.vision.heads = {step}",
-    )
-    learned = "learned" in vision.positions
-    yield (
-        learned == (vision.position_grid > 0),
-        "model.vision.position_grid",
-        f'must be the side of the learned table with model.vision.positions = "{vision.positions}"'
-        if learned
-        else f'has no effect with model.vision.positions = "{vision.positions}": leave it at 0',
-    )
-
-
-def _rope_scaling(recipe: Recipe) -> Iterator[Rule]:
-    scaling, key = recipe.model.rope_scaling, "model.rope_scaling"
-    is_by_turns = scaling.kind in ("llama3", "yarn")
-    yield (
-        scaling.kind != "none" or scaling.factor == 1,
-        f"{key}.factor",
-        f'has no effect with {key}.kind = "none": set the kind, or leave it at 1',
-    )
-    yield (
-        not is_by_turns or scaling.original_length > 0,
-        f"{key}.original_length",
-        f'must be the context of the first training with {key}.kind = "{scaling.kind}"',
-    )
-    yield (
-        scaling.low_frequency_factor < scaling.high_frequency_factor,
-        f"{key}.low_frequency_factor",
-        f"must be below {key}.high_frequency_factor = {scaling.high_frequency_factor}",
-    )
-    yield (
-        scaling.beta_slow < scaling.beta_fast,
-        f"{key}.beta_slow",
-        f"must be below {key}.beta_fast = {scaling.beta_fast}",
-    )
-    yield (
-        scaling.kind != "yarn" or recipe.model.rope_base > 1,
-        "model.rope_base",
-        f'must be above 1 with {key}.kind = "yarn"',
-    )
-
-
-def _moe(recipe: Recipe) -> Iterator[Rule]:
-    layers, moe = recipe.model.layers, recipe.moe
-    yield moe.first_dense_layers <= layers, "moe.first_dense_layers", f"must be at most model.layers = {layers}"
-    pyramid = moe.experts_per_layer
-    if pyramid:
-        sparse = layers - moe.first_dense_layers
-        yield (
-            len(pyramid) == sparse,
-            "moe.experts_per_layer",
-            f"has {len(pyramid)} numbers; model.layers = {layers} minus moe.first_dense_layers = "
-            f"{moe.first_dense_layers} leaves {sparse} layers: give one number per layer",
-        )
-        yield (
-            moe.experts == max(pyramid),
-            "moe.experts",
-            f"must be the largest of moe.experts_per_layer: set it to {max(pyramid)}",
-        )
-    yield (
-        moe.shared_ffn_width > 0 or not moe.shared_gate,
-        "moe.shared_gate",
-        "needs a shared expert: set moe.shared_ffn_width",
-    )
-    yield (
-        moe.renormalise or moe.backend == "dropless",
-        "moe.renormalise",
-        f'must be true with moe.backend = "{moe.backend}", whose gates always sum to 1',
-    )
-    fewest = min(pyramid or (moe.experts,))
-    yield fewest >= 1, "moe.experts_per_layer", "every number must be at least 1"
-    where = f"at most moe.experts = {moe.experts}"
-    if pyramid:
-        where = f"at most {fewest}, the smallest of moe.experts_per_layer = {list(pyramid)}"
-    yield moe.top_k <= fewest, "moe.top_k", f"must be {where}"
-    yield (
-        moe.routing != "isolated" or moe.top_k <= fewest // 3,
-        "moe.routing",
-        f"gives each of three modalities {fewest // 3} of {fewest} experts per layer (moe.experts, "
-        f"moe.experts_per_layer), fewer than moe.top_k = {moe.top_k}",
-    )
-
-
-def _capacity(recipe: Recipe) -> Iterator[Rule]:
-    moe, defaults = recipe.moe, Recipe()
-    for key in _CAPACITY:
-        default = _value(defaults, key)
-        yield (
-            moe.backend == "capacity" or _value(recipe, key) == default,
-            key,
-            f'has no effect with moe.backend = "{moe.backend}": set moe.backend to "capacity", or leave {key} at '
-            f"{default!r}",
-        )
-    for key in _DROPPING:
-        default = _value(defaults, key)
-        yield (
-            moe.drop_tokens or _value(recipe, key) == default,
-            key,
-            f"has no effect with moe.drop_tokens = false: set moe.drop_tokens to true, or leave {key} at {default!r}",
-        )
-    yield moe.noisy_gate in ("", "RSample", "Jitter"), "moe.noisy_gate", 'must be "", "RSample" or "Jitter"'
-    only_one = f"works with moe.top_k = 1 only, not {moe.top_k}"
-    yield moe.top_k == 1 or not moe.random_token_selection, "moe.random_token_selection", f"{only_one}: set it to false"
-    yield moe.top_k == 1 or moe.noisy_gate != "RSample", "moe.noisy_gate", f'{only_one}: set it to "Jitter" or ""'
-    noisy = moe.random_token_selection or moe.noisy_gate != ""
-    yield (
-        not recipe.tasks.retrieval.gradient_cache
-        or moe.backend == "dropless"
-        or not (noisy or (moe.drop_tokens and moe.capacity_factor != moe.eval_capacity_factor)),
-        "tasks.retrieval.gradient_cache",
-        "runs every forward twice, once in eval mode, and both must route the same: set moe.eval_capacity_factor to "
-        f'moe.capacity_factor = {moe.capacity_factor}, moe.random_token_selection to false and moe.noisy_gate to ""',
-    )
 
 
 def _data(recipe: Recipe, world_size: int) -> Iterator[Rule]:

@@ -13,11 +13,13 @@ CONTROLS: dict[str, str] = {
     "video": "<video>",
     "frame": "<frame>",
     "embed": "<embed>",
-    **{spec.name: spec.symbol for spec in TASKS},
+    **{spec.name: spec.symbol for spec in TASKS if not spec.hears},
 }
 CONTROL_SYMBOLS = tuple(CONTROLS.values())
+# Of models with a speech encoder, after the others. Tokenizers are made without them.
+SPEECH_CONTROLS: dict[str, str] = {"speech": "<speech>", **{spec.name: spec.symbol for spec in TASKS if spec.hears}}
 
-_Pieces: Any = make_dataclass("_Pieces", [(name, str, "") for name in CONTROLS], frozen=True)
+_Pieces: Any = make_dataclass("_Pieces", [(name, str, "") for name in {**CONTROLS, **SPEECH_CONTROLS}], frozen=True)
 
 
 class ControlsConfig(_Pieces):

@@ -1,4 +1,4 @@
-"""The settings of the model: vision encoder, decoder and sparse feed-forwards. They are tables of a recipe."""
+"""The settings of the model: encoders, decoder and sparse feed-forwards. They are tables of a recipe."""
 
 from __future__ import annotations
 
@@ -48,6 +48,22 @@ class VisionConfig:
     placeholder: str = bounded("add", choices=("add", "replace"))
 
 
+FRAMES_OF_STATE = 4  # log-mel frames of 10 ms that become one state of the speech encoder
+SECONDS_OF_STATE = 0.01 * FRAMES_OF_STATE
+
+
+@dataclass(frozen=True)
+class SpeechConfig:
+    """The speech encoder: two strided convolutions over log-mel frames, then a bidirectional transformer."""
+
+    layers: int = bounded(0, least=0)  # 0: the model has no speech encoder
+    width: int = bounded(256, least=1)  # model width of the encoder
+    heads: int = bounded(4, least=1)
+    ffn_width: int = bounded(768, least=1)  # hidden width of the feed-forward, a SwiGLU
+    bands: int = bounded(80, least=1)  # of the mel scale, up to 8 kHz
+    merge: int = bounded(6, least=1, most=25)  # neighbouring states of 40 ms become one speech token in the decoder
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The decoder: a causal transformer whose feed-forwards are dense or MoE."""
@@ -73,11 +89,22 @@ class ModelConfig:
     rope_sections: tuple[int, ...] = ()
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
+    speech: SpeechConfig = field(default_factory=SpeechConfig)
 
     @property
     def width_of_head(self) -> int:
         """d."""
         return self.head_width or self.width // self.heads
+
+    @property
+    def hears(self) -> bool:
+        """Whether the model has a speech encoder."""
+        return self.speech.layers > 0
+
+    @property
+    def modalities(self) -> int:
+        """M, that the router tells apart: text, images, videos and, if the model hears, speech."""
+        return 4 if self.hears else 3
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-PARTS = ("vision", "connector", "embedding", "attention", "feed_forward", "experts", "router", "heads")
+PARTS = ("vision", "connector", "speech", "embedding", "attention", "feed_forward", "experts", "router", "heads")
 LORA_PARTS = ("vision", "attention", "feed_forward", "experts")  # that can have adapters
 # The matrices that adapters stand next to. Queries, keys and values are one matrix, and so are gate and up.
 _ADAPTED = re.compile(
@@ -26,7 +26,7 @@ def part_of(name: str) -> str:
         return "experts"
     if ".router." in name:
         return "router"
-    for part in ("vision", "connector"):
+    for part in ("vision", "connector", "speech"):
         if f"{part}." in name:
             return part
     if ".attention" in name:

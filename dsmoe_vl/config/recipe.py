@@ -154,6 +154,9 @@ class DataConfig:
     video_sampling: str = bounded("uniform", choices=("uniform", "fps", "keyframes"))
     video_fps: float = bounded(1.0, above=0)  # frames per second, for "fps"
     frame_pool: int = bounded(2, least=1)  # frame_pool x frame_pool vision tokens of a frame are averaged into one
+    # For models with a speech encoder: seconds of recordings per pack, and of one recording, at most.
+    pack_speech_seconds: float = bounded(120.0, above=0)
+    speech_max_seconds: float = bounded(30.0, above=0)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     # virtual readers; a multiple of (data-parallel ranks x workers); fixed for the whole run
     lanes: int = bounded(64, least=1)

@@ -7,7 +7,7 @@ torch, because the recipe, the planner and the data tools read it too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
@@ -26,6 +26,7 @@ class CaptionConfig:
     weight: float = bounded(1.0, least=0)  # w_i; 0: the task is not trained
     # fraction of a caption's tokens that are hidden from later tokens, in training only
     word_dropout: float = bounded(0.0, least=0, most=1)
+    hears: bool = False  # a sample's recording stands after its picture, before the caption
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RetrievalConfig:
     # what stands for a picture, a video or a text: the state of its "last" token, or the "mean" of all its tokens
     pooling: str = bounded("last", choices=("last", "mean"))
     gradient_cache: bool = False  # contrast over all accumulation steps; costs a second forward
+    # share of the samples with captions and a recording whose text side is the recording; it always is without captions
+    spoken: float = bounded(0.0, least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,13 @@ class SummaryConfig:
     ranking_weight: float = bounded(1.0, least=0)  # of the pairwise ranking loss over frames
     # smallest difference in importance, 0 to 1, at which two frames are compared
     ranking_margin: float = bounded(0.1, least=0)
+
+
+@dataclass(frozen=True)
+class TranscriptConfig:
+    """Speech to text: the words of a recording."""
+
+    weight: float = bounded(0.0, least=0)  # w_i; 0: the task is not trained
 
 
 @dataclass(frozen=True)
@@ -82,21 +92,34 @@ class TaskSpec:
     symbol: str  # the control symbol after which the task's text is generated
     settings: type[Any]
     terms: tuple[Term, ...]
-    # Whether a sample can be used for the task, from its kind ("image" or "video"), captions and KEY.json.
-    qualifies: Callable[[str, Sequence[str], Mapping[str, Any]], bool]
+    # Whether a sample can be used for the task, from what it has ("image", "video", "speech"), captions and KEY.json.
+    qualifies: Callable[[Collection[str], Sequence[str], Mapping[str, Any]], bool]
     task: str  # "module:class" of its `tasks.task.Task`
     evaluation: str  # "module:class" of its `evaluation.task_evaluation.TaskEvaluation`
     # The shapes of its heads' parameters by their names in the model, from its settings and the decoder width.
     head_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]] = field(default=_no_heads)
+    hears: bool = False  # it needs a model with a speech encoder
 
 
-def _has_captions(kind: str, captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
-    return bool(captions)
+def _has_captions(has: Collection[str], captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
+    return bool(captions) and _is_seen(has)
 
 
-def _has_summary(kind: str, captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
+def _has_two_sides(has: Collection[str], captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
+    return _is_seen(has) and (bool(captions) or "speech" in has)
+
+
+def _has_summary(has: Collection[str], captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
     scored = meta.get("saliency") is not None or meta.get("importance") is not None
-    return kind == "video" and (scored or bool(meta.get("summary")))
+    return "video" in has and (scored or bool(meta.get("summary")))
+
+
+def _has_transcript(has: Collection[str], captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
+    return "speech" in has and (bool(meta.get("transcript")) or len(captions) == 1)
+
+
+def _is_seen(has: Collection[str]) -> bool:
+    return "image" in has or "video" in has
 
 
 # A task's number is its index here, and its row in the router's task bias. Append new tasks at the end.
@@ -117,7 +140,7 @@ TASKS: list[TaskSpec] = [
         symbol="<retrieval>",
         settings=RetrievalConfig,
         terms=(Term("retrieval", "pairs"),),
-        qualifies=_has_captions,
+        qualifies=_has_two_sides,
         task="dsmoe_vl.tasks.retrieval:RetrievalTask",
         evaluation="dsmoe_vl.evaluation.retrieval:RetrievalEvaluation",
         head_shapes=_retrieval_heads,
@@ -137,6 +160,17 @@ TASKS: list[TaskSpec] = [
         evaluation="dsmoe_vl.evaluation.summaries:SummaryEvaluation",
         # One linear score of frames.
         head_shapes=lambda settings, width: {"importance.score.weight": (1, width), "importance.score.bias": (1,)},
+    ),
+    TaskSpec(
+        name="transcript",
+        title="Transcripts",
+        symbol="<transcript>",
+        settings=TranscriptConfig,
+        terms=(Term("transcript", "labels"),),
+        qualifies=_has_transcript,
+        task="dsmoe_vl.tasks.transcript:TranscriptTask",
+        evaluation="dsmoe_vl.evaluation.transcripts:TranscriptEvaluation",
+        hears=True,
     ),
 ]
 
@@ -158,6 +192,12 @@ def import_class(path: str) -> Any:
 def task_number(name: str) -> int:
     """The index of a task in the table: its row in the router's task bias, and `Segment.task`."""
     return [spec.name for spec in TASKS].index(name)
+
+
+def task_rows(hears: bool) -> int:
+    """Tasks that the router of a model tells apart. One without a speech encoder has no row for the tasks at the end
+    of the table that need one, so its weights are as they were before there were such tasks."""
+    return 1 + max(number for number, spec in enumerate(TASKS) if hears or not spec.hears)
 
 
 def all_terms() -> tuple[Term, ...]:

@@ -19,6 +19,10 @@ class Batch:
     max_picture: the greatest length, a python int. cell_position and cell_frame are in 0..T; T means padding. Retrieval
     pairs and frames are those of all packs. `pairs_of_ranks`: the number of pairs of each rank in this micro-step,
     because embeddings are compared across ranks.
+
+    Of models that hear: mel float32 [F, M], the log-mel frames of all recordings, at least one cell of silence;
+    cu_recordings int32 [R + 1] and max_recording, their lengths in states of the encoder; speech_position int64, the
+    token in 0..T of each of their cells. They have no rows in other models.
     """
 
     tokens: torch.Tensor
@@ -39,6 +43,10 @@ class Batch:
     cell_time: torch.Tensor
     cell_frame: torch.Tensor
     cell_frame_weight: torch.Tensor
+    mel: torch.Tensor
+    cu_recordings: torch.Tensor
+    max_recording: int
+    speech_position: torch.Tensor
     media_embedding: torch.Tensor
     text_embedding: torch.Tensor
     pair_ids: torch.Tensor

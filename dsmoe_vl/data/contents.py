@@ -1,4 +1,4 @@
-"""What a sample gives to the tasks: its texts, its image or video, and what of it cannot be used, with the reason.
+"""What a sample gives to the tasks: its texts, its image or video, its recording; and what cannot be used, and why.
 
 Training, evaluation, the tokenizer and `data_tools` read samples through `contents_of` only, so they always agree.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmoe_vl.config.task_table import TASKS
-from dsmoe_vl.data.sample import MEDIA_EXTENSIONS, Sample, split_name
+from dsmoe_vl.data.sample import MEDIA_EXTENSIONS, SPEECH_EXTENSIONS, Sample, split_name
 from dsmoe_vl.data.shards.habits import named
 from dsmoe_vl.errors import DataError
 
@@ -20,38 +20,44 @@ _PLACES = ("captions", "caption")  # of captions in KEY.json, by priority; KEY.t
 class Contents:
     """The usable contents of a sample.
 
-    `captions`, `summary`: without white space around them, never blank; () and "" for none.
+    `captions`, `summary`, `transcript`: without white space around them, never blank; () and "" for none. A transcript
+    has the words of the recording; without `transcript` in KEY.json they are those of the only caption.
     `tasks`: names of the tasks that may use the sample and can.
-    `no_media`, `no_caption`, `no_summary`: the reason, "" if the sample has one.
+    `no_media`, `no_recording`, `no_caption`, `no_summary`, `no_transcript`: the reason, "" if the sample has one.
     `flaws`: entries that are left out of a sample that is usable without them.
     Reasons and flaws are texts of the form `kind: detail`.
     """
 
     captions: tuple[str, ...]
     summary: str
+    transcript: str
     tasks: tuple[str, ...]
     no_media: str
+    no_recording: str
     no_caption: str
     no_summary: str
+    no_transcript: str
     flaws: tuple[str, ...]
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The captions, then the summary."""
-        return (*self.captions, self.summary) if self.summary else self.captions
+        """The captions, then the summary and the transcript, each once."""
+        return tuple(dict.fromkeys(filter(None, (*self.captions, self.summary, self.transcript))))
 
     @property
     def problems(self) -> tuple[str, ...]:
         """Everything that cannot be used. A missing text counts if no task can use the sample without it."""
         has_use = self.tasks or self.summary
-        return tuple(filter(None, (self.no_media, "" if has_use else self.no_caption, *self.flaws)))
+        no_media = self.no_media if self.no_recording else ""
+        no_words = "" if self.no_recording else self.no_transcript
+        return tuple(filter(None, (no_media, "" if has_use else self.no_caption or no_words, *self.flaws)))
 
 
 def contents_of(sample: Sample) -> Contents:
     """What a sample gives: `captions` of KEY.json, else `caption`, else KEY.txt; and `summary` of KEY.json.
 
-    Both places of captions may have a list of texts or one text. Of a sample that
-    was read without its media only `tasks` may differ.
+    Both places of captions may have a list of texts or one text. Of a sample that was read without its media only
+    `tasks` may differ.
     """
     captions, no_text = _captions(sample)
     no_caption = "" if captions else f"no caption: {'; '.join(no_text) or _no_place(sample)}{_files(sample)}"
@@ -59,16 +65,22 @@ def contents_of(sample: Sample) -> Contents:
     flaws = [f"entries without text: {one}" for one in no_text if captions]
     if sample.meta.get("summary") is not None and not summary:
         flaws.append(no_summary)
-    media = [name for name in sample.names if split_name(name)[1] in MEDIA_EXTENSIONS]
-    no_media = ""
-    if sample.media is None and not media:
-        no_media = "no image or video"
-        if sample.names:
-            no_media += f": none of {', '.join(f'KEY.{extension}' for extension in MEDIA_EXTENSIONS)}{_files(sample)}"
-    if len(media) > 1:
-        flaws.append(f"several images or videos: {named(media)}; only {media[0]} is used")
-    tasks = () if no_media else _tasks(sample, sample.is_video, captions, summary)
-    return Contents(captions, summary, tasks, no_media, no_caption, no_summary, tuple(flaws))
+    no_media, several = _missing(sample, sample.media, "image or video", MEDIA_EXTENSIONS)
+    no_recording, several_recordings = _missing(sample, sample.recording, "recording", SPEECH_EXTENSIONS)
+    has = (*(() if no_media else ("video" if sample.is_video else "image",)), *(() if no_recording else ("speech",)))
+    transcript, no_transcript = _transcript(sample, captions)
+    return Contents(
+        captions,
+        summary,
+        "" if no_recording else transcript,
+        _tasks(sample, has, captions, summary, transcript),
+        no_media,
+        no_recording,
+        no_caption,
+        no_summary,
+        no_recording or no_transcript,
+        (*flaws, *several, *several_recordings),
+    )
 
 
 def media_of(sample: Sample) -> bytes:
@@ -78,10 +90,31 @@ def media_of(sample: Sample) -> bytes:
     return sample.media
 
 
+def recording_of(sample: Sample) -> bytes:
+    """The encoded recording. Raises DataError without one."""
+    if sample.recording is None:
+        raise DataError(contents_of(sample).no_recording)
+    return sample.recording
+
+
 def offered_tasks(sample: Sample) -> list[Any] | None:
     """The `tasks` of KEY.json; None if every task may use the sample."""
     offered = sample.meta.get("tasks")
     return offered if isinstance(offered, list) else None
+
+
+def _missing(
+    sample: Sample, found: bytes | None, what: str, extensions: tuple[str, ...]
+) -> tuple[str, tuple[str, ...]]:
+    """The reason why a sample has no file of a kind, "" if it has one, and a flaw if it has several. Its names
+    count: it may have been read without its media."""
+    names = [name for name in sample.names if split_name(name)[1] in extensions]
+    if len(names) > 1:
+        return "", (f"several {what.replace(' or ', 's or ')}s: {named(names)}; only {names[0]} is used",)
+    if found is not None or names:
+        return "", ()
+    looked_for = f": none of {', '.join(f'KEY.{extension}' for extension in extensions)}{_files(sample)}"
+    return f"no {what}{looked_for if sample.names else ''}", ()
 
 
 def _no_place(sample: Sample) -> str:
@@ -122,13 +155,23 @@ def _summary(sample: Sample) -> tuple[str, str]:
     return "", f"no summary: {detail}"
 
 
-def _tasks(sample: Sample, is_video: bool, captions: tuple[str, ...], summary: str) -> tuple[str, ...]:
-    offered = offered_tasks(sample)
-    kind, meta = "video" if is_video else "image", {**sample.meta, "summary": summary}
+def _transcript(sample: Sample, captions: tuple[str, ...]) -> tuple[str, str]:
+    """The words of a recording, and the reason if they are not known."""
+    value = sample.meta.get("transcript")
+    if text := _text(value):
+        return text, ""
+    if len(captions) == 1:
+        return captions[0], ""
+    detail = "no `transcript` in KEY.json" if value is None else f"`transcript` in KEY.json is {_shown(value)}"
+    return "", f"no transcript: {detail}, and {len(captions)} captions, not one"
+
+
+def _tasks(
+    sample: Sample, has: tuple[str, ...], captions: tuple[str, ...], summary: str, transcript: str
+) -> tuple[str, ...]:
+    offered, meta = offered_tasks(sample), {**sample.meta, "summary": summary, "transcript": transcript}
     return tuple(
-        spec.name
-        for spec in TASKS
-        if (offered is None or spec.name in offered) and spec.qualifies(kind, captions, meta)
+        spec.name for spec in TASKS if (offered is None or spec.name in offered) and spec.qualifies(has, captions, meta)
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.error_log import ErrorLog
-from dsmoe_vl.data.pack import Packer, PackShape
+from dsmoe_vl.data.pack import Packer
+from dsmoe_vl.data.pack_shape import PackShape, SpeechShape
 from dsmoe_vl.data.pack_stream import Encode, SampleReader, to_pack
 from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.data.shards.index import ShardIndex
@@ -23,6 +24,7 @@ def held_out_packs(
     rank: int = 0,
     ranks: int = 1,
     maximum: Callable[[int], int] = int,
+    speech: SpeechShape | None = None,
 ) -> Iterator[Pack]:
     """One pass over `source`: every sample once over all ranks, and the same number of packs on each rank.
 
@@ -31,7 +33,7 @@ def held_out_packs(
     remote storage keeps failing.
     """
     index = ShardIndex.load(source.path, data)
-    shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
+    shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge, speech)
     log = ErrorLog(data.max_bad_fraction, "data.evaluation")
     reader = SampleReader((source,), {source.name: index}, encode, shape, log)
     numbers = ((shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples))

@@ -22,7 +22,8 @@ from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.error_log import ReadReport
 from dsmoe_vl.data.last_read import LastRead
-from dsmoe_vl.data.pack import PackShape, collate
+from dsmoe_vl.data.pack import collate
+from dsmoe_vl.data.pack_shape import PackShape, SpeechShape
 from dsmoe_vl.data.pack_stream import Delivery, Encode, PackStream
 from dsmoe_vl.data.position import check_order, merge_states, order_identity
 from dsmoe_vl.data.segment import Pack
@@ -55,6 +56,7 @@ class Loader:
         micro_batch: int,
         accumulation: int,
         quarantine: Path | None = None,
+        speech: SpeechShape | None = None,
     ) -> None:
         """`encode` may raise DataError for a sample that it cannot use. Bad samples are appended to the file
         `quarantine`, one file per rank.
@@ -63,7 +65,7 @@ class Loader:
         FetchError if their server keeps failing.
         """
         self._data, self._sources, self._encode = data, sources, encode
-        self._shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge)
+        self._shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge, speech)
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._micro_batch, self._packs_per_step = micro_batch, micro_batch * accumulation
         _check_lanes(data, ranks)

@@ -1,6 +1,7 @@
 """Segments -> packs of fixed shape -> flat batches.
 
-Letters as in `segment.py`: L tokens, P patches and Q = P / merge**2 cells per pack, C bytes per patch, B packs.
+Letters as in `segment.py`: L tokens, P patches and Q = P / merge**2 cells per pack, C bytes per patch, B packs, f
+log-mel frames of a recording, M mel bands.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from dsmoe_vl.config.model import FRAMES_OF_STATE
 from dsmoe_vl.config.task_table import TASKS, Targets
 from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.pack_shape import PackShape
+from dsmoe_vl.data.recording import FRAMES_A_SECOND
 from dsmoe_vl.data.segment import COUNTS, IGNORE, TOKENS_OF, Modality, Pack, Segment
 from dsmoe_vl.data.stream import SampleRef
 from dsmoe_vl.errors import DataError
@@ -30,16 +34,6 @@ _TARGETS: dict[Targets, Callable[[Segment], int]] = {
 }
 
 
-@dataclass(frozen=True)
-class PackShape:
-    """The fixed sizes of a pack: tokens, patches, pixels of a patch's side, patches of a cell's side."""
-
-    length: int
-    patches: int
-    patch_size: int
-    merge: int
-
-
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """The segments of a sample, which stay together in one pack."""
@@ -49,12 +43,14 @@ class Encoded:
     segments: list[Segment]
     length: int  # tokens
     patches: int
+    frames: int = 0  # of its recordings
 
 
 def encoded(ref: SampleRef, key: str, segments: list[Segment], shape: PackShape) -> Encoded:
     """Measure a sample. Raises DataError if it has no tokens or does not fit into a pack."""
     length = sum(segment.length for segment in segments)
     patches = sum(segment.patch_count for segment in segments)
+    frames = sum(segment.frame_count for segment in segments)
     if length == 0:
         raise DataError(f"empty sample: {key} gives no tokens")
     if length > shape.length or patches > shape.patches:
@@ -62,11 +58,17 @@ def encoded(ref: SampleRef, key: str, segments: list[Segment], shape: PackShape)
             f"longer than pack: {key} has {length} tokens and {patches} patches, data.pack_length is "
             f"{shape.length} and data.pack_patches {shape.patches}"
         )
-    return Encoded(ref, key, segments, length, patches)
+    if frames > shape.frames:
+        raise DataError(
+            f"longer than pack: {key} has recordings of {frames / FRAMES_A_SECOND:g} s for its tasks; raise "
+            f"data.pack_speech_seconds above {frames / FRAMES_A_SECOND:g}"
+        )
+    return Encoded(ref, key, segments, length, patches, frames)
 
 
 class Packer:
-    """Best-fit packing in tokens and patches. Depends on nothing but the order and sizes of the samples."""
+    """Best-fit packing in tokens and patches, within the frames of recordings. Depends on nothing but the order and
+    sizes of the samples."""
 
     def __init__(self, shape: PackShape, lookahead: int) -> None:
         """At most `lookahead` samples are kept for later packs."""
@@ -82,15 +84,20 @@ class Packer:
         until `lookahead` are pending.
         """
         chosen: list[Encoded] = []
-        length, patches = self._shape.length, self._shape.patches
+        length, patches, frames = self._shape.length, self._shape.patches, self._shape.frames
         while length > (1 - _FULL) * self._shape.length and patches >= (1 - _FULL) * self._shape.patches:
-            fitting = [item for item in self.pending if item.length <= length and item.patches <= patches]
+            fitting = [
+                item
+                for item in self.pending
+                if item.length <= length and item.patches <= patches and item.frames <= frames
+            ]
             if fitting:
-                taken = self._choice(fitting, length, patches) if chosen else self.pending[:1]
+                taken = self._choice(fitting, length, patches, frames) if chosen else self.pending[:1]
                 for item in taken:
                     self.pending.remove(item)
                     length -= item.length
                     patches -= item.patches
+                    frames -= item.frames
                 chosen += taken
             elif len(self.pending) < self._lookahead and (drawn := draw()) is not None:
                 self.pending.append(drawn)
@@ -98,14 +105,17 @@ class Packer:
                 break
         return chosen
 
-    def _choice(self, fitting: list[Encoded], length: int, patches: int) -> list[Encoded]:
-        """The next sample, or the last two, of those that fit. `length` tokens and `patches` are left in the pack."""
+    def _choice(self, fitting: list[Encoded], length: int, patches: int, frames: int) -> list[Encoded]:
+        """The next sample, or the last two, of those that fit. `length` tokens, `patches` and `frames` are left in the
+        pack."""
         longest = max(fitting, key=lambda item: item.length)
         if len(fitting) >= self._lookahead // 2 and length <= _LAST * longest.length:
             pairs = (
                 [one, other]
                 for one, other in combinations(fitting, 2)
-                if one.length + other.length <= length and one.patches + other.patches <= patches
+                if one.length + other.length <= length
+                and one.patches + other.patches <= patches
+                and one.frames + other.frames <= frames
             )
             return max([[longest], *pairs], key=lambda items: sum(item.length for item in items))
         # Patches per token that are left, as shares of a pack. A sample of the same density uses both evenly.
@@ -139,6 +149,8 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
     picture_lengths: list[int] = []
     frame_tokens: list[int] = []
     ranked: list[np.ndarray] = []
+    mel: list[np.ndarray] = []
+    speech_position: list[np.ndarray] = [np.zeros(0, np.int64)]
 
     end = patch_end = cell_end = 0
     for segment in segments:
@@ -165,6 +177,11 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
                 cell_frame[cell_start:cell_end] = start + picture.frame_token
                 frame_tokens.append(start + picture.frame_token)
             picture_lengths.append(count)
+        if segment.recording is not None:
+            assert shape.speech is not None, "a recording for a model that does not hear"
+            mel.append(segment.recording.mel)
+            heard = len(segment.recording.mel) // shape.speech.cell
+            speech_position.append(start + segment.recording.first + np.arange(heard))
     ends = np.cumsum([segment.length for segment in segments], dtype=np.int64)
     paired = [(int(n) - 1, s) for n, s in zip(ends, segments, strict=True) if s.pair >= 0]
     media = [(n, s.pair) for n, s in paired if s.pictures]
@@ -190,6 +207,8 @@ def assemble(segments: Sequence[Segment], shape: PackShape, keys: Sequence[str] 
         cell_time=cell_time,
         cell_frame=cell_frame,
         cell_frame_weight=_shares(cell_frame, length),
+        mel=mel or _silence(shape),
+        speech_position=np.concatenate(speech_position),
         media_embedding=np.array([n for n, _ in media], np.int64),
         text_embedding=np.array([n for n, _ in text], np.int64),
         pair_ids=np.array([pair for _, pair in media], np.int64),
@@ -214,6 +233,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
     used[0] = used[0] if any(used) else cell_size
     patches = [part for pack, n in zip(packs, used, strict=True) if n for part in pack.patches]
     frames = np.cumsum([0, *(len(pack.frame_tokens) for pack in packs)])
+    mel, heard, recordings = _speech(packs)
     counts = {name: sum(pack.counts[name] for pack in packs) for name in packs[0].counts}
 
     def placed(name: str) -> torch.Tensor:
@@ -255,6 +275,10 @@ def collate(packs: Sequence[Pack]) -> Batch:
         cell_time=flat("cell_time", cell_size),
         cell_frame=placed("cell_frame"),
         cell_frame_weight=flat("cell_frame_weight", cell_size),
+        mel=torch.from_numpy(mel),
+        cu_recordings=_cumulative(recordings),
+        max_recording=max(recordings, default=0),
+        speech_position=torch.from_numpy(heard),
         media_embedding=listed("media_embedding", starts),
         text_embedding=listed("text_embedding", starts),
         pair_ids=listed("pair_ids", none),
@@ -283,6 +307,23 @@ def _shares(token_of_cell: np.ndarray, length: int) -> np.ndarray:
     shares = (1.0 / np.bincount(token_of_cell, minlength=length + 1)[token_of_cell]).astype(np.float32)
     shares[token_of_cell == length] = 0
     return shares
+
+
+def _silence(shape: PackShape) -> list[np.ndarray]:
+    """What the speech encoder reads where nothing is spoken, because it runs on every rank at every step."""
+    return [] if shape.speech is None else [np.zeros((shape.speech.cell, shape.speech.bands), np.float32)]
+
+
+def _speech(packs: Sequence[Pack]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Log-mel frames [F, M] of all recordings, the token of each of their cells, and the states of each recording. If
+    no pack has a recording, one cell of silence stays."""
+    length, padding = len(packs[0].tokens), len(packs) * len(packs[0].tokens)
+    spoken = [(b * length, pack) for b, pack in enumerate(packs) if len(pack.speech_position)]
+    mel = [one for _, pack in spoken for one in pack.mel] or packs[0].mel
+    if not mel:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int64), []
+    heard = [pack.speech_position + start for start, pack in spoken] or [np.array([padding])]
+    return np.concatenate(mel), np.concatenate(heard), [len(one) // FRAMES_OF_STATE for one in mel]
 
 
 def _cumulative(lengths: list[int]) -> torch.Tensor:

@@ -13,7 +13,8 @@ from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadCounts
 from dsmoe_vl.data.last_read import LastRead
-from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, encoded
+from dsmoe_vl.data.pack import Encoded, Packer, assemble, encoded
+from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Pack, Segment
 from dsmoe_vl.data.shards.index import ShardIndex, read_sample

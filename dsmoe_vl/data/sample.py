@@ -10,13 +10,16 @@ from dsmoe_vl.config.recipe import SourceConfig
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi")
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + VIDEO_EXTENSIONS
+SPEECH_EXTENSIONS = ("flac", "wav", "mp3", "opus")
 TEXT_EXTENSIONS = ("txt", "json")
-EXTENSIONS = MEDIA_EXTENSIONS + TEXT_EXTENSIONS  # of files that are read
+EXTENSIONS = MEDIA_EXTENSIONS + SPEECH_EXTENSIONS + TEXT_EXTENSIONS  # of files that are read
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample of a tar, its media still encoded. `text` is KEY.txt, `meta` is KEY.json ({} if absent).
+
+    `media`: its image or video; `recording`: of speech, KEY.`recording_type`, beside or instead of it.
 
     For messages: `names` of all its files in the tar, and a known `habit` that explains a missing one, if any.
     """
@@ -30,6 +33,8 @@ class Sample:
     meta: dict[str, Any]
     names: tuple[str, ...] = ()
     habit: str = ""
+    recording: bytes | None = None
+    recording_type: str = ""  # extension: "flac", ...; "" without a recording
 
     @property
     def is_video(self) -> bool:

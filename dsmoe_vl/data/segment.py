@@ -1,7 +1,8 @@
 """The data types from samples to the model: segments -> pack -> batch (in `batch.py`).
 
 Shapes: n tokens of a segment, p patches, C = 3 * patch_size**2 bytes per patch, L tokens and P patches per pack,
-Q = P / merge**2 cells per pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L.
+Q = P / merge**2 cells per pack (a cell is merge x merge neighbouring patches: one vision token), B packs, T = B * L;
+f log-mel frames of a recording, M mel bands.
 The merge**2 patches of a cell are adjacent; cells are ordered row by row.
 
 Does not import torch: that takes seconds, and the data tools do not need it.
@@ -27,6 +28,7 @@ class Modality(IntEnum):
     TEXT = 0
     IMAGE = 1
     VIDEO = 2
+    SPEECH = 3  # has no row in models without a speech encoder
 
 
 # Counts of a batch: real tokens, in total and by modality, language-model targets, and the targets of every loss term.
@@ -51,6 +53,15 @@ class Picture:
 
 
 @dataclass
+class Recording:
+    """A recording of speech: `mel` float32 [f, M], whole speech tokens with the silence at their end, see
+    `data/recording.py`; `first`: the token of the segment that receives the first of them, and the next ones follow."""
+
+    mel: np.ndarray
+    first: int
+
+
+@dataclass
 class Segment:
     """A run of tokens that attend only to each other: `tokens`, `labels`, `modality` int32 [n].
 
@@ -70,6 +81,7 @@ class Segment:
     pair: int = -1
     importance: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     ranked: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    recording: Recording | None = None
 
     @property
     def length(self) -> int:
@@ -78,6 +90,11 @@ class Segment:
     @property
     def patch_count(self) -> int:
         return sum(len(picture.patches) for picture in self.pictures)
+
+    @property
+    def frame_count(self) -> int:
+        """Of log-mel frames."""
+        return 0 if self.recording is None else len(self.recording.mel)
 
     def places(self, merge: int) -> np.ndarray:
         """Time, row and column of each token for interleaved MRoPE: int64 [n, 3].
@@ -118,6 +135,7 @@ class Segment:
             labels=np.concatenate((np.full(count, IGNORE, dtype=np.int32), self.labels)),
             modality=np.concatenate((np.full(count, Modality.TEXT, dtype=np.int32), self.modality)),
             pictures=[shifted(picture) for picture in self.pictures],
+            recording=self.recording and replace(self.recording, first=self.recording.first + count),
         )
 
 
@@ -132,6 +150,8 @@ class Pack:
     cell_position int64 [Q] in 0..L, L for padding; cell_weight float32 [Q]: 1 / cells on the same token, 0 for padding;
     cell_time float32 [Q]: seconds, -1 for images and padding. cell_frame int64 [Q] in 0..L and cell_frame_weight
     float32 [Q]: the same for frame tokens.
+    mel: float32 [f, M] of each recording; without recordings one cell of zeros, nothing in a model that does not hear.
+    speech_position int64: the token of each cell of the recordings.
     media_embedding, text_embedding, pair_ids int64 [n]: the embedding tokens and the id of each retrieval pair.
     frame_tokens int64 [f], importance float32 [f], ranked int64 [r, 2] (indices into these two): of video summaries.
     counts: COUNTS, python ints, for the global normalisation.
@@ -153,6 +173,8 @@ class Pack:
     cell_time: np.ndarray
     cell_frame: np.ndarray
     cell_frame_weight: np.ndarray
+    mel: list[np.ndarray]
+    speech_position: np.ndarray
     media_embedding: np.ndarray
     text_embedding: np.ndarray
     pair_ids: np.ndarray

@@ -13,7 +13,7 @@ from multiprocessing.heap import Arena
 
 import numpy as np
 
-from dsmoe_vl.data.pack import PackShape
+from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import Pack
 
 

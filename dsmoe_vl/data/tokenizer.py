@@ -11,7 +11,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
-from dsmoe_vl.config.control_symbols import CONTROLS
+from dsmoe_vl.config.control_symbols import CONTROLS, SPEECH_CONTROLS
 from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.data.vocabulary import Vocabulary, read_vocabulary
 from dsmoe_vl.errors import ConfigError
@@ -25,21 +25,26 @@ class Tokenizer:
 
     `pad`, `unk`, `bos`, `eos`: ids; bos may be None, and pad is some other reserved one where the file has none.
     `begin`: what every segment begins with, (bos,) or nothing. `settings`: of the recipe, of which only names of pieces
-    are used.
+    are used. `hears`: of a model with a speech encoder, which has symbols of its own.
 
     Raises ConfigError if the file is missing, cannot be read, or lacks a piece that `settings` names.
     """
 
     def __init__(
-        self, path: str | Path, settings: TokenizerConfig = _NO_SETTINGS, vocabulary: Vocabulary | None = None
+        self,
+        path: str | Path,
+        settings: TokenizerConfig = _NO_SETTINGS,
+        vocabulary: Vocabulary | None = None,
+        hears: bool = False,
     ) -> None:
         """`vocabulary`: of the file, if it was read before."""
-        self.path, self._settings = str(path), settings
+        self.path, self._settings, self._hears = str(path), settings, hears
         self.vocabulary = vocabulary = vocabulary or read_vocabulary(path)
         self._rows = vocabulary.size
         self._own: dict[str, int] = {}  # symbols that the file does not have, or has under other names
         self.unk = self._appended("<unk>") if vocabulary.unk is None else vocabulary.unk
-        self._controls = {symbol: self._control(name, symbol) for name, symbol in CONTROLS.items()}
+        symbols = CONTROLS | SPEECH_CONTROLS if hears else CONTROLS
+        self._controls = {symbol: self._control(name, symbol) for name, symbol in symbols.items()}
         self.bos = self._named("bos", settings.bos) if settings.bos else vocabulary.bos
         self.begin = (self.bos,) if settings.bos and self.bos is not None else ()
         self._eos = self._named("eos", settings.eos) if settings.eos else vocabulary.eos
@@ -62,7 +67,7 @@ class Tokenizer:
                 f"model.init_from = {recipe.model.init_from!r} (pieces {settings.sha256[:12]}): leave tokenizer.path "
                 "out to take the one in that folder, or import the weights again"
             )
-        tokenizer = cls(settings.path, settings, vocabulary)
+        tokenizer = cls(settings.path, settings, vocabulary, recipe.model.hears)
         tokenizer.require_fit(settings.vocab_size)
         tokenizer._require_eos()
         return tokenizer
@@ -129,11 +134,11 @@ class Tokenizer:
         return self.vocabulary.decode(kept)
 
     def control(self, symbol: str) -> int:
-        """Id of one of CONTROL_SYMBOLS."""
+        """Id of a control symbol; one of speech only if the model hears."""
         return self._controls[symbol]
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, TokenizerConfig]]:
-        return Tokenizer, (self.path, self._settings)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, TokenizerConfig, None, bool]]:
+        return Tokenizer, (self.path, self._settings, None, self._hears)
 
     def _control(self, name: str, symbol: str) -> int:
         """The piece that the recipe names, the control symbol of that name, or a new row. An ordinary piece of that

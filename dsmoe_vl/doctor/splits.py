@@ -19,7 +19,8 @@ from dsmoe_vl.checkpoint.weights import one_process_tensors
 from dsmoe_vl.config.model import MoEConfig
 from dsmoe_vl.config.recipe import PartConfig, Recipe, SourceConfig
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.pack import Encoded, Packer, PackShape, assemble, collate, encoded
+from dsmoe_vl.data.pack import Encoded, Packer, assemble, collate, encoded
+from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.stream import SampleRef
@@ -97,8 +98,7 @@ class Probe:
         self.recipe, self.deepspeed, self.ranks, self.host = recipe, deepspeed, ranks, host
         tokenizer = Tokenizer.of(recipe)
         self.tasks = build_tasks(recipe, tokenizer)
-        vision = recipe.model.vision
-        self.shape = PackShape(recipe.data.pack_length, recipe.data.pack_patches, vision.patch_size, vision.merge)
+        self.shape = PackShape.of(recipe)
         self.contents = self._read()
 
     def plan(self, split: Split) -> RunPlan:

@@ -20,7 +20,8 @@ import torch
 
 from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.pack import PackShape, assemble, collate
+from dsmoe_vl.data.pack import assemble, collate
+from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Segment
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.parallel.device import use_device
@@ -47,7 +48,7 @@ def random_batch(plan: RunPlan, seed: int) -> Batch:
     """Packs of images at the recipe's patch budget, each followed by a caption, until nothing more fits."""
     recipe, rng = plan.recipe, np.random.default_rng(seed)
     data, vision = recipe.data, recipe.model.vision
-    shape = PackShape(data.pack_length, data.pack_patches, vision.patch_size, vision.merge)
+    shape = PackShape.of(recipe)
     side = int((data.image_max_patches / vision.merge**2) ** 0.5) * vision.merge
     cells = side * side // vision.merge**2
     length = cells + _TEXT_TOKENS

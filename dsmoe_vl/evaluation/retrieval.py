@@ -1,9 +1,9 @@
-"""Scores the retrieval of a trained model: text by picture or video, and the reverse."""
+"""Scores the retrieval of a trained model: text by picture or video, the reverse, and by spoken queries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.retrieval_examples import Gallery, retrieval_examples
 from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores
-from dsmoe_vl.inference.embed import embed_media, embed_texts
+from dsmoe_vl.inference.embed import embed_media, embed_recordings, embed_texts
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.metrics.retrieval import COCO_MEDIA, RECALLS, coco_metrics, retrieval_metrics
 from dsmoe_vl.report import TEMPLATES
@@ -32,16 +32,23 @@ def _labels() -> dict[str, ScoreLabel]:
                 labels[f"{test}{direction}_r{k}"] = ScoreLabel(f"{prefix}{name}: {place} (R@{k}), %", "percent")
             median = ScoreLabel(f"{prefix}{name}: median place of the right one", "count")
             labels[f"{test}{direction}_median_rank"] = median
-    return labels
+    spoken = {
+        name.replace("text_", "speech_"): replace(label, text=label.text.replace("text to", "speech to"))
+        for name, label in labels.items()
+        if name.startswith("text_to_media")
+    }
+    return labels | {"spoken": ScoreLabel("spoken queries, each for one of their pictures", "count"), **spoken}
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """One picture or video of the gallery with its captions. `embedding`: float32 [1, W]."""
+    """One picture or video of the gallery with its captions. `embedding`: float32 [1, W]; `spoken`: that of its
+    recording, if it has one and the model hears."""
 
     pair: int
     embedding: np.ndarray
     captions: list[str]
+    spoken: np.ndarray | None = None
 
 
 class RetrievalEvaluation:
@@ -94,7 +101,19 @@ def evaluate_retrieval(
     if keep is not None:
         keep(Gallery(media, text, media_of_text, [one.pair for one in shown], texts))
     found: dict[str, float] = {"samples": len(media), **retrieval_metrics(media, text, media_of_text)}
-    return found | coco_metrics(media, text, media_of_text, coco_media)
+    return found | coco_metrics(media, text, media_of_text, coco_media) | _spoken_metrics(shown)
+
+
+def _spoken_metrics(shown: list[_Shown]) -> dict[str, float]:
+    """Of the pictures and videos that have a recording: `spoken`, their number, and how soon each is found among them,
+    as `speech_to_media_...`. {} without any."""
+    heard = [(one.embedding, one.spoken) for one in shown if one.spoken is not None]
+    if not heard:
+        return {}
+    media, spoken = (np.concatenate(side) for side in zip(*heard, strict=True))
+    found = retrieval_metrics(media, spoken, np.arange(len(media)))
+    by_text = {name: value for name, value in found.items() if name.startswith("text_to_media")}
+    return {"spoken": len(media), **{name.replace("text_", "speech_"): value for name, value in by_text.items()}}
 
 
 def _gallery(trained: TrainedModel, samples: Iterator[Sample], size: int, dealer: Dealer) -> list[_Shown]:
@@ -137,7 +156,9 @@ def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown | 
     if not captions:
         return None
     try:
-        return _Shown(pair, embed_media(trained, [sample]), captions)
+        hears = trained.recipe.model.hears and sample.recording is not None
+        spoken = embed_recordings(trained, [sample]) if hears else None
+        return _Shown(pair, embed_media(trained, [sample]), captions, spoken)
     except DataError:
         return None
 

@@ -102,7 +102,7 @@ def merged(found: Iterable[Result], samples: Dealt, dealer: Dealer, whole: int =
     own: list[tuple[int, Result]] = []
     for result in found:
         sample, number = result.sample, samples.number(result.sample)
-        kept = sample if len(own) < whole else replace(sample, media=None)
+        kept = sample if len(own) < whole else replace(sample, media=None, recording=None)
         own.append((number, replace(result, sample=kept)))  # type: ignore[type-var]
     return dealer.merge(own)
 

@@ -1,8 +1,8 @@
 """A trained model in a few lines of Python: `from dsmoe_vl import load; load("runs/NAME").caption("photo.jpg")`.
 
-A picture is a path, encoded bytes, a PIL image or an array uint8 [h, w, 3]; a video is a path or encoded bytes. A
-method that takes one item also takes a list, and returns a list (embeddings: an array with a row per item). W:
-embedding width.
+A picture is a path, encoded bytes, a PIL image or an array uint8 [h, w, 3]; a video or a recording of speech is a path
+or encoded bytes. A method that takes one item also takes a list, and returns a list (embeddings: an array with a row
+per item). W: embedding width.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from PIL import Image
 
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.inference.embed import embed_media, embed_texts
-from dsmoe_vl.inference.generate import MAX_TOKENS, caption
+from dsmoe_vl.inference.embed import embed_media, embed_recordings, embed_texts
+from dsmoe_vl.inference.generate import MAX_TOKENS, caption, transcribe
 from dsmoe_vl.inference.load import TrainedModel, load_run
-from dsmoe_vl.inference.media import BATCH, to_sample
+from dsmoe_vl.inference.media import BATCH, recorded, to_sample
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.inference.token_search import Search
 
@@ -62,6 +62,17 @@ class Model:
         """Caption of a video; `search` as in `caption`."""
         return self._caption(video, "video", max_tokens, Search(**search))
 
+    @overload
+    def transcribe(self, recording: Video, *, max_tokens: int = ..., **search: Any) -> str: ...
+    @overload
+    def transcribe(self, recording: Sequence[Video], *, max_tokens: int = ..., **search: Any) -> list[str]: ...
+    def transcribe(self, recording: Any, *, max_tokens: int = MAX_TOKENS, **search: Any) -> Any:
+        """The words of a recording; `search` as in `caption`."""
+        options = Search(**search)
+        return _mapped(
+            recording, lambda some: transcribe(self.trained, [recorded(one) for one in some], max_tokens, options)
+        )
+
     def embed_text(self, text: str | Sequence[str]) -> np.ndarray:
         """Unit vector of a text, float32 [W]; of a list, [n, W]. Raises DataError if an item is not a str."""
         for one in text if isinstance(text, (list, tuple)) else [text]:
@@ -76,6 +87,10 @@ class Model:
     def embed_video(self, video: Video | Sequence[Video]) -> np.ndarray:
         """Unit vector of a video, float32 [W]; of a list, [n, W]."""
         return self._embed(video, "video")
+
+    def embed_speech(self, recording: Video | Sequence[Video]) -> np.ndarray:
+        """Unit vector of a spoken query, float32 [W], to compare with pictures and videos; of a list, [n, W]."""
+        return _stacked(recording, lambda some: list(embed_recordings(self.trained, [recorded(one) for one in some])))
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> Any:

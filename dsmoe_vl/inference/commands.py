@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,17 +14,20 @@ from PIL import Image
 
 from dsmoe_vl.command import has_lost_reader
 from dsmoe_vl.console import one_line, printable
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.drawing.pages import Tile, page
 from dsmoe_vl.errors import ConfigError, DataError
 from dsmoe_vl.files import distinct_names, write_json
-from dsmoe_vl.inference.embed import embed_media, embed_texts
+from dsmoe_vl.inference.embed import embed_media, embed_recordings, embed_texts
 from dsmoe_vl.inference.generate import caption_task, texts
 from dsmoe_vl.inference.index import Hit, MediaIndex, update_index
 from dsmoe_vl.inference.load import TrainedModel, require_task
-from dsmoe_vl.inference.media import Media, first_picture, format_hint, in_batches, read_file
+from dsmoe_vl.inference.media import Media, first_picture, format_hint, in_batches, read_file, recorded
 from dsmoe_vl.inference.summarize import summarize
 from dsmoe_vl.inference.summary_files import write_summary
 from dsmoe_vl.inference.token_search import Search
+from dsmoe_vl.tasks.transcript import TranscriptTask
 
 _WITHOUT_INDEX = 200  # files; above this number `retrieve` suggests --index
 
@@ -50,11 +53,12 @@ class Outcome:
 
 
 class Question(NamedTuple):
-    """The query of a search: exactly one of the three."""
+    """The query of a search: exactly one of these."""
 
     text: str | None = None
     image: Path | None = None
     video: Path | None = None
+    speech: Path | None = None
 
 
 def print_error(message: str) -> None:
@@ -69,12 +73,32 @@ def caption_media(
 
     Raises ConfigError if the model has not learned captions or the file cannot be written.
     """
-    task, outcome = caption_task(trained), Outcome()
+    return _write_texts(trained, media, caption_task(trained).prompt, "caption", max_tokens, search, json_file)
+
+
+def transcribe(
+    trained: TrainedModel, media: Iterable[Media], max_tokens: int, search: Search, json_file: Path | None
+) -> int:
+    """Print `FILE<TAB>transcript` lines of recordings, as `caption_media` does."""
+    prompt = trained.task(TranscriptTask).prompt
+    return _write_texts(trained, media, prompt, "transcript", max_tokens, search, json_file)
+
+
+def _write_texts(
+    trained: TrainedModel,
+    media: Iterable[Media],
+    prompt: Callable[[Sample], Segment],
+    what: str,
+    max_tokens: int,
+    search: Search,
+    json_file: Path | None,
+) -> int:
+    outcome = Outcome()
     rows: list[dict[str, str]] = []
-    for batch in in_batches(media, task.prompt, outcome.failed):
-        written = texts(trained, [prompt for _, _, prompt in batch], max_tokens, search)
+    for batch in in_batches(media, prompt, outcome.failed):
+        written = texts(trained, [asked for _, _, asked in batch], max_tokens, search)
         for (_, name, _), text in zip(batch, written, strict=True):
-            rows.append({"file": name, "caption": text})
+            rows.append({"file": name, what: text})
             print(f"{printable(name)}\t{one_line(text)}", flush=True)
         if json_file is None and has_lost_reader():  # nobody wants the others, as with `| head -1`
             break
@@ -134,7 +158,9 @@ def grid(media: Sequence[Media], hits: Sequence[Hit], question: Question, pictur
         except DataError:  # removed in the meantime, or the first frame is damaged
             shown = Image.new("RGB", (4, 3), "gray")
         tiles.append(Tile(shown, (f"{rank}.  {hit.score:.3f}", os.path.basename(hit.row.name))))
-    asked = question.text if picture is None else f"like {(question.image or question.video or Path()).name}"
+    asked = question.text or (question.speech.name if question.speech else None)
+    if picture is not None:
+        asked = f"like {(question.image or question.video or Path()).name}"
     return page(tiles, asked or "", beside=picture)
 
 
@@ -173,8 +199,10 @@ def _ask(trained: TrainedModel, question: Question) -> tuple[np.ndarray, Image.I
         if not question.text.strip():
             raise ConfigError("--text is empty: give the words to search for")
         return embed_texts(trained, [question.text])[0], None
+    if question.speech is not None:
+        return embed_recordings(trained, [recorded(question.speech)])[0], None
     path, kind = (question.image, "image") if question.image is not None else (question.video, "video")
-    assert path is not None, "exactly one of the three is given"
+    assert path is not None, "exactly one of them is given"
     sample = read_file(path, kind)
     try:
         return embed_media(trained, [sample])[0], first_picture(sample)

@@ -1,4 +1,4 @@
-"""Retrieval embeddings of pictures, videos and texts. W: embedding width."""
+"""Retrieval embeddings of pictures, videos, texts and recordings. W: embedding width."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
+from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.inference.generate import prompt_batch
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.media import encode_all
@@ -29,6 +30,17 @@ def embed_texts(trained: TrainedModel, texts: list[str]) -> np.ndarray:
     """Unit vectors, float32 [n, W]. Raises ConfigError for a model without retrieval."""
     task = retrieval_task(trained)
     return _embed(trained, [task.text(text) for text in texts]).text.numpy()
+
+
+def embed_recordings(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
+    """Unit vectors of spoken queries, in the space of texts. Raises ConfigError for a model without retrieval or a
+    speech encoder, DataError for a sample without a readable recording."""
+    task = retrieval_task(trained)
+    if not trained.recipe.model.hears:
+        raise ConfigError(
+            f"{trained.checkpoint} has no speech encoder: name a run whose recipe has model.speech.layers above 0"
+        )
+    return _embed(trained, encode_all(task.spoken, samples)).text.numpy()
 
 
 def retrieval_task(trained: TrainedModel) -> RetrievalTask:

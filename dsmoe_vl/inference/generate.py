@@ -1,4 +1,4 @@
-"""Generates texts from prompts: captions here, summaries in `summarize.py`.
+"""Generates texts from prompts: captions and transcripts here, summaries in `summarize.py`.
 
 The decoder reads the prompts once, vision tokens included, and then one token per step and sequence. A token's keys,
 values and routing do not depend on later tokens (`load.py` disables token dropping), so the tokens are the same as
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.pack import PackShape, assemble, collate
+from dsmoe_vl.data.pack import assemble, collate
+from dsmoe_vl.data.pack_shape import PackShape, SpeechShape
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import ConfigError
@@ -26,6 +27,7 @@ from dsmoe_vl.inference.media import encode_all
 from dsmoe_vl.inference.token_search import GREEDY, Decoder, Search, beam, greedy, sample
 from dsmoe_vl.model.cache import KeyValueCache
 from dsmoe_vl.tasks.caption import CaptionTask
+from dsmoe_vl.tasks.transcript import TranscriptTask
 
 MAX_TOKENS = 64  # of a text, unless the caller wants another limit
 
@@ -41,6 +43,14 @@ def caption(
 def caption_task(trained: TrainedModel) -> CaptionTask:
     """The model's captioning task. Raises ConfigError if the model has not learned it."""
     return trained.task(CaptionTask)
+
+
+def transcribe(
+    trained: TrainedModel, samples: list[Sample], max_tokens: int = MAX_TOKENS, search: Search = GREEDY
+) -> list[str]:
+    """The words of each sample's recording. Raises ConfigError for a model without transcripts, DataError for a sample
+    without a readable recording."""
+    return texts(trained, encode_all(trained.task(TranscriptTask).prompt, samples), max_tokens, search)
 
 
 def texts(trained: TrainedModel, prompts: list[Segment], max_tokens: int, search: Search = GREEDY) -> list[str]:
@@ -124,7 +134,7 @@ def prompt_batch(trained: TrainedModel, prompts: list[Segment]) -> Batch:
     length = sum(prompt.length for prompt in prompts)
     vision = trained.recipe.model.vision
     patches = max(sum(prompt.patch_count for prompt in prompts), vision.merge**2)  # the encoder needs at least one cell
-    shape = PackShape(length, patches, vision.patch_size, vision.merge)
+    shape = PackShape(length, patches, vision.patch_size, vision.merge, SpeechShape.of(trained.recipe))
     return collate([assemble(prompts, shape)]).to(trained.device)
 
 
@@ -133,4 +143,6 @@ def _draws(seed: int, prompt: Segment, count: int) -> np.ndarray:
     digest = hashlib.sha256(prompt.tokens.tobytes())
     for picture in prompt.pictures:
         digest.update(np.ascontiguousarray(picture.patches).data)
+    if prompt.recording is not None:
+        digest.update(np.ascontiguousarray(prompt.recording.mel).data)
     return np.random.default_rng([seed, int.from_bytes(digest.digest()[:8], "little")]).random(count)

@@ -19,7 +19,7 @@ from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.experts import RemainingExperts
 from dsmoe_vl.planner.plan import recipe_from_json
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.task import Task
 
@@ -44,8 +44,8 @@ class TrainedModel:
         Raises ConfigError if the model has not learned it.
         """
         require_task(self, kind.name)
-        pictures = PictureReader(self.recipe.data, self.recipe.model.vision)
-        return kind(pictures, self.tokenizer, getattr(self.recipe.tasks, kind.name), training=False)
+        reader = MediaReader.of(self.recipe, training=False)
+        return kind(reader, self.tokenizer, getattr(self.recipe.tasks, kind.name), training=False)
 
 
 def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
@@ -58,7 +58,7 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     checkpoint, manifest = require_newest(run_dir)
     plan_file, tokenizer_file = run_dir / PLAN_NAME, tokenizer_in(checkpoint)
     recipe = recipe_from_json(plan_file)
-    tokenizer = Tokenizer(tokenizer_file, recipe.tokenizer)
+    tokenizer = Tokenizer(tokenizer_file, recipe.tokenizer, hears=recipe.model.hears)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise CheckpointError(
             f"{tokenizer_file} (pieces {tokenizer.sha256[:12]}) is not the tokenizer that the "

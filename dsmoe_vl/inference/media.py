@@ -1,4 +1,4 @@
-"""Converts a user's pictures and videos (files, folders, shards, arrays) to the samples that tasks read."""
+"""Converts a user's pictures, videos and recordings (files, folders, shards, arrays) to the samples that tasks read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.folder_walk import described, files_below
 from dsmoe_vl.data.foreign_media import stored
 from dsmoe_vl.data.media_kind import HEAD, NO_MEDIA, kind_of_file, media_kind
-from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample
+from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, SPEECH_EXTENSIONS, VIDEO_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.index import INDEX_NAME, ShardIndex, read_sample
 from dsmoe_vl.errors import DataError
@@ -47,9 +47,25 @@ class Media(NamedTuple):
     read: Callable[[], Sample]
 
 
+def recorded(recording: Any) -> Sample:
+    """A user's own recording as a sample: a path or encoded bytes, FLAC, WAV, MP3 or Opus. Raises DataError."""
+    name = ""
+    if isinstance(recording, (str, os.PathLike)):
+        name = str(recording)
+        try:
+            recording = require_regular(Path(recording)).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}; name an existing file") from None
+    if not isinstance(recording, (bytes, bytearray, memoryview)):
+        raise DataError(f"a recording cannot be made from {type(recording).__name__}: give a path or encoded bytes")
+    encoded = bytes(recording)
+    return Sample(name, SourceConfig(), 0, None, "", "", {}, recording=encoded, recording_type=SPEECH_EXTENSIONS[0])
+
+
 def media_files(paths: Sequence[Path], kind: str) -> list[Media]:
-    """Files of one `kind`, "image" or "video", whatever their names."""
-    return [Media(str(path), 0, 0, partial(read_file, path, kind)) for path in paths]
+    """Files of one `kind`, "image", "video" or "speech", whatever their names."""
+    read = {kind: partial(read_file, kind=kind) for kind in ("image", "video")} | {"speech": recorded}
+    return [Media(str(path), 0, 0, partial(read[kind], path)) for path in paths]
 
 
 def open_media(folder: str, data: DataConfig) -> list[Media]:
@@ -185,4 +201,6 @@ def encode_all(encode: Callable[[Sample], T], samples: Sequence[Sample]) -> list
 
 def format_hint(sample: Sample) -> str:
     """The fix for a sample that cannot be decoded, for an error message."""
+    if sample.media is None and sample.recording is not None:
+        return "give a whole FLAC, WAV, MP3 or Opus file"
     return "give a whole video that FFmpeg reads" if sample.is_video else "save it as a JPEG, PNG or WebP"

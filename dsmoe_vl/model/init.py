@@ -14,6 +14,7 @@ from dsmoe_vl.moe.router import Router
 
 EMBEDDING_STD = 0.02
 _ROUTER_STD = 0.02  # near-even routing at the start
+_CONVOLUTIONS = ("speech.conv1.weight", "speech.conv2.weight")
 _FROM_PICTURES = ("connector.down.weight", "connector.place.weight", "connector.time.weight")
 _INTO_RESIDUAL = ("attention.out.weight", "down.weight", "experts.w2", "mlp.w2")
 
@@ -34,6 +35,8 @@ def first_values(model: VisionLanguageModel, seed: int, connector_scale: float =
     its own alone. A module's OWN_START has the values of parameters that start otherwise.
     """
     depth = {"vision": len(model.vision.layers), "layers": len(model.layers)}
+    if model.speech is not None:
+        depth["speech"] = len(model.speech.layers)
     gates = [m for m in model.modules() if isinstance(m, Router)]
     # In mode "task", equal biases would send every task to the same experts.
     routers = {id(m.task_bias if m.mode == "task" else m.weight) for m in gates} | {id(m.weight) for m in gates}
@@ -46,7 +49,8 @@ def first_values(model: VisionLanguageModel, seed: int, connector_scale: float =
             return _ROUTER_STD
         if where.parameter is model.embedding.weight or where.parameter is model.head.weight:
             return EMBEDDING_STD
-        std = where.shape[-1] ** -0.5
+        fan_in = where.shape[-2] * where.shape[-1] if where.name in _CONVOLUTIONS else where.shape[-1]
+        std = fan_in**-0.5
         if "layers" in where.name and where.name.endswith(_INTO_RESIDUAL):
             std /= (2 * depth[where.name.split(".")[0]]) ** 0.5
         if where.name in _FROM_PICTURES:

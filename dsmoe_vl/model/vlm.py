@@ -1,4 +1,4 @@
-"""The vision-language transformer: pictures and text in one packed sequence, hidden states out.
+"""The vision-language transformer: pictures, speech and text in one packed sequence, hidden states out.
 
 Shapes: T tokens of all packs, N patches, Q cells, D width, V vocabulary, X target positions.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.config.task_table import task_rows
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.model.attention import Attention, SegmentLayout
@@ -23,6 +23,7 @@ from dsmoe_vl.model.cache import KeyValueCache, LayerCache
 from dsmoe_vl.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from dsmoe_vl.model.lora import add_adapters
 from dsmoe_vl.model.rotary import Rotary
+from dsmoe_vl.model.speech import SpeechEncoder
 from dsmoe_vl.model.vision import Connector, VisionEncoder
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.experts import Experts
@@ -77,7 +78,8 @@ class DecoderLayer(nn.Module):
 
 def _sparse_feed_forward(recipe: Recipe, expert_count: int) -> nn.Module:
     width, moe = recipe.model.width, recipe.moe
-    router = Router(width, expert_count, moe.top_k, len(TASKS), len(Modality), moe.routing, moe.renormalise)
+    tasks, modalities = task_rows(recipe.model.hears), recipe.model.modalities
+    router = Router(width, expert_count, moe.top_k, tasks, modalities, moe.routing, moe.renormalise)
     experts = Experts(expert_count, width, moe.ffn_width)
     kind = GatedSwiGLU if moe.shared_gate else SwiGLU
     shared = kind(width, moe.shared_ffn_width) if moe.shared_ffn_width else None
@@ -110,7 +112,7 @@ class LanguageHead(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision encoder, connector, decoder, and the task heads from `tasks/registry.py`."""
+    """Vision encoder, connector, perhaps a speech encoder, decoder, and the task heads from `tasks/registry.py`."""
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class VisionLanguageModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.vision = VisionEncoder(model.vision)
         self.connector = Connector(model.vision, model.width)
+        self.speech = SpeechEncoder(model.speech, model.width) if model.hears else None
         self.embedding = nn.Embedding(recipe.tokenizer.vocab_size, model.width)
         self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
         self.norm = RMSNorm(model.width, model.norm_eps)
@@ -150,7 +153,7 @@ class VisionLanguageModel(nn.Module):
             last = batch.places.index_select(0, batch.cu_segments[1:] - 1)
             cache.continue_at(last.amax(dim=-1) + 1)
         cells, *deep = self._embed_pictures(batch)
-        return self._decode(self._embed_tokens(batch) + cells, context, cache, deep)
+        return self._decode(self._with_speech(self._embed_tokens(batch) + cells, batch), context, cache, deep)
 
     def extend(self, tokens: Tensor, task_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """One more text token for each of the S cached sequences: int64 [S] each -> hidden states [S, D]."""
@@ -180,6 +183,14 @@ class VisionLanguageModel(nn.Module):
         features = self.vision(batch.patches, batch.patch_positions, layout)
         found = self.connector(features, batch.patch_positions, batch.cell_time)
         return [self._at_tokens(cells, batch) for cells in found]
+
+    def _with_speech(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [T, D] with the features of recordings added to their tokens."""
+        if self.speech is None:
+            return x
+        cells = self.speech(batch.mel, SegmentLayout.build(batch.cu_recordings, batch.max_recording))
+        heard = x.new_zeros(len(x) + 1, x.shape[-1])  # the last row receives the silence of a batch without speech
+        return x + heard.index_add(0, batch.speech_position, cells.type_as(x))[:-1]
 
     def _at_tokens(self, cells: Tensor, batch: Batch) -> Tensor:
         """[Q, D] -> [T, D]: at each token the mean of its cells."""

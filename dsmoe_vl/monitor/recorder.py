@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dsmoe_vl.config.task_table import task_rows
 from dsmoe_vl.data.segment import TOKENS_OF, Modality
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.moe.stats import GATE_BINS, RoutingSums
@@ -23,7 +24,9 @@ class RouterRecorder:
     def __init__(self, plan: RunPlan, first_step: int) -> None:
         self._path = plan.run_dir / FILE
         self._experts = experts_of_layers(plan.recipe)
-        self._series = RouterSeries.empty(self._experts, GATE_BINS)
+        model = plan.recipe.model
+        self._modalities = tuple(Modality)[: model.modalities]
+        self._series = RouterSeries.empty(self._experts, GATE_BINS, task_rows(model.hears), model.modalities)
         if first_step and self._path.exists():
             try:
                 self._series = RouterSeries.load_from(self._path).until(first_step)
@@ -34,7 +37,7 @@ class RouterRecorder:
     def _begin(self) -> None:
         self._steps = 0
         self._sums: list[torch.Tensor] = []
-        self._tokens = dict.fromkeys(Modality, 0)
+        self._tokens = dict.fromkeys(self._modalities, 0)
 
     def add(self, routing: RoutingSums, counts: dict[str, int]) -> None:
         """Add the routing and the global counts of one step."""
@@ -44,7 +47,7 @@ class RouterRecorder:
             if self._sums
             else [values.double() for values in routing]
         )
-        for modality in Modality:
+        for modality in self._modalities:
             self._tokens[modality] += counts[TOKENS_OF[modality]]
         self._steps += 1
 

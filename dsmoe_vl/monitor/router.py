@@ -68,8 +68,11 @@ def draw_run(series: RouterSeries, first_layer: int) -> Image.Image:
 def _load_panels(last: RouterSeries, first_layer: int) -> list[Panel]:
     views = {"all tokens": last.relative_load()[0]}
     by_task, by_modality = last.relative_load((3,))[0], last.relative_load((2,))[0]
-    views |= {f"task {spec.name}": by_task[:, number] for number, spec in enumerate(TASKS)}
-    views |= {f"modality {modality.name.lower()}": by_modality[:, modality] for modality in Modality}
+    views |= {f"task {spec.name}": values for spec, values in zip(TASKS, by_task.swapaxes(0, 1), strict=False)}
+    views |= {
+        f"modality {modality.name.lower()}": values
+        for modality, values in zip(Modality, by_modality.swapaxes(0, 1), strict=False)
+    }
     layers, ends = _layer_names(last, first_layer), ("0", str(int(last.experts.max()) - 1))
     return [
         Panel(title, values, load_scale(), layers, ends, "expert")

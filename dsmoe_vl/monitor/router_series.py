@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmoe_vl.config.task_table import TASKS
-from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import replacing, require_regular
 from dsmoe_vl.moe.stats import LIVE_SHARE
@@ -40,9 +38,9 @@ class RouterSeries:
     violation: NDArray[np.float64]  # [R, N]
 
     @staticmethod
-    def empty(experts: tuple[int, ...], bins: int) -> RouterSeries:
+    def empty(experts: tuple[int, ...], bins: int, tasks: int, modalities: int) -> RouterSeries:
         """A series without records."""
-        layers, tasks, modalities = len(experts), len(TASKS), len(Modality)
+        layers = len(experts)
         return RouterSeries(
             experts=np.array(experts, np.int64),
             step=np.zeros(0, np.int64),

@@ -90,7 +90,8 @@ class Objective:
         if moe.z_weight:
             yield "z_loss", moe.z_weight, router_z_loss(stats.z_sum, tokens)
         if moe.local_entropy_weight:
-            by_modality = [float(counts[name]) for name in TOKENS_OF.values()]
+            names = list(TOKENS_OF.values())[: stats.entropy_sum.shape[-1]]  # speech only if the model hears
+            by_modality = [float(counts[name]) for name in names]
             divisor = torch.tensor(by_modality, device=stats.entropy_sum.device)
             yield "local_entropy_loss", moe.local_entropy_weight, local_entropy_loss(stats.entropy_sum, divisor)
 

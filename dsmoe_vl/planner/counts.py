@@ -17,6 +17,7 @@ class ParameterCounts:
 
     vision: int
     connector: int
+    speech: int  # the speech encoder with its connector
     embedding: int
     attention: int  # of the decoder, QK-norms included
     dense_ffn: int  # the dense decoder layers' feed-forwards
@@ -34,6 +35,7 @@ class ParameterCounts:
         return (
             self.vision
             + self.connector
+            + self.speech
             + self.embedding
             + self.attention
             + self.dense_ffn
@@ -64,7 +66,7 @@ def count_parameters(recipe: Recipe) -> ParameterCounts:
 def _field(name: str) -> str:
     """The field of ParameterCounts for a tensor."""
     first, _, rest = name.partition(".")
-    if first in ("vision", "connector", "embedding"):
+    if first in ("vision", "connector", "speech", "embedding"):
         return first
     if first != "layers":
         return {"head": "embedding", "norm": "norms"}.get(first, "heads")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.config.imported import imported_roots
+from dsmoe_vl.config.model import SECONDS_OF_STATE
 from dsmoe_vl.config.parts import part_of
 from dsmoe_vl.config.recipe import AugmentConfig, L1Config, TaskWeightsConfig, first_step
 from dsmoe_vl.planner.counts import count_adapters
@@ -112,6 +113,11 @@ def _parameters(plan: RunPlan) -> list[tuple[str, str]]:
         ("embedding", f"{shown_count(counts.embedding)}, {'tied with' if model.tied else 'and'} the output"),
         ("vision encoder", shown_count(counts.vision)),
         ("connector", shown_count(counts.connector)),
+        *(
+            [("speech encoder", f"{shown_count(counts.speech)}, not in the FLOPs and activations")]
+            if model.hears
+            else []
+        ),
         ("norms", shown_count(counts.norms)),
         ("task heads", shown_count(counts.heads)),
     ]
@@ -174,6 +180,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
             "patches",
             f"at most {patches}, {data.pack_patches} per pack = {cells} tokens",
         ),
+        *_speech(plan),
         ("steps", f"{run.steps:,} = {shown_count(run.steps * plan.tokens_per_step)} tokens"),
         ("learning rate", f"{float(plan.deepspeed['optimizer']['params']['lr']):g} at its peak"),
         ("schedule", _schedule(plan)),
@@ -182,6 +189,14 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
         *_task_weights(plan.recipe.objective.task_weights),
         *_backend(plan),
     ]
+
+
+def _speech(plan: RunPlan) -> list[tuple[str, str]]:
+    speech, data = plan.recipe.model.speech, plan.recipe.data
+    if not speech.layers:
+        return []
+    seconds = f"at most {data.pack_speech_seconds:g} per pack and {data.speech_max_seconds:g} per recording"
+    return [("seconds of speech", f"{seconds}, a token every {SECONDS_OF_STATE * speech.merge:g}")]
 
 
 def _backend(plan: RunPlan) -> list[tuple[str, str]]:

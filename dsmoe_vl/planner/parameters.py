@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
+from dsmoe_vl.config.model import ModelConfig, SpeechConfig, VisionConfig
 from dsmoe_vl.config.parts import adapters_of, is_adapted
 from dsmoe_vl.config.recipe import LoraConfig, Recipe, learned_tasks
-from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.config.task_table import task_rows
 
 PLACE_AND_TIME_FEATURES = 64  # sinusoids of a cell's place and time, inputs of the connector
-_MODALITIES = 3  # rows of the router's modality bias; its task bias has one row per task
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -55,11 +54,13 @@ def _all(recipe: Recipe) -> Named:
     width, vocabulary = model.width, recipe.tokenizer.vocab_size
     yield from _under("vision", _vision(model.vision))
     yield from _under("connector", _connector(model.vision, width))
+    if model.hears:
+        yield from _under("speech", _speech(model.speech, width))
     yield "embedding.weight", (vocabulary, width)
     experts = experts_of_layers(recipe)
     for index in range(model.layers):
         sparse = index - moe.first_dense_layers
-        inner = _swiglu(width, model.ffn_width) if sparse < 0 else _sparse(moe, width, experts[sparse])
+        inner = _swiglu(width, model.ffn_width) if sparse < 0 else _sparse(recipe, experts[sparse])
         yield from _under(f"layers.{index}", _decoder_layer(model, inner))
     yield "norm.weight", (width,)
     if not model.tied:
@@ -107,10 +108,11 @@ def _expert(width: int, hidden: int, stacked: Shape = ()) -> Named:
         yield name, (*stacked, *shape)
 
 
-def _sparse(moe: MoEConfig, width: int, experts: int) -> Named:
+def _sparse(recipe: Recipe, experts: int) -> Named:
+    moe, width = recipe.moe, recipe.model.width
     yield "router.weight", (experts, width)
-    yield "router.task_bias", (len(TASKS), experts)
-    yield "router.modality_bias", (_MODALITIES, experts)
+    yield "router.task_bias", (task_rows(recipe.model.hears), experts)
+    yield "router.modality_bias", (recipe.model.modalities, experts)
     yield from _under("experts", _expert(width, moe.ffn_width, (experts,)))
     if moe.shared_ffn_width:
         yield from _under("shared", _swiglu(width, moe.shared_ffn_width))
@@ -154,6 +156,18 @@ def _vision_layer(vision: VisionConfig) -> Named:
         yield from _under("feed_forward.down", _linear(width, vision.ffn_width, bias=True))
     if vision.layer_scale:
         yield "feed_forward_scale.weight", (width,)
+
+
+def _speech(speech: SpeechConfig, width: int) -> Named:
+    for name, columns in (("conv1", speech.bands), ("conv2", speech.width)):
+        yield f"{name}.weight", (speech.width, columns, 3)
+        yield f"{name}.bias", (speech.width,)
+    layer = VisionConfig(width=speech.width, heads=speech.heads, ffn_width=speech.ffn_width)
+    for index in range(speech.layers):
+        yield from _under(f"layers.{index}", _vision_layer(layer))
+    yield "norm.weight", (speech.width,)
+    yield from _under("up", _linear(width, speech.merge * speech.width, bias=True))
+    yield from _under("down", _linear(width, width, bias=True))
 
 
 def _connector(vision: VisionConfig, width: int) -> Named:

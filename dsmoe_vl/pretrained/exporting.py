@@ -31,7 +31,7 @@ from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
 from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.tokenizer import Tokenizer
-from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.files import write_json, writing
 from dsmoe_vl.planner.plan import recipe_from_json
 from dsmoe_vl.pretrained.companions import write_companions
@@ -115,6 +115,11 @@ def export_hf(
     """
     checkpoint, manifest = require_newest(run_dir)
     recipe = recipe_from_json(run_dir / PLAN_NAME)
+    if recipe.model.hears:
+        raise ConfigError(
+            f"{run_dir} has a speech encoder (model.speech.layers = {recipe.model.speech.layers}), which is in none of "
+            "the classes for transformers: export the weights alone, without --format hf"
+        )
     stored, vocabulary = WeightsFile(checkpoint), tokenizer_in(checkpoint)
     tokenizer = Tokenizer(vocabulary, recipe.tokenizer)
     require_content(checkpoint, manifest, (stored.path.name, vocabulary.name, *sorted(set(stored.places.values()))))

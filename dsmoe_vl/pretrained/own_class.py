@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.config.recipe import Recipe
-from dsmoe_vl.config.task_table import TASKS, task_number
+from dsmoe_vl.config.task_table import task_number, task_rows
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import write_atomically
 from dsmoe_vl.model.rotary import Rotary
@@ -67,7 +67,7 @@ class OwnClass:
         recipe = self.recipe
         model = asdict(recipe.model)
         vision = model.pop("vision")
-        del model["init_from"], model["embedding_from"]
+        del model["init_from"], model["embedding_from"], model["speech"]
         rotary = Rotary(recipe.model)
         files = {"AutoConfig": "DsmoeVLConfig"}
         files |= dict.fromkeys(("AutoModelForImageTextToText", "AutoModelForCausalLM"), self.architecture)
@@ -77,7 +77,7 @@ class OwnClass:
             "model_table": model, "vision_table": vision,
             "moe_table": {key: getattr(recipe.moe, key) for key in _MOE},
             "experts": list(experts_of_layers(recipe)) if sparse_layers(recipe) else [],
-            "vocab_size": recipe.tokenizer.vocab_size, "tasks": len(TASKS), "task": task_number("caption"),
+            "vocab_size": recipe.tokenizer.vocab_size, "tasks": task_rows(False), "task": task_number("caption"),
             "rope_frequencies": rotary.frequencies(torch.device("cpu")).tolist(), "rope_magnitude": rotary.magnitude,
             "image_token_id": image_token, "max_position_embeddings": positions,
         }  # fmt: skip

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.pack import PackShape, assemble, collate
+from dsmoe_vl.data.pack import assemble, collate
+from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.errors import CheckpointError, ConfigError
 

@@ -14,7 +14,12 @@ from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.report.charts import LoadMap, load_map
 from dsmoe_vl.report.content import Report
 
-_OF_MODALITIES = {Modality.TEXT: "text", Modality.IMAGE: "images", Modality.VIDEO: "video frames"}
+_OF_MODALITIES = {
+    Modality.TEXT: "text",
+    Modality.IMAGE: "images",
+    Modality.VIDEO: "video frames",
+    Modality.SPEECH: "speech",
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ def routing(report: Report) -> Routing | None:
     if load is None or not load.load.any():
         return None
     everything = [("all tokens", load.load.sum((1, 2)))]
-    tasks = [(_in_sentence(spec.title), load.load[:, number].sum(1)) for number, spec in enumerate(TASKS)]
-    modalities = [(_OF_MODALITIES[kind], load.load[:, :, kind].sum(1)) for kind in Modality]
+    # A model without a speech encoder has no row for speech and its tasks.
+    rows, columns = load.load.shape[1:3]
+    tasks = [(_in_sentence(spec.title), load.load[:, number].sum(1)) for number, spec in enumerate(TASKS[:rows])]
+    modalities = [(_OF_MODALITIES[kind], load.load[:, :, kind].sum(1)) for kind in list(Modality)[:columns]]
     top = max(float(_shares(sums).max()) for _, sums in everything + tasks + modalities)
 
     def groups(named: list[tuple[str, np.ndarray]]) -> list[TokenGroup]:

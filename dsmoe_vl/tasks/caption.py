@@ -1,4 +1,5 @@
-"""Captioning of images and videos: vision tokens, the task token, then the text with a language-model loss.
+"""Captioning of images and videos: vision tokens, perhaps speech tokens of the sample's recording, the task token, then
+the text with a language-model loss.
 
 position   0 .. n-1        n            n+1     n+2
 token      <image> * n     <caption>    "a"     "dog"
@@ -16,12 +17,12 @@ from dsmoe_vl.config.task_table import CaptionConfig, task_number
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.segment import IGNORE, Segment
+from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.language import followed_by, language_loss
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.task import TaskOutput
 
 _NUMBER = task_number("caption")
@@ -37,11 +38,12 @@ class CaptionTask:
     name: str = "caption"
 
     def __init__(
-        self, pictures: PictureReader, tokenizer: Tokenizer, settings: CaptionConfig, training: bool = True
+        self, reader: MediaReader, tokenizer: Tokenizer, settings: CaptionConfig, training: bool = True
     ) -> None:
-        self.pictures = pictures
+        self.reader = reader
         self.tokenizer = tokenizer
         self.word_dropout = settings.word_dropout if training else 0.0
+        self.hears = settings.hears
 
     @staticmethod
     def heads(settings: CaptionConfig, width: int) -> dict[str, nn.Module]:
@@ -60,10 +62,8 @@ class CaptionTask:
 
     def prompt(self, sample: Sample) -> Segment:
         """The prompt for generation: the segment up to and including the task token."""
-        modality, pictures, vision_tokens = self.pictures.read(sample)
-        tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<caption>")
-        segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
-        return segment.after(self.tokenizer.begin)
+        hears = self.hears and sample.recording is not None
+        return self.reader.prompt(sample, _NUMBER, self.tokenizer, "<caption>", hears=hears)
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Cross entropy, summed over all caption targets."""

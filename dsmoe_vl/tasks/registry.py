@@ -12,7 +12,7 @@ from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.task import Task
 
 
@@ -21,9 +21,9 @@ def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> 
 
     `training=False`: samples are encoded as they are, without dropout and augmentation.
     """
-    pictures = PictureReader(recipe.data, recipe.model.vision, recipe.run.seed if training else None)
+    reader = MediaReader.of(recipe, training)
     return tuple(
-        import_class(spec.task)(pictures, tokenizer, getattr(recipe.tasks, spec.name), training)
+        import_class(spec.task)(reader, tokenizer, getattr(recipe.tasks, spec.name), training)
         for spec in learned_tasks(recipe)
     )
 

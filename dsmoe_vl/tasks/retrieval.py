@@ -1,6 +1,6 @@
 """Image-text and video-text retrieval: two segments, each ending with an embedding token.
 
-token   <image> * n  <embed>          "a"  "dog"  <embed>
+token   <image> * n  <embed>          "a"  "dog"  <embed>     or     <speech> * m  <embed>
 
 Pairs with the same content are not negatives of each other: one picture or video, or equal `content` in KEY.json.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import RetrievalConfig, task_number
 from dsmoe_vl.data.batch import Batch
+from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.parallel.collectives import gather_rows, own_rank
 from dsmoe_vl.tasks.caption import chosen_caption
 from dsmoe_vl.tasks.contrastive import info_nce_sum, negative_pairs, sigmoid_sum
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings, RetrievalHead
 from dsmoe_vl.tasks.task import TaskOutput
 
@@ -35,9 +36,9 @@ class RetrievalTask:
     name: str = "retrieval"
 
     def __init__(
-        self, pictures: PictureReader, tokenizer: Tokenizer, settings: RetrievalConfig, training: bool = True
+        self, reader: MediaReader, tokenizer: Tokenizer, settings: RetrievalConfig, training: bool = True
     ) -> None:
-        self.pictures = pictures
+        self.reader = reader
         self.tokenizer = tokenizer
         self.settings = settings
 
@@ -47,23 +48,34 @@ class RetrievalTask:
         return {"retrieval": RetrievalHead(width, settings)}
 
     def encode(self, sample: Sample) -> list[Segment]:
-        """Two segments. Raises DataError without media or without a caption."""
-        media, text = self.media(sample), self.text(chosen_caption(sample))
+        """Two segments. Raises DataError without media, or without a caption and a recording."""
+        media = self.media(sample)
+        text = self.spoken(sample) if self._is_spoken(sample) else self.text(chosen_caption(sample))
         media.pair = text.pair = pair_id(sample)
         return [media, text]
 
     def media(self, sample: Sample) -> Segment:
         """Segment of the picture or video. Raises DataError."""
-        modality, pictures, vision_tokens = self.pictures.read(sample)
-        tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<embed>")
-        segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
-        return segment.after(self.tokenizer.begin)
+        return self.reader.prompt(sample, _NUMBER, self.tokenizer, "<embed>")
+
+    def spoken(self, sample: Sample) -> Segment:
+        """Segment of a recording, which stands for a text. Raises DataError."""
+        return self.reader.prompt(sample, _NUMBER, self.tokenizer, "<embed>", sees=False, hears=True)
 
     def text(self, text: str) -> Segment:
         """Segment of a text."""
         tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.control("<embed>")], dtype=np.int32)
         segment = Segment(_NUMBER, tokens, np.full_like(tokens, IGNORE), np.full_like(tokens, Modality.TEXT))
         return segment.after(self.tokenizer.begin)
+
+    def _is_spoken(self, sample: Sample) -> bool:
+        """Whether the recording is the text side, in this epoch."""
+        if sample.recording is None or not self.reader.speech.layers:
+            return False
+        if not contents_of(sample).captions:
+            return True
+        chance = np.random.default_rng((zlib.crc32(sample.key.encode()), sample.epoch, _NUMBER)).random()
+        return chance < self.settings.spoken
 
     def loss(self, model: VisionLanguageModel, hidden: Tensor, batch: Batch) -> TaskOutput:
         """Contrastive loss of this rank's pairs against all pairs of the micro-step, summed.

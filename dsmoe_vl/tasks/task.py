@@ -15,7 +15,7 @@ from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.moe.stats import RouterStats
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.retrieval_head import RetrievalEmbeddings
 
 
@@ -36,7 +36,7 @@ class Task(Protocol):
 
     name: str
 
-    def __init__(self, pictures: PictureReader, tokenizer: Tokenizer, settings: Any, training: bool = True) -> None:
+    def __init__(self, reader: MediaReader, tokenizer: Tokenizer, settings: Any, training: bool = True) -> None:
         """`settings`: its table in the recipe. `training=False`: samples are encoded without dropout."""
 
     @staticmethod

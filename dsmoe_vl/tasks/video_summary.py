@@ -21,7 +21,7 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.model.vlm import VisionLanguageModel
 from dsmoe_vl.tasks.language import followed_by, language_loss
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.task import TaskOutput
 
 _LEAST_SECONDS = 1e-3  # minimum duration of an annotated video
@@ -45,9 +45,9 @@ class VideoSummaryTask:
     name: str = "summary"
 
     def __init__(
-        self, pictures: PictureReader, tokenizer: Tokenizer, settings: SummaryConfig, training: bool = True
+        self, reader: MediaReader, tokenizer: Tokenizer, settings: SummaryConfig, training: bool = True
     ) -> None:
-        self.pictures = pictures
+        self.reader = reader
         self.tokenizer = tokenizer
         self.margin = settings.ranking_margin
 
@@ -68,11 +68,11 @@ class VideoSummaryTask:
 
     def prompt(self, sample: Sample) -> Segment:
         """The prompt for generation: the segment up to and including the task token. Raises DataError."""
-        modality, pictures, vision_tokens = self.pictures.read(sample)
+        modality, pictures, vision_tokens = self.reader.read(sample)
         if modality is not Modality.VIDEO:
             raise DataError("no video to summarize")
         length = vision_tokens + len(pictures)
-        tokens, modalities = self.pictures.placeholders(modality, length, self.tokenizer, "<summary>")
+        tokens, modalities = self.reader.placeholders(modality, length, self.tokenizer, "<summary>")
         tokens[vision_tokens:length] = self.tokenizer.control("<frame>")
         numbered = [
             Picture(picture.patches, picture.grid, picture.time_seconds, picture.cell_token, vision_tokens + i)

@@ -14,6 +14,7 @@ from dsmoe_vl.config.recipe import learned_tasks, term_weights
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.held_out_packs import held_out_packs
 from dsmoe_vl.data.pack import collate
+from dsmoe_vl.data.pack_shape import SpeechShape
 from dsmoe_vl.parallel.process_group import HostGroup
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.planner.plan import RunPlan
@@ -39,6 +40,7 @@ class HeldOut:
                 rank=ranks.rank,
                 ranks=ranks.world_size,
                 maximum=host.max,
+                speech=SpeechShape.of(recipe),
             )
             share = max(1, recipe.run.evaluate_packs // (len(sources) * ranks.world_size))
             batches = [collate([pack]) for pack in islice(packs, share)]

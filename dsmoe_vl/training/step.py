@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dsmoe_vl.config.parts import PARTS
 from dsmoe_vl.config.recipe import learned_tasks
-from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.config.task_table import task_rows
 from dsmoe_vl.data.batch import Batch
-from dsmoe_vl.data.segment import COUNTS, Modality
+from dsmoe_vl.data.segment import COUNTS
 from dsmoe_vl.moe.router import Router
 from dsmoe_vl.moe.stats import RouterStats, RoutingSums, max_violation
 from dsmoe_vl.objective.objective import Objective, load_fractions, uniform_load
@@ -31,9 +31,6 @@ from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.training.clock import PhaseClock
 from dsmoe_vl.training.gradient_cache import CachedGradients, cache_gradients, with_cached_gradients
 from dsmoe_vl.training.skipped import Skipped
-
-# Number of token groups for load balancing, by moe.balance_over.
-_GROUPS = {"all": 1, "task": len(TASKS), "modality": len(Modality)}
 
 
 class Shared(NamedTuple):
@@ -73,7 +70,9 @@ class OptimizerStep:
         self.moe = plan.recipe.moe
         learned = learned_tasks(plan.recipe)
         self.contrasts = any(term.targets == "pairs" for task in learned for term in task.terms)
-        experts, groups = experts_of_layers(plan.recipe), _GROUPS[self.moe.balance_over]
+        model = plan.recipe.model
+        of_balancing = {"all": 1, "task": task_rows(model.hears), "modality": model.modalities}
+        experts, groups = experts_of_layers(plan.recipe), of_balancing[self.moe.balance_over]
         self.even_load = uniform_load(experts, groups, device) if experts else None
         self.experts = torch.tensor(experts, device=device)
         self.load_fraction = self.even_load

@@ -13,6 +13,7 @@ from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.config.recipe import first_step
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
+from dsmoe_vl.data.pack_shape import SpeechShape
 from dsmoe_vl.data.shards.verify import ShardVerifier
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.monitor.profiler import StepProfiler
@@ -65,6 +66,7 @@ class Trainer:
             micro_batch=plan.micro_batch,
             accumulation=plan.accumulation,
             quarantine=plan.run_dir / f"quarantine_{ranks.rank:05d}.jsonl",
+            speech=SpeechShape.of(recipe),
         )
         self.step = 0
         self.begun = self.saved = 0  # the steps of the newest checkpoint and of the newest that is complete

@@ -166,7 +166,7 @@ def test_what_cannot_be_answered(tiny, three_tasks, tmp_path, media, here):
         ),
         (
             ("retrieve", "--run", three_tasks, "--media", media),
-            "one of the arguments --text --image --video is required",
+            "one of the arguments --text --image --video --speech is required",
         ),
     ]:
         result = here(*arguments)

@@ -66,6 +66,7 @@ def test_four_steps_of_all_tasks(zero, ep):
         "--gradient-cache",
         "--task-weights uncertainty",
         "--task-weights famo",
+        "--hears",
     ],
 )
 def test_every_choice_is_the_same_on_two_ranks(flags):
@@ -73,6 +74,11 @@ def test_every_choice_is_the_same_on_two_ranks(flags):
     difference = largest_difference(curve(2, 2, 2, *flags), curve(1, 1, 1, *flags))
     print(f"{flags}: largest relative difference {difference:.1e}")
     assert difference < 1e-5
+
+
+def test_a_speech_encoder_is_the_same_in_partitions():
+    flags = ("--hears", "--accumulation", "2", "--steps", "3")
+    assert largest_difference(curve(2, 3, 1, *flags), curve(1, 1, 1, *flags)) < 1e-5
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -90,7 +96,7 @@ def test_the_gradient_cache_contrasts_over_accumulation():
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_text_alone_beside_videos_alone_does_not_hang(zero):
-    for flags in [(), ("--contrast", "sigmoid", "--all-terms"), ("--gradient-cache",)]:
+    for flags in [(), ("--contrast", "sigmoid", "--all-terms"), ("--gradient-cache",), ("--hears",)]:
         result = curve(2, zero, 2, "--one-sided", "--steps", "2", *flags)
         assert len(result["terms"]) == 2
 

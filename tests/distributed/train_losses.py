@@ -35,7 +35,7 @@ from dsmoe_vl.config.recipe import (
     TaskWeightsConfig,
     TokenizerConfig,
 )
-from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
+from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig, TranscriptConfig
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.parallel.device import use_device
 from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
@@ -44,7 +44,7 @@ from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.tasks.registry import build_backbone, build_tasks
 from dsmoe_vl.training.engine import build_engine
 from dsmoe_vl.training.step import OptimizerStep
-from tests.support.batches import SHAPE, VOCABULARY, mixed_pack
+from tests.support.batches import SHAPE, SPEECH, VOCABULARY, mixed_pack
 from tests.support.checkpoints import save_weights
 
 PACKS_PER_STEP = 4
@@ -108,6 +108,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contrast", default="info_nce")
     parser.add_argument("--gradient-cache", action="store_true")
     parser.add_argument("--task-weights", default="fixed")
+    parser.add_argument("--hears", action="store_true", help="a model with a speech encoder, and recordings")
     parser.add_argument("--one-sided", action="store_true", help="text alone on rank 0, videos alone on the others")
     return parser.parse_args(arguments)
 
@@ -158,6 +159,10 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     recipe = replace(recipe, lora=LoraConfig(**args.lora))
     if args.as_others:
         recipe = replace(recipe, model=AS_OTHERS, moe=replace(moe, **MOE_AS_OTHERS))
+    if args.hears:
+        tasks = replace(recipe.tasks, transcript=TranscriptConfig(1.0))
+        data = replace(recipe.data, speech_max_seconds=3.0)
+        recipe = replace(recipe, model=replace(recipe.model, speech=SPEECH), tasks=tasks, data=data)
     if args.save:
         run = replace(recipe.run, directory=str(args.save.parent), name=args.save.name)
         recipe = replace(recipe, run=run, tokenizer=replace(recipe.tokenizer, path=__file__))
@@ -178,9 +183,9 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     for step in range(first, first + args.steps):
         without = ("retrieval", "summary") if args.caption_only else ()
         if args.one_sided:
-            without = ("image",) if ranks.rank else ("caption", "retrieval", "summary")
+            without = ("image", "transcript") if ranks.rank else ("caption", "retrieval", "summary")
         own = range(ranks.rank, PACKS_PER_STEP, ranks.world_size)
-        packs = [mixed_pack(100 * step + index, without) for index in own]
+        packs = [mixed_pack(100 * step + index, without, args.hears) for index in own]
         batches = [collate(packs[i : i + micro_batch]) for i in range(0, len(packs), micro_batch)]
         shared = take_step.share(batches)
         result = take_step(shared.batches, shared.counts)

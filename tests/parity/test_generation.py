@@ -54,7 +54,7 @@ def plain(tiny, tmp_path_factory):
 def prompts_of(trained):
     """Images and videos, captions and a summary: prompts of different lengths, tasks and modalities."""
     task = caption_task(trained)
-    summary = VideoSummaryTask(task.pictures, task.tokenizer, trained.recipe.tasks.summary)
+    summary = VideoSummaryTask(task.reader, task.tokenizer, trained.recipe.tasks.summary)
     prompts = [task.prompt(samples.sample(kind, number=n)) for kind, n in (("image", 0), ("video", 1), ("image", 2))]
     return [*prompts, summary.prompt(samples.sample("video", number=3))]
 

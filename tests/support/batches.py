@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from dsmoe_vl.config.model import FRAMES_OF_STATE, SpeechConfig
 from dsmoe_vl.config.task_table import task_number
 from dsmoe_vl.data.pack import PackShape, assemble
-from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment
+from dsmoe_vl.data.pack_shape import SpeechShape
+from dsmoe_vl.data.recording import whole_cells
+from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Recording, Segment
 
 SHAPE = PackShape(length=96, patches=96, patch_size=4, merge=2)
+SPEECH = SpeechConfig(layers=2, width=16, heads=2, ffn_width=32, bands=8, merge=3)
+CELL = SPEECH.merge * FRAMES_OF_STATE  # frames
+HEARING = replace(SHAPE, speech=SpeechShape(30 * CELL, CELL, SPEECH.bands))
 VOCABULARY = 64
+_SIZES = (lambda s: s.length, lambda s: s.patch_count, lambda s: s.frame_count)
 _GRIDS = ((4, 4), (2, 4), (4, 2))
 
 
@@ -64,6 +73,27 @@ def pair(rng: np.random.Generator, frames: int = 0) -> list[Segment]:
     return [media, text]
 
 
+def spoken(rng: np.random.Generator, frames: int = 0, words: bool = True) -> Segment:
+    """Speech tokens of a recording, a task token, and with `words` what was said, with labels."""
+    count = frames or int(rng.integers(5, 60))
+    mel = whole_cells(rng.normal(size=(count, SPEECH.bands)).astype(np.float32), SPEECH.merge)
+    heard = len(mel) // CELL
+    said = _text(rng) if words else np.zeros(0, np.int32)
+    tokens = np.concatenate((np.full(heard + 1, 7, np.int32), said))
+    labels = np.full(len(tokens), IGNORE, np.int32)
+    if words:
+        labels[heard:] = [*said, 2]
+    modality = np.where(np.arange(len(tokens)) < heard, Modality.SPEECH, Modality.TEXT).astype(np.int32)
+    return Segment(task_number("transcript"), tokens, labels, modality, recording=Recording(mel, 0))
+
+
+def spoken_pair(rng: np.random.Generator) -> list[Segment]:
+    """A retrieval pair of an image and a recording."""
+    media, query = pair(rng)[0], spoken(rng, words=False)
+    query.task, query.pair = media.task, media.pair
+    return [media, query]
+
+
 def summary(rng: np.random.Generator, frames: int = 3) -> list[Segment]:
     """One video summary with importance and compared frames."""
     segment = _segment(rng, task_number("summary"), frames, text=True, frame_tokens=True)
@@ -80,11 +110,13 @@ def text_only(rng: np.random.Generator) -> list[Segment]:
     return [Segment(task_number("caption"), words, labels, np.full_like(words, Modality.TEXT))]
 
 
-def mixed_pack(seed: int, without: tuple[str, ...] = ()) -> Pack:
+def mixed_pack(seed: int, without: tuple[str, ...] = (), hears: bool = False) -> Pack:
     """A pack of all tasks, of images and of videos, some padding at its end; a pure function of its arguments.
 
-    `without` names tasks and "image"; text alone where nothing is left.
+    `without` names tasks and "image"; text alone where nothing is left. `hears`: for a model with SPEECH, also of
+    recordings.
     """
+    shape = HEARING if hears else SHAPE
     rng = np.random.default_rng(seed)
     makers = [
         ({"caption", "image"}, caption),
@@ -93,11 +125,14 @@ def mixed_pack(seed: int, without: tuple[str, ...] = ()) -> Pack:
         ({"retrieval"}, lambda r: pair(r, 2)),
         ({"summary"}, summary),
     ]
+    if hears:
+        makers += [({"transcript"}, lambda r: [spoken(r)]), ({"retrieval", "image"}, spoken_pair)]
     choice = [make for holds, make in makers if not holds.intersection(without)] or [text_only]
     segments: list[Segment] = []
     while True:
         more = choice[rng.integers(len(choice))](rng)
         together = [*segments, *more]
-        if sum(s.length for s in together) > SHAPE.length - 2 or sum(s.patch_count for s in together) > SHAPE.patches:
-            return assemble(segments, SHAPE)
+        used = [sum(size(s) for s in together) for size in _SIZES]
+        if any(n > most for n, most in zip(used, (shape.length - 2, shape.patches, shape.frames), strict=True)):
+            return assemble(segments, shape)
         segments = together

@@ -38,6 +38,6 @@ def random_run(tiny: TinyProject, folder: Path, *overrides: str, seed: int = 3) 
     checkpoint.mkdir(parents=True)
     (checkpoint / "tokenizer.model").write_bytes((tiny.data / "tokenizer.model").read_bytes())
     (folder / "plan.json").write_text(plan_to_json(plan))
-    sha256 = Tokenizer(checkpoint / "tokenizer.model").sha256
+    sha256 = Tokenizer(checkpoint / "tokenizer.model", hears=recipe.model.hears).sha256
     complete_with(checkpoint, model.state_dict(), sha256)
     return folder

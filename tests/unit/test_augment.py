@@ -22,7 +22,7 @@ from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.planner.describe import describe
 from dsmoe_vl.planner.plan import changed_settings, plan_to_json, recipe_from_json
 from dsmoe_vl.tasks.caption import CaptionTask
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from tests.support.samples import sample
 from tests.support.trained import random_run
@@ -158,7 +158,7 @@ def test_an_erased_rectangle_has_the_mean_colour():
 
 def test_all_frames_of_a_video_change_alike_on_the_same_grid(recipe):
     vision, clip = recipe.model.vision, sample("video", epoch=3)
-    reader, plain = PictureReader(recipe.data, vision, 7), PictureReader(recipe.data, vision)
+    reader, plain = MediaReader(recipe.data, vision, 7), MediaReader(recipe.data, vision)
     choice = Augmentation.choose(ALL, 7, clip.source.name, clip.key, 3)
     frames = list(sampled_frames(clip, recipe.data))
     for (_, frame), picture, same in zip(frames, reader.read(clip)[1], plain.read(clip)[1], strict=True):

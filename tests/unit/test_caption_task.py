@@ -11,7 +11,7 @@ from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.caption import CaptionTask
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from tests.support.samples import sample
 
 
@@ -19,7 +19,7 @@ from tests.support.samples import sample
 def task(tiny):
     recipe = load_recipe(tiny.recipe)
     return CaptionTask(
-        PictureReader(recipe.data, recipe.model.vision), Tokenizer(tiny.data / "tokenizer.model"), CaptionConfig()
+        MediaReader(recipe.data, recipe.model.vision), Tokenizer(tiny.data / "tokenizer.model"), CaptionConfig()
     )
 
 
@@ -59,7 +59,7 @@ def test_captions_take_turns(task):
 def test_frames_carry_their_times_and_share_tokens(task):
     pooling = CaptionTask.__new__(CaptionTask)
     pooling.__dict__ |= task.__dict__
-    reader = type(task.pictures)(dataclasses.replace(task.pictures.data, frame_pool=2), task.pictures.vision)
+    reader = type(task.reader)(dataclasses.replace(task.reader.data, frame_pool=2), task.reader.vision)
     _, pictures, used = reader.read(sample("video"))
     times = [picture.time_seconds for picture in pictures]
     assert len(times) == 4 and times == sorted(times) and times[0] >= 0
@@ -82,7 +82,7 @@ def test_what_cannot_be_used_says_why(task, changes, message):
 
 
 def test_word_dropout_hides_inputs_and_never_targets(task):
-    dropping = CaptionTask(task.pictures, task.tokenizer, CaptionConfig(word_dropout=0.5))
+    dropping = CaptionTask(task.reader, task.tokenizer, CaptionConfig(word_dropout=0.5))
     given = sample("image")
     (whole,), (dropped,), (again,) = task.encode(given), dropping.encode(given), dropping.encode(given)
     assert dropped.labels.tolist() == whole.labels.tolist()

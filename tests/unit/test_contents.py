@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.summaries import _reference
 from dsmoe_vl.tasks.caption import CaptionTask, chosen_caption
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from tests.support.loading import DATA
 from tests.support.tars import encoded_as, picture, write_tar
 
@@ -94,6 +95,31 @@ def test_every_reader_finds_the_same_captions(tmp_path, text, meta, captions):
     ]
 
 
+@pytest.mark.parametrize(
+    ("media", "meta", "transcript", "tasks", "problems"),
+    [
+        (None, {"transcript": f" {DOG}\n"}, DOG, ("transcript",), []),
+        (None, {"captions": [DOG]}, DOG, ("transcript",), []),
+        (PHOTO, {"captions": [DOG]}, DOG, ("caption", "retrieval", "transcript"), []),
+        (PHOTO, {"captions": [DOG, "a cat"]}, "", ("caption", "retrieval"), []),
+        (PHOTO, {"captions": [DOG, "a cat"], "transcript": DOG}, DOG, ("caption", "retrieval", "transcript"), []),
+        (PHOTO, {}, "", ("retrieval",), []),
+        (PHOTO, {"transcript": " "}, "", ("retrieval",), []),
+        (None, {"transcript": ["a", "list"]}, "", (), ["no caption"]),
+        (None, {"captions": [DOG, "a cat"]}, "", (), ["no transcript"]),
+        (None, {"captions": [DOG, "a cat"], "transcript": " "}, "", (), ["no transcript"]),
+        (None, {}, "", (), ["no caption"]),
+    ],
+)
+def test_the_words_of_a_recording(media, meta, transcript, tasks, problems):
+    contents = contents_of(replace(sample(media=media, **meta), recording=b"speech", recording_type="flac"))
+    assert (contents.transcript, contents.tasks) == (transcript, tasks)
+    assert [problem.partition(":")[0] for problem in contents.problems] == problems
+    assert bool(contents.no_transcript) == (not transcript)
+    silent = contents_of(sample(media=media, **meta))
+    assert silent.transcript == "" and "transcript" not in silent.tasks and silent.no_recording == "no recording"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("place", ["txt", "json"])
 def test_a_byte_order_mark_is_no_text(tmp_path, encoding, place):
@@ -134,7 +160,7 @@ def test_no_caption_has_one_reason_everywhere(task, tmp_path, text, meta, messag
 
 @pytest.fixture(scope="module")
 def task(tiny):
-    pictures = PictureReader(DataConfig(image_max_patches=4), VisionConfig(patch_size=16, merge=2))
+    pictures = MediaReader(DataConfig(image_max_patches=4), VisionConfig(patch_size=16, merge=2))
     return CaptionTask(pictures, Tokenizer(tiny.data / "tokenizer.model"), CaptionConfig())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.drawing.contact_sheet import PAGE_WIDTH, Cell, contact_sheet
 from dsmoe_vl.errors import DataError
 from tests.support.datasets import clip
+from tests.support.sound_files import recording, tones
 from tests.support.tars import write_tar
 
 
@@ -26,10 +28,11 @@ def photo(size=(64, 48)):
 
 
 def write(folder, samples, **limits):
-    """Shards of (key, media, media type, text, meta)."""
+    """Shards of (key, media, media type, text, meta), and a recording if there is one."""
     with ShardWriter(folder, "train", **limits) as writer:
         for sample in samples:
-            writer.write(*sample)
+            *sample, spoken = sample if len(sample) == 6 else (*sample, None)
+            writer.write(*sample, recording=spoken, recording_type="flac")
     return folder
 
 
@@ -70,6 +73,46 @@ def test_bad_samples_are_counted_by_reason(tmp_path):
     }
     assert found.problems["image cannot be decoded"][0].startswith("train-00000.tar, sample 6, broken: ")
     assert any(line.startswith("problem: 1 x image cannot be decoded") for line in describe(found))
+
+
+def test_recordings(tmp_path):
+    sound = recording("flac", tones(0.5))
+    good = [
+        ("both", photo(), "png", "a dog", {"captions": ["a dog", "dogs"], "speech_seconds": 0.5}, sound),
+        ("alone", None, "", "words", {"transcript": "words", "speech_seconds": 0.5}, sound),
+    ]
+    report = inspect(write(tmp_path / "good", good + GOOD[:1]))
+    assert not report.problems and (report.recordings, report.transcripts) == ({"flac": 2}, 1)
+    assert report.media_types == {"png": 2, "recording only": 1} and report.tasks["transcript"] == 1
+    lines = list(describe(report))
+    assert "recordings: 2 flac; 1.0 s of speech, 1 transcripts" in lines
+    assert not any("recordings" in line for line in describe(inspect(write(tmp_path / "without", GOOD))))
+
+    long = recording("flac", np.zeros(31 * 16_000, np.float32))
+    bad = [
+        ("cut", photo(), "png", "a dog", {"id": 1}, sound[:5000]),
+        ("long", photo(), "png", "a dog", {"id": 1}, long),
+        ("wordless", None, "", "", {"captions": ["a dog", "dogs"]}, sound),
+        ("mute", None, "", " ", {"id": 1}, sound),
+        ("seconds", None, "", "words", {"speech_seconds": -1}, sound),
+    ]
+    assert problems(write(tmp_path / "bad", bad)) == {
+        "recording cannot be decoded": 1,
+        "recording too long": 1,
+        "no transcript": 1,
+        "no caption": 1,
+        "no positive number": 1,
+    }
+    meta = {"schema_version": 1, "recording_sha256": "0" * 64}
+    write_tar(tmp_path / "other" / "a.tar", [
+        ("a.flac", sound), ("a.txt", b"words"), ("a.json", json.dumps(meta).encode()),
+        ("b.wav", recording("wav")), ("b.flac", sound), ("b.txt", b"words"),
+    ])  # fmt: skip
+    assert problems(tmp_path / "other") == {
+        "recording differs from the recording_sha256 in json": 1,
+        "several recordings": 1,
+        "no index.json": 1,
+    }
 
 
 def test_tars_of_others(tmp_path):

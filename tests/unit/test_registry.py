@@ -9,7 +9,7 @@ from dsmoe_vl.config.recipe import SourceConfig, TasksConfig
 from dsmoe_vl.config.task_table import TASKS, CaptionConfig, RetrievalConfig, SummaryConfig, task_number
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.registry import Encoder, build_tasks
 from tests.support.samples import sample
 
@@ -93,8 +93,8 @@ def test_a_sample_is_decoded_once(tasks):
 
 
 def test_another_sample_is_another_picture(tasks):
-    reader = tasks[0].pictures
-    assert isinstance(reader, PictureReader) and all(task.pictures is reader for task in tasks)
+    reader = tasks[0].reader
+    assert isinstance(reader, MediaReader) and all(task.reader is reader for task in tasks)
     one, two = sample("image"), sample("image")
     assert reader.read(one)[1][0].patches is reader.read(one)[1][0].patches
     again = reader.read(two)[1][0].patches

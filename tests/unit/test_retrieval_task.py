@@ -15,7 +15,7 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.retrieval import RetrievalTask, pair_id
 from tests.support.samples import sample
@@ -32,7 +32,7 @@ def recipe(tiny):
 
 @pytest.fixture(scope="module")
 def task(tiny, recipe):
-    reader = PictureReader(recipe.data, recipe.model.vision)
+    reader = MediaReader(recipe.data, recipe.model.vision)
     return RetrievalTask(reader, Tokenizer(tiny.data / "tokenizer.model"), recipe.tasks.retrieval)
 
 
@@ -131,7 +131,7 @@ def test_loss_of_a_batch_against_loops(task, recipe, pooling):
 
 
 def test_the_gradient_cache_has_the_loss_in_training_only(task, recipe):
-    cached = RetrievalTask(task.pictures, task.tokenizer, dataclasses.replace(task.settings, gradient_cache=True))
+    cached = RetrievalTask(task.reader, task.tokenizer, dataclasses.replace(task.settings, gradient_cache=True))
     batch = collate([assemble(cached.encode(sample("image")), SHAPE)])
     model = build_backbone(recipe)
     hidden = torch.zeros(SHAPE.length, recipe.model.width)

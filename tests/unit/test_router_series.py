@@ -86,7 +86,7 @@ def test_a_continued_run_replaces_the_steps_that_it_takes_again(tmp_path):
 
 def test_a_long_run_is_joined_at_its_old_end_and_loses_nothing(tmp_path):
     one = written(tmp_path, steps=1, every=1)
-    series = RouterSeries.empty((2, 4), GATE_BINS)
+    series = RouterSeries.empty((2, 4), GATE_BINS, 3, 3)
     count = 3 * RECORDS_AT_MOST
     for step in range(1, count + 1):
         series = series.with_record(replace(one, step=np.array([step])))

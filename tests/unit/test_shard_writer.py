@@ -70,6 +70,20 @@ def test_any_identifier_becomes_a_key_that_survives_the_tar(tmp_path, identifier
     assert (sample.media, sample.meta["id"]) == (b"data", identifier)
 
 
+def test_a_recording_beside_a_picture_and_alone(tmp_path):
+    with ShardWriter(tmp_path, "train", bytes_per_shard=2000) as writer:
+        writer.write("a", b"picture", "jpg", "a dog", {}, recording=b"sound" * 500, recording_type="flac")
+        writer.write("b", None, "", "words", {"transcript": "words"}, recording=b"more", recording_type="opus")
+    assert ShardIndex.load(tmp_path).samples == 2 and len(list(tmp_path.glob("*.tar"))) == 2  # its bytes count
+    first, second = iterate_samples(SourceConfig.at(tmp_path))
+    assert (first.media, first.recording, first.recording_type) == (b"picture", b"sound" * 500, "flac")
+    assert first.meta["recording_sha256"] == hashlib.sha256(b"sound" * 500).hexdigest() != first.meta["sha256"]
+    assert (second.media, second.recording, second.recording_type) == (None, b"more", "opus")
+    assert "sha256" not in second.meta and second.names == ("b.json", "b.opus", "b.txt")
+    (theirs,) = webdataset.WebDataset([str(tmp_path / "train-00001.tar")], shardshuffle=False)
+    assert theirs["opus"] == b"more"
+
+
 def test_keys_are_kept_apart(tmp_path):
     assert sample_key("a/b") != sample_key("a.b") != sample_key("a b")
     assert sample_key("000000391895") == "000000391895"

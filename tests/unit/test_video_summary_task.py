@@ -15,7 +15,7 @@ from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import IGNORE, Modality
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.tasks.pictures import PictureReader
+from dsmoe_vl.tasks.media import MediaReader
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.video_summary import VideoSummaryTask, importance_at, ranked_pairs
 from tests.support.samples import sample
@@ -32,7 +32,7 @@ def recipe(tiny):
 
 @pytest.fixture(scope="module")
 def task(tiny, recipe):
-    reader = PictureReader(recipe.data, recipe.model.vision)
+    reader = MediaReader(recipe.data, recipe.model.vision)
     return VideoSummaryTask(reader, Tokenizer(tiny.data / "tokenizer.model"), recipe.tasks.summary)
 
 

@@ -1,6 +1,6 @@
 """Shards: WebDataset tars, their manifest `index.json`, and samples read by position.
 
-Only KEY.txt, KEY.json and one image or video of a sample are read; nothing is unpickled.
+Only KEY.txt, KEY.json, one image or video and one recording of a sample are read; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.budget import check_pixels
-from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, TEXT_EXTENSIONS, Sample
+from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, SPEECH_EXTENSIONS, TEXT_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
 from dsmoe_vl.data.shards.remote import RemoteShards
@@ -116,7 +116,8 @@ class _Read(NamedTuple):
 def read_sample(
     index: ShardIndex, shard: int, sample: int, source: SourceConfig = _NO_SOURCE, epoch: int = 0, media: bool = True
 ) -> Sample:
-    """Read one sample of `source`; with `media` False, without its image or video. A remote shard is downloaded first.
+    """Read one sample of `source`; with `media` False, without its image, video and recording. A remote shard is
+    downloaded first.
 
     Raises DataError if the shard is damaged at the sample or does not exist, the text or JSON is malformed, or the
     sample is above a limit of `index.data`; FetchError if a server keeps failing.
@@ -184,8 +185,11 @@ def _parsed(read: _Read, source: SourceConfig, epoch: int, index: ShardIndex) ->
     media_type = next((extension for extension in files if extension in MEDIA_EXTENSIONS), "")
     if media_type:
         check_pixels(f"{key}.{media_type}", files[media_type], index.data)
+    spoken = next((extension for extension in files if extension in SPEECH_EXTENSIONS), "")
     habit = habit_of(key, names, is_scattered)
-    return Sample(key, source, epoch, files.get(media_type), media_type, text, meta, names, habit)
+    return Sample(
+        key, source, epoch, files.get(media_type), media_type, text, meta, names, habit, files.get(spoken), spoken
+    )
 
 
 def iterate_samples(

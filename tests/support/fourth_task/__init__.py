@@ -23,7 +23,7 @@ register(
         symbol="<counting>",
         settings=CountingConfig,
         terms=(Term("counting", "labels"), Term("parity", "labels", weight="parity_weight")),
-        qualifies=lambda kind, captions, meta: kind == "image" and bool(meta.get("attributes")),
+        qualifies=lambda has, captions, meta: "image" in has and bool(meta.get("attributes")),
         task="tests.support.fourth_task.counting:CountingTask",
         evaluation="tests.support.fourth_task.counting:CountingEvaluation",
         head_shapes=lambda settings, width: {"parity.weight": (1, width), "parity.bias": (1,)},

@@ -25,8 +25,8 @@ class CountingTask:
 
     name = "counting"
 
-    def __init__(self, pictures, tokenizer, settings, training=True):
-        self.pictures, self.tokenizer = pictures, tokenizer
+    def __init__(self, reader, tokenizer, settings, training=True):
+        self.reader, self.tokenizer = reader, tokenizer
 
     @staticmethod
     def heads(settings, width):
@@ -39,8 +39,8 @@ class CountingTask:
         return [followed_by(self.prompt(sample), self.tokenizer.encode(WORDS[len(objects)]), self.tokenizer.eos)]
 
     def prompt(self, sample):
-        modality, pictures, vision_tokens = self.pictures.read(sample)
-        tokens, modalities = self.pictures.placeholders(modality, vision_tokens, self.tokenizer, "<counting>")
+        modality, pictures, vision_tokens = self.reader.read(sample)
+        tokens, modalities = self.reader.placeholders(modality, vision_tokens, self.tokenizer, "<counting>")
         segment = Segment(NUMBER, tokens, np.full_like(tokens, IGNORE), modalities, pictures)
         return segment.after(self.tokenizer.begin)
 

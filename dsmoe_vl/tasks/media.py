@@ -1,28 +1,39 @@
-"""Decodes media into the pictures of a segment, within the recipe's patch budgets."""
+"""Decodes media into the pictures and the recording of a segment, within the recipe's budgets."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dsmoe_vl.config.model import VisionConfig
-from dsmoe_vl.config.recipe import DataConfig
+from dsmoe_vl.config.model import FRAMES_OF_STATE, SpeechConfig, VisionConfig
+from dsmoe_vl.config.recipe import DataConfig, Recipe
 from dsmoe_vl.data.augment import Augmentation
-from dsmoe_vl.data.contents import media_of
+from dsmoe_vl.data.contents import media_of, recording_of
 from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches
+from dsmoe_vl.data.recording import decode_recording, log_mel, whole_cells
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.segment import Modality, Picture
+from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Recording, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 
-_PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>"}
+_PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>", Modality.SPEECH: "<speech>"}
+_DEAF = SpeechConfig()
 
 
-class PictureReader:
-    """Decodes a sample's image or the sampled frames of its video, and cuts them into patches."""
+class MediaReader:
+    """Decodes a sample's image or the sampled frames of its video, and cuts them into patches; and its recording into
+    log-mel frames."""
 
-    def __init__(self, data: DataConfig, vision: VisionConfig, seed: int | None = None) -> None:
+    def __init__(
+        self, data: DataConfig, vision: VisionConfig, seed: int | None = None, speech: SpeechConfig = _DEAF
+    ) -> None:
         """`seed`: of the run, for training, where pictures are augmented; None: pictures are read as they are."""
-        self.data, self.vision, self.seed = data, vision, seed
+        self.data, self.vision, self.seed, self.speech = data, vision, seed, speech
         self._last: tuple[Sample, tuple[Modality, list[Picture], int]] | None = None
+        self._last_heard: tuple[Sample, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, training: bool) -> MediaReader:
+        """The recipe's."""
+        return cls(recipe.data, recipe.model.vision, recipe.run.seed if training else None, recipe.model.speech)
 
     def read(self, sample: Sample) -> tuple[Modality, list[Picture], int]:
         """Modality, pictures and their number of vision tokens. Raises DataError.
@@ -32,6 +43,31 @@ class PictureReader:
         if self._last is None or self._last[0] is not sample:
             self._last = sample, self._decode(sample)
         return self._last[1]
+
+    def hear(self, sample: Sample) -> np.ndarray:
+        """The log-mel frames of its recording in whole speech tokens: float32 [f, M]. Raises DataError.
+
+        The last sample's are cached, as in `read`.
+        """
+        if self._last_heard is None or self._last_heard[0] is not sample:
+            waveform = decode_recording(recording_of(sample), self.data.speech_max_seconds)
+            self._last_heard = sample, whole_cells(log_mel(waveform, self.speech.bands), self.speech.merge)
+        return self._last_heard[1]
+
+    def prompt(
+        self, sample: Sample, task: int, tokenizer: Tokenizer, last: str, sees: bool = True, hears: bool = False
+    ) -> Segment:
+        """The vision tokens of a sample (`sees`), the speech tokens of its recording (`hears`), then the control symbol
+        `last`; without labels, after the tokenizer's `begin`. Raises DataError for a sample without one of them."""
+        modality, pictures, seen = self.read(sample) if sees else (Modality.TEXT, [], 0)
+        recording = Recording(self.hear(sample), first=seen) if hears else None
+        heard = 0 if recording is None else len(recording.mel) // (FRAMES_OF_STATE * self.speech.merge)
+        modalities = np.repeat(np.array([modality, Modality.SPEECH, Modality.TEXT], dtype=np.int32), [seen, heard, 1])
+        tokens = np.full(seen + heard + 1, tokenizer.control(last), dtype=np.int32)
+        for kind in set(modalities.tolist()) - {Modality.TEXT}:
+            tokens[modalities == kind] = tokenizer.control(_PLACEHOLDER[Modality(kind)])
+        segment = Segment(task, tokens, np.full_like(tokens, IGNORE), modalities, pictures, recording=recording)
+        return segment.after(tokenizer.begin)
 
     @staticmethod
     def placeholders(

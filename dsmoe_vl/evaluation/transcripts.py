@@ -1,0 +1,101 @@
+"""Transcripts of held-out recordings: generated, printed beside what was said, scored, and shown in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from dsmoe_vl.data.contents import contents_of
+from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.errors import DataError
+from dsmoe_vl.evaluation.dealing import Dealer
+from dsmoe_vl.evaluation.examples import Chosen
+from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text
+from dsmoe_vl.inference.generate import transcribe
+from dsmoe_vl.inference.load import TrainedModel
+from dsmoe_vl.metrics.word_errors import transcript_metrics
+from dsmoe_vl.report import TEMPLATES
+from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel, Section
+
+_BATCH_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Transcribed:
+    """One held-out sample with the words that the model heard."""
+
+    sample: Sample
+    generated: str
+
+
+class TranscriptEvaluation:
+    """Word errors against the transcripts of the samples that have a recording."""
+
+    labels = {  # noqa: RUF012
+        "samples": ScoreLabel("recordings transcribed", "count"),
+        "word_error_rate": ScoreLabel("word error rate, %", "percent"),
+        "exact": ScoreLabel("without an error, %", "percent"),
+    }
+    section = Section("transcripts", "Transcripts beside what was said", TEMPLATES / "captions.html")
+
+    def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None:
+        self.trained, self.options, self.dealer = trained, options, dealer
+
+    def evaluate(self, folder: Folder) -> tuple[Scores, CaptionExamples | None]:
+        """See `TaskEvaluation`."""
+        samples, chosen = folder.own(), Chosen[CaptionExample](folder.examples.captions, 0)
+
+        def watched() -> Iterator[Transcribed]:
+            for result in transcribe_samples(self.trained, samples, self.options.max_tokens):
+                chosen.offer(result.sample.key, partial(_example, result))
+                yield result
+
+        results = merged(watched(), samples, self.dealer)
+        shown = chosen.merged(self.dealer)
+        folder.answers.extend(
+            Answer(result.sample.key, (_said(result.sample),), result.generated, {}) for result in results
+        )
+        for result in results[: self.options.show]:
+            print_text(result.sample, result.generated, _said(result.sample))
+        if not results:
+            return {}, None
+        scores = transcript_metrics(
+            [result.generated for result in results], [_said(result.sample) for result in results], self.options.split
+        )
+        return {"samples": len(results), **scores}, CaptionExamples(shown) if shown else None
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+def transcribe_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Transcribed]:
+    """Transcribe the samples that have a recording and its words, in order; unreadable ones are skipped."""
+    waiting: list[Sample] = []
+    for sample in samples:
+        if not contents_of(sample).no_transcript:
+            waiting.append(sample)
+        if len(waiting) == _BATCH_SAMPLES:
+            yield from _batch(trained, waiting, max_tokens)
+            waiting = []
+    if waiting:
+        yield from _batch(trained, waiting, max_tokens)
+
+
+def _batch(trained: TrainedModel, samples: list[Sample], max_tokens: int) -> Iterator[Transcribed]:
+    try:
+        found = transcribe(trained, samples, max_tokens)
+    except DataError:
+        if len(samples) > 1:  # find the one that cannot be read
+            for sample in samples:
+                yield from _batch(trained, [sample], max_tokens)
+        return
+    yield from map(Transcribed, samples, found)
+
+
+def _said(sample: Sample) -> str:
+    return contents_of(sample).transcript
+
+
+def _example(result: Transcribed) -> CaptionExample:
+    return CaptionExample(result.sample.key, [], result.generated, [_said(result.sample)], None)
