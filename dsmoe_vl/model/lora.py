@@ -56,6 +56,7 @@ class LoraExpert(Expert):
 class LoraExperts(Experts):
     """Experts, each with adapters of its own: A [E, r, in], B [E, out, r]."""
 
+    as_one_function: ClassVar = False
     OWN_START: ClassVar = _START
 
     def __init__(self, source: Experts, lora: LoraConfig) -> None:

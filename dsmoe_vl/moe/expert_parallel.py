@@ -23,7 +23,7 @@ from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
 from dsmoe_vl.moe.phases import phase
-from dsmoe_vl.moe.rows import permute, places_of
+from dsmoe_vl.moe.rows import by_expert, combine, dispatch
 from dsmoe_vl.moe.stats import RouterStats
 
 # What DeepSpeed sets on the parameters of experts, and reads to reduce and to partition them.
@@ -57,26 +57,28 @@ class ExpertParallelMoE(AutoEPMoELayer):
         """As `MoEFeedForward.forward`."""
         return sparse_forward(self.router, self._exchange, self.shared, x, task_ids, modality_ids, real)
 
-    def _exchange(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Send each row to its expert's rank, compute there, send it back. rows [R, D] by expert, counts int64 [E]."""
+    def _exchange(self, x: Tensor, gates: Tensor | None, order: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+        """As `Experts.forward`: send each row to its expert's rank, compute there, send it back."""
         if self.ep_size == 1:
             with phase("experts"):
-                return self.experts(rows, counts)
+                return self.experts(x, gates, order, places, counts)
+        with phase("dispatch"):
+            rows = dispatch(x, order, places)
         with phase("all_to_all"):
             plan = compute_split_plan(
                 rows, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts.to(torch.int32)
             )
             received = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
         with phase("experts"):
-            # Received rows are sorted by source rank, then expert; the experts need them sorted by expert.
+            # Received rows are sorted by source rank, then expert: each is a token with one expert.
             by_source = plan.local_counts_by_source.long()
             local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
             owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
-            order = owner.argsort(stable=True)
-            inverse = places_of(order, 1).squeeze(1)
-            computed = permute(self.experts(permute(received, order, inverse), by_source.sum(0)), inverse, order)
+            computed = self.experts(received, None, *by_expert(owner.unsqueeze(1), self.num_local_experts))
         with phase("all_to_all"):
-            return _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
+            returned = _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
+        with phase("combine"):
+            return combine(returned, gates, order, places)
 
 
 def spread_experts(model: nn.Module, ep_size: int, rank: int | None = None, tokens: TokenCounts | None = None) -> None:

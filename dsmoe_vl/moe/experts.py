@@ -5,11 +5,14 @@ Shapes: R rows (token-expert assignments, sorted by expert), D width, F hidden w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dsmoe_vl.moe.expert_bank import expert_bank
+from dsmoe_vl.moe.rows import combine, dispatch
 
 GROUP_ALIGNMENT = 8  # rows; a group's start must be 16-byte aligned in bf16 for the weight gradient's kernel
 
@@ -75,13 +78,25 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """E experts `w2(silu(w1 x) * w3 x)`. w1, w2, w3 are the names in DeepSpeed's grouped experts."""
 
+    as_one_function: ClassVar = True  # on a CPU, with `expert_bank`; not in subclasses that compute something else
+
     def __init__(self, expert_count: int, width: int, hidden_width: int) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(expert_count, hidden_width, width))
         self.w2 = nn.Parameter(torch.empty(expert_count, width, hidden_width))
         self.w3 = nn.Parameter(torch.empty(expert_count, hidden_width, width))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None, order: Tensor, places: Tensor, counts: Tensor) -> Tensor:
+        """Every token's experts, summed: x [N, D] -> [N, D].
+
+        gates [N, K] of the type of x, or None for a plain sum; order int64 [N * K] and places int64 [N, K] as in
+        `rows.py`; counts int64 [E], the rows of each expert.
+        """
+        if self.as_one_function and x.device.type == "cpu":
+            return expert_bank(x, gates, (self.w1, self.w2, self.w3), order, places, counts.tolist())
+        return combine(self.of_rows(dispatch(x, order, places), counts), gates, order, places)
+
+    def of_rows(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [R, D] sorted by expert, counts int [E] rows of each expert -> [R, D]."""
         if x.device.type == "cpu":
             return self._compute(x, counts.tolist())
@@ -126,20 +141,21 @@ def _aligned(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class RemainingExperts(Experts):
     """Experts of an exported model, for inference. Null experts are left out: they output zeros at no cost."""
 
+    as_one_function: ClassVar = False
     kept: Tensor  # int64 [E'], indices of the experts whose weights are stored, ascending
 
     def __init__(self, expert_count: int, width: int, hidden_width: int) -> None:
         super().__init__(expert_count, width, hidden_width)
         self.register_buffer("kept", torch.empty(expert_count, dtype=torch.int64))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """As `Experts.forward`, of all E experts: x [R, D], counts int [E] -> [R, D]."""
+    def of_rows(self, x: Tensor, counts: Tensor) -> Tensor:
+        """As `Experts.of_rows`, of all E experts: x [R, D], counts int [E] -> [R, D]."""
         is_kept = torch.zeros_like(counts, dtype=torch.bool).index_fill(0, self.kept, True)
         rows = torch.repeat_interleave(is_kept, counts, output_size=x.shape[0]).nonzero().squeeze(-1)
         out = torch.zeros_like(x)
         if len(rows) == 0:
             return out
-        return out.index_copy(0, rows, super().forward(x.index_select(0, rows), counts[self.kept]))
+        return out.index_copy(0, rows, super().of_rows(x.index_select(0, rows), counts[self.kept]))
 
 
 def null_experts(w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:

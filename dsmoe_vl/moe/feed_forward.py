@@ -12,15 +12,14 @@ Shapes: T tokens, D width, E experts, K experts per token, R = T * K.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Router
-from dsmoe_vl.moe.rows import combine, dispatch, places_of
+from dsmoe_vl.moe.rows import by_expert
 from dsmoe_vl.moe.stats import RouterStats
 
 
@@ -38,16 +37,22 @@ class MoEFeedForward(nn.Module):
         return sparse_forward(self.router, self.experts, self.shared, x, task_ids, modality_ids, real)
 
 
+class RunExperts(Protocol):
+    """`Experts.forward`, which may use other ranks."""
+
+    def __call__(self, x: Tensor, gates: Tensor | None, order: Tensor, places: Tensor, counts: Tensor) -> Tensor: ...
+
+
 def sparse_forward(
     router: Router,
-    run_experts: Callable[[Tensor, Tensor], Tensor],
+    run_experts: RunExperts,
     shared: nn.Module | None,
     x: Tensor,
     task_ids: Tensor,
     modality_ids: Tensor,
     real: Tensor,
 ) -> tuple[Tensor, RouterStats]:
-    """The five steps. `run_experts(rows [R, D] sorted by expert, counts int64 [E]) -> [R, D]` may use other ranks."""
+    """The five steps."""
     with phase("route"):
         routing = router(x, task_ids, modality_ids)
         stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)
@@ -55,17 +60,8 @@ def sparse_forward(
     return (out if shared is None else out + shared(x)), stats
 
 
-def run_sorted(
-    run_experts: Callable[[Tensor, Tensor], Tensor], x: Tensor, experts: Tensor, gates: Tensor, expert_count: int
-) -> Tensor:
+def run_sorted(run_experts: RunExperts, x: Tensor, experts: Tensor, gates: Tensor, expert_count: int) -> Tensor:
     """Steps 2 to 4. x [T, D], experts int64 and gates float32 [T, K] -> [T, D]."""
-    top_k = experts.shape[-1]
     with phase("dispatch"):
-        order = experts.flatten().argsort(stable=True)
-        counts = torch.zeros(expert_count, dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
-        places = places_of(order, top_k)
-        rows = dispatch(x, order, places)
-    rows = run_experts(rows, counts)
-    with phase("combine"):
-        return combine(rows, gates.to(rows.dtype), order, places)
+        order, places, counts = by_expert(experts, expert_count)
+    return run_experts(x, gates.to(x.dtype), order, places, counts)

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def places_of(order: Tensor, top_k: int) -> Tensor:
-    """The inverse of `order`."""
-    rows = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, rows).view(-1, top_k)
+def by_expert(experts: Tensor, expert_count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the assignments int64 [T, K]: `order`, `places`, and the rows of each expert, int64 [E]."""
+    order = experts.flatten().argsort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    counts = torch.zeros(expert_count, dtype=torch.int64, device=order.device)
+    counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
+    return order, places.view(experts.shape), counts
 
 
 class _Dispatch(torch.autograd.Function):
@@ -35,7 +38,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, gates: Tensor | None, order: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, gates, order, places)
         return F.embedding_bag(places, rows, mode="sum", per_sample_weights=gates)
 
@@ -43,27 +46,11 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         rows, gates, order, places = ctx.saved_tensors
         grad_rows, grad_gates = grad.index_select(0, order // places.shape[1]), None
+        if gates is None:
+            return grad_rows, None, None, None
         if ctx.needs_input_grad[1]:
             grad_gates = torch.linalg.vecdot(grad_rows, rows).take(places)
         return grad_rows.mul_(gates.flatten().take(order).unsqueeze(1)), grad_gates, None, None
-
-
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-
-def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows [N, D] in another order: row i is rows[order[i]]. Both int64 [N], each the inverse of the other."""
-    out: Tensor = _Permute.apply(rows, order, inverse)
-    return out
 
 
 def dispatch(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
@@ -72,7 +59,7 @@ def dispatch(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
     return out
 
 
-def combine(rows: Tensor, gates: Tensor, order: Tensor, places: Tensor) -> Tensor:
-    """rows [R, D], gates [T, K] of the same type -> [T, D], the sum of a token's rows times their gates."""
+def combine(rows: Tensor, gates: Tensor | None, order: Tensor, places: Tensor) -> Tensor:
+    """rows [R, D], gates [T, K] of the same type -> [T, D], the sum of a token's rows times their gates, if given."""
     out: Tensor = _Combine.apply(rows, gates, order, places)
     return out

@@ -13,8 +13,8 @@ from dsmoe_vl.planner.products import Shape
 
 LOSS_CHUNK = 2048  # targets whose logits `model/vlm.py` has in memory at once
 _INDEX = 8  # bytes of an int64
-# Of what a layer keeps, gradients that are there at once: in the experts' backward pass those of the input and two of
-# the four tensors of their hidden width, while what was kept goes.
+# Of what a layer keeps, gradients that are there at once: in a SwiGLU's backward pass those of the input and two of the
+# four tensors of its hidden width, while what was kept goes.
 _GRADIENTS = 0.5
 
 
@@ -37,31 +37,45 @@ def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompu
     """What a micro-step keeps. `recompute`: only the input of each decoder layer; the vision encoder keeps all."""
     element = 2 if bf16 else 4
     model = recipe.model
-    layers = [shape.tokens * size for size in _decoder_layers(recipe, shape, element, cuda)]
-    kept = len(layers) * shape.tokens * model.width * element if recompute else sum(layers)
+    layers = _decoder_layers(recipe, shape, element, cuda)
+    kept = shape.tokens * (len(layers) * model.width * element if recompute else sum(layer for layer, _ in layers))
     kept += shape.patches * _vision(recipe, element, cuda)
     kept += shape.tokens * (4 * model.width * element + 16 * _INDEX) + shape.labels * model.width * element
     # The loss keeps log-probabilities, and its gradient makes two more of their size.
     logits = min(shape.labels, LOSS_CHUNK) * recipe.tokenizer.vocab_size * (12 + (2 if bf16 else 0))
-    largest = max(layers)
-    return Activations(kept, largest if recompute else 0.0, largest * _GRADIENTS, logits)
+    largest, gradients = (shape.tokens * most for most in max(layers))
+    return Activations(kept, largest if recompute else 0.0, gradients, logits)
 
 
-def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[float]:
-    """Bytes a token of each decoder layer."""
+def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[tuple[float, float]]:
+    """Bytes a token that each decoder layer keeps, and of its gradients that are there at once."""
     model, moe = recipe.model, recipe.moe
     attention = _attention(model.heads, model.kv_heads, model.width_of_head, model.qk_norm != "none", element, cuda)
     norms = 4 * model.width * element  # two of them: normalised, and times the weight
     dense = 4 * model.ffn_width * element  # gate, its SiLU, up, their product
-    found = [attention + norms + dense] * moe.first_dense_layers
+    first = attention + norms + dense
+    found = [(first, first * _GRADIENTS)] * moe.first_dense_layers
+    row, row_gradients = (moe.top_k * numbers * element for numbers in _expert_row(recipe, shape, cuda))
     for experts in experts_of_layers(recipe):
-        # Rows of D: to the experts, from them, multiplied by gates; on CUDA also those without alignment.
-        rows = moe.top_k * (2 * model.width + 4 * moe.ffn_width) * element
         order = moe.top_k * (4 if shape.ep_size > 1 else 2) * _INDEX
         scores = experts * 4 * 4  # probabilities, logits and their logarithms, fp32
         every_token = 4 * (moe.shared_ffn_width + moe.ffn_width * moe.residual) * element
-        found.append(attention + norms + rows + order + scores + every_token)
+        rest = attention + norms + order + scores + every_token
+        found.append((rest + row, rest * _GRADIENTS + row_gradients))
     return found
+
+
+def _expert_row(recipe: Recipe, shape: Shape, cuda: bool) -> tuple[float, float]:
+    """Numbers that a row of the experts keeps, and numbers of its gradients that are there at once.
+
+    On a CPU `moe/expert_bank.py` keeps the products with w1 and w3; over ranks, the rows that came and that went back
+    too. The others keep both of D (on CUDA also those without alignment) and four of F.
+    """
+    width, hidden = recipe.model.width, recipe.moe.ffn_width
+    if cuda or recipe.moe.backend == "capacity" or "experts" in recipe.lora.adapted:
+        return 2 * width + 4 * hidden, (2 * width + 4 * hidden) * _GRADIENTS
+    sent = 2 * width if shape.ep_size > 1 else 0
+    return sent + 2 * hidden, width + sent / 2
 
 
 def _attention(heads: int, kv_heads: int, head_width: int, has_norm: bool, element: int, cuda: bool) -> float:

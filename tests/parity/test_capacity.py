@@ -127,7 +127,7 @@ def test_gates_of_what_is_kept_sum_to_one():
     with torch.no_grad():
         for weight in layer.experts.parameters():
             weight.copy_(weight[:1].expand_as(weight))
-    expected = layer.experts(x, torch.tensor([TOKENS, *[0] * (EXPERTS - 1)]))
+    expected = layer.experts.of_rows(x, torch.tensor([TOKENS, *[0] * (EXPERTS - 1)]))
     out, stats = layer(x, *rest)
     computed = out.abs().sum(-1) > 0
     assert stats.dropped > 0 and stats.load.sum() / 2 < computed.sum() <= stats.load.sum()

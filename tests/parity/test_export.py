@@ -86,7 +86,7 @@ def test_remaining_experts_on_cuda():
     left.kept.copy_(kept)
     with torch.inference_mode():
         x, counts = torch.randn(31, 64, device="cuda", dtype=torch.bfloat16), counts.cuda()
-        ours, theirs = (experts.to("cuda", torch.bfloat16)(x, counts) for experts in (left, whole))
+        ours, theirs = (experts.to("cuda", torch.bfloat16).of_rows(x, counts) for experts in (left, whole))
     torch.testing.assert_close(ours, theirs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsmoe_vl.moe.rows import combine, dispatch, places_of
+from dsmoe_vl.moe.rows import by_expert, combine, dispatch
 
 
 def naive(x, factors, experts, gates):
@@ -17,8 +17,7 @@ def naive(x, factors, experts, gates):
 
 
 def ours(x, factors, experts, gates):
-    order = experts.flatten().argsort(stable=True)
-    places = places_of(order, experts.shape[1])
+    order, places, _ = by_expert(experts, 8)
     return combine(dispatch(x, order, places) * factors, gates, order, places)
 
 
