@@ -1,11 +1,11 @@
 """What a shipped recipe comes to: scores on held-out scenes, time, tokens a second.
 
-    python benchmarks/recipes.py {quickstart,three_tasks} [--json FILE]               (5 and 17 minutes on two cores)
+    python benchmarks/recipes.py {quickstart,three_tasks,speech} [--json FILE]    (5, 17 and 15 minutes on two cores)
     python benchmarks/recipes.py NAME --run runs/NAME [--log FILE] [--commit COMMIT] [--json FILE]
 
-Runs the commands that train and evaluate the recipe (three_tasks needs the quickstart's shards), or takes a run that
-they have made on this machine; `--log` is what they printed. A run does not know its commit: without --commit none is
-recorded.
+Runs the commands that train and evaluate the recipe (three_tasks needs the quickstart's shards; speech those that its
+file names), or takes a run that they have made on this machine; `--log` is what they printed. A run does not know its
+commit: without --commit none is recorded.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from typing import Any
 from record import ROOT, Result
 from run import Run
 
-_THREE_TASKS = "launch/recipes/three_tasks.toml"
 COMMANDS = {
     "quickstart": ("bash launch/quickstart.sh",),
-    "three_tasks": (
-        f"deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/moe.json --recipe {_THREE_TASKS}",
-        "python launch/evaluate.py --run runs/three_tasks",
-    ),
+    **{
+        name: (
+            "deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/moe.json "
+            f"--recipe launch/recipes/{name}.toml",
+            f"python launch/evaluate.py --run runs/{name}",
+        )
+        for name in ("three_tasks", "speech")
+    },
 }
 
 

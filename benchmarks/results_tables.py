@@ -263,6 +263,25 @@ def ablations(results: Results) -> str:
     return block(table, gradients)
 
 
+def speech(results: Results) -> str:
+    """Scores of speech.toml: what is said against what is written."""
+    table = Table("held-out scenes, voices that training has not heard", "figure")
+    if result := newest(results, "speech"):
+        (scores,) = result.figures["scores"].values()
+        found, said = scores["retrieval"], scores["transcript"]
+        for what, name in (("written", "text"), ("spoken", "speech")):
+            values = " / ".join(f"{found[f'{name}_to_media_r{k}']:.3f}" for k in (1, 5, 10))
+            table.row(result, f"a {what} query finds its picture among {found['samples']:,}: R@1 / 5 / 10", values)
+        share = found["speech_to_media_r1"] / found["text_to_media_r1"]
+        table.row(result, "R@1 of spoken queries over that of written ones", f"{share:.2f}")
+        rates = f"{100 * said['word_error_rate']:.1f} % / {100 * said['exact']:.1f} %"
+        table.row(result, f"transcripts of {said['samples']:,} recordings: word error rate / without an error", rates)
+        table.row(result, "captions that name every colour and shape", _right(scores["caption"]))
+    else:
+        table.unverified("speech", "all")
+    return block(table)
+
+
 def sizes(results: Results) -> str:
     """Parameters of the shipped recipes."""
     table = Table("recipe", "parameters", "active")
@@ -279,7 +298,7 @@ def recipes(results: Results) -> str:
     table = Table(
         "recipe", "parameters", "active", "ranks", "steps", "tokens/s", "real tokens", "steps alone", "whole command"
     )
-    for name in ("quickstart", "three_tasks"):
+    for name in ("quickstart", "three_tasks", "speech"):
         result = newest(results, name)
         if result is None:
             table.unverified(name, name)
