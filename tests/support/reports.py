@@ -70,6 +70,7 @@ def made_up(attack: str = ATTACK, experts: int = 8) -> Report:
         "caption": dict(zip(FOLDERS, captions, strict=True)),
         "retrieval": dict.fromkeys(FOLDERS, retrieval),
         "summary": {FOLDERS[0]: [], FOLDERS[1]: [board]},
+        "transcript": {FOLDERS[0]: CaptionExamples([CaptionExample("spoken", [], attack, [attack], None)])},
     }
     tasks = {}
     for spec in TASKS:

@@ -112,6 +112,7 @@ def test_every_parameter_has_its_part():
     names = {
         "vision": ("backbone.vision.layers.0.attention.qkv.weight", "vision.prefix"),
         "connector": ("backbone.connector.up.weight", "connector.cell_norm.bias"),
+        "speech": ("backbone.speech.conv1.weight", "speech.layers.0.attention.qkv.weight"),
         "embedding": ("backbone.embedding.weight",),
         "attention": ("backbone.layers.0.attention.q.weight", "backbone.layers.0.attention_norm.weight"),
         "feed_forward": (

@@ -15,7 +15,7 @@ from dsmoe_vl.report.routing import _in_sentence
 from dsmoe_vl.report.text import flat, magnitude, short_names
 from tests.support.reports import ATTACK, FOLDERS, Page, made_up, without
 
-SECTIONS = ["metrics", "captions", "retrieval", "summaries", "routing", "plan"]
+SECTIONS = ["metrics", "captions", "retrieval", "summaries", "transcripts", "routing", "plan"]
 
 
 @pytest.fixture(scope="module", params=[8, 512], ids=["few experts", "many experts"])
@@ -90,7 +90,12 @@ def test_parts_that_are_missing_have_no_section():
     nothing = Report("run", 0, {}, {}, None, {})
     assert [section["id"] for section in Page(render(nothing)).named("section")] == ["plan"]
     report = made_up()
-    empty: dict[str, object] = {"caption": CaptionExamples(), "retrieval": [], "summary": []}
+    empty: dict[str, object] = {
+        "caption": CaptionExamples(),
+        "retrieval": [],
+        "summary": [],
+        "transcript": CaptionExamples(),
+    }
     tasks = {name: without(part, examples={FOLDERS[0]: empty[name]}) for name, part in report.tasks.items()}
     report = without(report, load=ExpertLoad(np.zeros((1, 3, 3, 4)), [0], [4]), tasks=tasks)
     assert [section["id"] for section in Page(render(report)).named("section")] == ["metrics", "plan"]
