@@ -39,7 +39,8 @@ RATES: tuple[Rates, ...] = (
 
 def by_part(body: float, embedding: float, heads: float) -> tuple[str, ...]:
     """Overrides of a recipe, for a DeepSpeed JSON with the body's rate."""
-    factors = dict.fromkeys(PARTS, 1.0) | {"embedding": embedding / body, "heads": heads / body}
+    seeing = [part for part in PARTS if part != "speech"]  # the recipes do not hear
+    factors = dict.fromkeys(seeing, 1.0) | {"embedding": embedding / body, "heads": heads / body}
     return tuple(f"train.{part}.lr_scale={factor:.6g}" for part, factor in factors.items())
 
 
