@@ -122,7 +122,8 @@ def _is_seen(has: Collection[str]) -> bool:
     return "image" in has or "video" in has
 
 
-# A task's number is its index here, and its row in the router's task bias. Append new tasks at the end.
+# A task's number is its index here, and its row in the router's task bias. Those that need a speech encoder are last:
+# a model without one has no row for them. Append a new task to its kind.
 TASKS: list[TaskSpec] = [
     TaskSpec(
         name="caption",
@@ -180,7 +181,7 @@ def register(spec: TaskSpec) -> None:
     the tokenizer's symbols and the counts of a batch are built from the table once, at import."""
     assert "dsmoe_vl.config.recipe" not in sys.modules, f"register {spec.name} before the recipe is imported"
     assert spec.name not in {known.name for known in TASKS}, f"two tasks are called {spec.name}"
-    TASKS.append(spec)
+    TASKS.insert(len(TASKS) if spec.hears else sum(not known.hears for known in TASKS), spec)
 
 
 def import_class(path: str) -> Any:
@@ -195,9 +196,9 @@ def task_number(name: str) -> int:
 
 
 def task_rows(hears: bool) -> int:
-    """Tasks that the router of a model tells apart. One without a speech encoder has no row for the tasks at the end
-    of the table that need one, so its weights are as they were before there were such tasks."""
-    return 1 + max(number for number, spec in enumerate(TASKS) if hears or not spec.hears)
+    """Tasks that the router of a model tells apart. One without a speech encoder has no row for the tasks that need
+    one, so its weights are as they were before there were such tasks."""
+    return sum(hears or not spec.hears for spec in TASKS)
 
 
 def all_terms() -> tuple[Term, ...]:
