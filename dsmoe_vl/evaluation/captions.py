@@ -12,10 +12,9 @@ from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
-from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
-from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text, written
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
 from dsmoe_vl.files import writing
 from dsmoe_vl.inference.generate import caption
@@ -23,7 +22,6 @@ from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report import TEMPLATES
 from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel, Section
 
-_BATCH_SAMPLES = 32
 _VIDEO_FRAMES = 4  # shown of a captioned video
 _LABELS = {
     **TEXT_LABELS,
@@ -133,23 +131,5 @@ def caption_example(result: Captioned) -> CaptionExample:
 
 def caption_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Captioned]:
     """Caption every sample, in order, batch by batch; unreadable samples are skipped."""
-    waiting: list[Sample] = []
-    for sample in samples:
-        waiting.append(sample)
-        if len(waiting) == _BATCH_SAMPLES:
-            yield from _caption_batch(trained, waiting, max_tokens)
-            waiting = []
-    if waiting:
-        yield from _caption_batch(trained, waiting, max_tokens)
-
-
-def _caption_batch(trained: TrainedModel, samples: list[Sample], max_tokens: int) -> Iterator[Captioned]:
-    try:
-        texts = caption(trained, samples, max_tokens)
-    except DataError:
-        if len(samples) > 1:  # find the one that cannot be read
-            for sample in samples:
-                yield from _caption_batch(trained, [sample], max_tokens)
-        return
-    for sample, text in zip(samples, texts, strict=True):
+    for sample, text in written(samples, lambda some: caption(trained, some, max_tokens)):
         yield Captioned(sample, text, names_every_object(text, sample))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer, Dealt
 from dsmoe_vl.evaluation.examples import Counts
 from dsmoe_vl.inference.generate import MAX_TOKENS
@@ -19,6 +20,8 @@ from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report.content import ScoreLabel, Section
 
 Scores = dict[str, float]
+
+_BATCH_SAMPLES = 32
 
 
 class HasSample(Protocol):
@@ -105,6 +108,25 @@ def merged(found: Iterable[Result], samples: Dealt, dealer: Dealer, whole: int =
         kept = sample if len(own) < whole else replace(sample, media=None, recording=None)
         own.append((number, replace(result, sample=kept)))  # type: ignore[type-var]
     return dealer.merge(own)
+
+
+def written(samples: Iterable[Sample], write: Callable[[list[Sample]], list[str]]) -> Iterator[tuple[Sample, str]]:
+    """Every sample with the text that `write` makes of it, in order, batch by batch. One of which it cannot make a text
+    (DataError) is skipped."""
+    waiting = iter(samples)
+    while batch := list(islice(waiting, _BATCH_SAMPLES)):
+        yield from _written_batch(batch, write)
+
+
+def _written_batch(batch: list[Sample], write: Callable[[list[Sample]], list[str]]) -> Iterator[tuple[Sample, str]]:
+    try:
+        texts = write(batch)
+    except DataError:
+        if len(batch) > 1:  # find the one that cannot be read
+            for sample in batch:
+                yield from _written_batch([sample], write)
+        return
+    yield from zip(batch, texts, strict=True)
 
 
 def print_text(sample: Sample, generated: str, reference: str) -> None:

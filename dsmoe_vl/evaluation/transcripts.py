@@ -8,17 +8,14 @@ from functools import partial
 
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen
-from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text, written
 from dsmoe_vl.inference.generate import transcribe
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.metrics.word_errors import transcript_metrics
 from dsmoe_vl.report import TEMPLATES
 from dsmoe_vl.report.content import CaptionExample, CaptionExamples, ScoreLabel, Section
-
-_BATCH_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -71,26 +68,9 @@ class TranscriptEvaluation:
 
 def transcribe_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Transcribed]:
     """Transcribe the samples that have a recording and its words, in order; unreadable ones are skipped."""
-    waiting: list[Sample] = []
-    for sample in samples:
-        if not contents_of(sample).no_transcript:
-            waiting.append(sample)
-        if len(waiting) == _BATCH_SAMPLES:
-            yield from _batch(trained, waiting, max_tokens)
-            waiting = []
-    if waiting:
-        yield from _batch(trained, waiting, max_tokens)
-
-
-def _batch(trained: TrainedModel, samples: list[Sample], max_tokens: int) -> Iterator[Transcribed]:
-    try:
-        found = transcribe(trained, samples, max_tokens)
-    except DataError:
-        if len(samples) > 1:  # find the one that cannot be read
-            for sample in samples:
-                yield from _batch(trained, [sample], max_tokens)
-        return
-    yield from map(Transcribed, samples, found)
+    spoken = (sample for sample in samples if not contents_of(sample).no_transcript)
+    for sample, text in written(spoken, lambda some: transcribe(trained, some, max_tokens)):
+        yield Transcribed(sample, text)
 
 
 def _said(sample: Sample) -> str:
