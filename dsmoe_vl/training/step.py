@@ -142,11 +142,10 @@ class OptimizerStep:
             with self.clock.phase("optimizer"):
                 self.engine.step()
             for name, value in loss.terms.items():
-                value = value.detach()
                 terms[name] = terms[name] + value if name in terms else value
             if stats is not None:
                 layer_stats.append(RouterStats(*(value.detach() for value in stats)))
-            del output, stats, loss, value  # else their graph would live on through the next forward
+            del output, stats, loss  # else their graph would live on through the next forward
         self._has_skipped = not self.engine.was_step_applied()
         if self._has_skipped and self.engine.lr_scheduler is not None:
             # The engine does not, but a skipped step is a step of the run: its batches are used up, and the rate of a
