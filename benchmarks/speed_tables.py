@@ -105,6 +105,23 @@ def moe_layer(results: Results) -> str:
     return block(table)
 
 
+def traffic(results: Results) -> str:
+    """Bytes of a sparse layer on a GPU beside the least possible."""
+    table = Table(
+        "layer", "tokens", "bytes, MiB", "of the least", "of the least, fused", "operators started", "waits of the host"
+    )
+    for result in _or_unverified(table, results, "traffic", "one layer"):
+        for layer in result.figures["layers"]:
+            name = f"{layer['shape']}: {layer['experts']} experts of {layer['width']} x {layer['ffn_width']}"
+            table.row(
+                result, f"{name}, {layer['top_k']} a token, bf16", f"{layer['tokens']:,}",
+                f"{layer['bytes'] / 2**20:,.0f}", f"{layer['bytes'] / layer['least']:.2f}",
+                f"{layer['bytes'] / layer['fused']:.2f}", f"{layer['starts']}",
+                f"{layer['host_waits']}",
+            )  # fmt: skip
+    return block(table)
+
+
 def packing(results: Results) -> str:
     """Steps on packs beside steps on padded batches."""
     table = Table(

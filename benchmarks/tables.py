@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "python benchmarks/generate.py",
     "moe_cost": "deepspeed --num_accelerators 2 benchmarks/moe_cost.py",
     "moe_layer": "python benchmarks/moe_layer.py",
+    "traffic": "python benchmarks/traffic.py",
     "packing": "python benchmarks/packing.py",
     "import_model": "python benchmarks/import_model.py",
     "kills": "python benchmarks/kills.py",

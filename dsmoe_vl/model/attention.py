@@ -7,6 +7,7 @@ dense batches for PyTorch's fused attention. `tests/parity/test_attention.py` co
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class SegmentLayout:
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:
     """Scaled dot-product attention within segments. q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
-    if q.device.type == "cuda":
+    if q.device.type != "cpu":
         return _varlen_attention(q, k, v, layout, causal)
     heads, groups = q.shape[1], k.shape[1]
     # One gather is cheaper than three, in the backward pass too. In fp32, because its backward is four times as fast.
@@ -94,11 +95,15 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
     from torch.nn.attention.varlen import varlen_attn
 
     half = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    repeat = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(repeat, dim=1).to(half) for x in (k, v))
-    window = (-1, 0) if causal else (-1, -1)
+    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if k.shape[1] < q.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # PyTorch 2.11
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     cumulative, longest = layout.cumulative, layout.longest
-    out: Any = varlen_attn(q.to(half), k, v, cumulative, cumulative, longest, longest, window_size=window)
+    q_half, k_half, v_half = (x.to(half) for x in (q, k, v))
+    out: Any = varlen_attn(q_half, k_half, v_half, cumulative, cumulative, longest, longest, **options)
     return out.type_as(q)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dsmoe_vl.config.parts import is_adapted
 from dsmoe_vl.config.recipe import LoraConfig
-from dsmoe_vl.moe.experts import GROUP_ALIGNMENT, Expert, Experts, Groups, grouped_linear
+from dsmoe_vl.moe.experts import Ends, Expert, Experts, grouped_linear
+from dsmoe_vl.moe.grouped_bank import ROWS_OF_A_GROUP
 
 _MATRICES = ("w1", "w2", "w3")
 _START = {f"{name}_lora_b": 0.0 for name in _MATRICES}
@@ -64,13 +65,13 @@ class LoraExperts(Experts):
         _add(self, lora.rank)
         self.lora, self.scale = lora, lora.scale
 
-    def linear(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+    def linear(self, name: str, x: Tensor, ends: Ends) -> Tensor:
         first, second = _adapters(self, name)
-        short = -first.shape[1] % GROUP_ALIGNMENT
-        if short and not isinstance(groups, list):  # a GPU's kernel wants rows of 16 bytes: zeros fill the rank up
+        short = -first.shape[1] % ROWS_OF_A_GROUP
+        if short and not isinstance(ends, list):  # a GPU's kernel wants rows of 16 bytes: zeros fill the rank up
             first, second = F.pad(first, (0, 0, 0, short)), F.pad(second, (0, short))
-        low = grouped_linear(x, first, groups) * self.scale
-        return super().linear(name, x, groups) + grouped_linear(low, second, groups)
+        low = grouped_linear(x, first, ends) * self.scale
+        return super().linear(name, x, ends) + grouped_linear(low, second, ends)
 
     def single(self) -> LoraExpert:
         return LoraExpert(super().single(), self.lora)

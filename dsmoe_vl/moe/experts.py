@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_vl.moe.expert_bank import expert_bank
+from dsmoe_vl.moe.grouped_bank import Groups, grouped_bank, grouped_product
 from dsmoe_vl.moe.rows import combine, dispatch
-
-GROUP_ALIGNMENT = 8  # rows; a group's start must be 16-byte aligned in bf16 for the weight gradient's kernel
 
 
 class _GroupedLinearOnCPU(torch.autograd.Function):
@@ -47,14 +46,14 @@ class _GroupedLinearOnCPU(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-Groups = list[int] | Tensor  # rows of each expert; on a GPU the ends of the groups, int32 [E]
+Ends = list[int] | Tensor  # rows of each expert; on a GPU the ends of the groups, int32 [E]
 
 
-def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     """Every row times its expert's matrix. x [R, D], weight [E, F, D] -> [R, F]."""
-    if isinstance(groups, list):
-        return _GroupedLinearOnCPU.apply(x, weight, groups)
-    return _grouped_mm(x, weight, groups)
+    if isinstance(ends, list):
+        return _GroupedLinearOnCPU.apply(x, weight, ends)
+    return grouped_product(x, weight.transpose(1, 2), ends)
 
 
 class Expert(nn.Module):
@@ -78,7 +77,7 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """E experts `w2(silu(w1 x) * w3 x)`. w1, w2, w3 are the names in DeepSpeed's grouped experts."""
 
-    as_one_function: ClassVar = True  # on a CPU, with `expert_bank`; not in subclasses that compute something else
+    as_one_function: ClassVar = True  # not in subclasses that compute something else
 
     def __init__(self, expert_count: int, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -92,50 +91,32 @@ class Experts(nn.Module):
         gates [N, K] of the type of x, or None for a plain sum; order int64 [N * K] and places int64 [N, K] as in
         `rows.py`; counts int64 [E], the rows of each expert.
         """
-        if self.as_one_function and x.device.type == "cpu":
-            return expert_bank(x, gates, (self.w1, self.w2, self.w3), order, places, counts.tolist())
+        if self.as_one_function:
+            weights = self.w1, self.w2, self.w3
+            if x.device.type == "cpu":
+                return expert_bank(x, gates, weights, order, places, counts.tolist())
+            return grouped_bank(x, gates, weights, order, places, counts)
         return combine(self.of_rows(dispatch(x, order, places), counts), gates, order, places)
 
     def of_rows(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [R, D] sorted by expert, counts int [E] rows of each expert -> [R, D]."""
         if x.device.type == "cpu":
             return self._compute(x, counts.tolist())
-        rows, destination, offsets = _aligned(x, counts)
-        return self._compute(rows, offsets).index_select(0, destination).type_as(x)
+        groups = Groups.of(counts, len(x))
+        rows = x.new_zeros(groups.size, x.shape[1]).index_copy(0, groups.places, x)
+        return self._compute(rows, groups.ends).index_select(0, groups.places).type_as(x)
 
-    def _compute(self, x: Tensor, groups: Groups) -> Tensor:
-        hidden = F.silu(self.linear("w1", x, groups)) * self.linear("w3", x, groups)
-        return self.linear("w2", hidden, groups)
+    def _compute(self, x: Tensor, ends: Ends) -> Tensor:
+        hidden = F.silu(self.linear("w1", x, ends)) * self.linear("w3", x, ends)
+        return self.linear("w2", hidden, ends)
 
-    def linear(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+    def linear(self, name: str, x: Tensor, ends: Ends) -> Tensor:
         """The products with one of the matrices of each expert."""
-        return grouped_linear(x, getattr(self, name), groups)
+        return grouped_linear(x, getattr(self, name), ends)
 
     def single(self) -> Expert:
         """An expert with the parameters of one of these, not initialised."""
         return Expert(self.w2.shape[1], self.w2.shape[2])
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """PyTorch's grouped product. x [R', D], weight [E, F, D], offsets int32 [E] group ends -> [R', F]."""
-    if x.dtype != torch.bfloat16:  # the CUDA kernel exists for bf16 only
-        x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-    return torch._grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
-
-
-def _aligned(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with zeros inserted, so that every group starts at a multiple of the alignment.
-
-    Returns rows [R + E * alignment, D], the new index of every row int64 [R], group ends int32 [E]. The size does not
-    depend on the counts, so nothing is read back from the device.
-    """
-    padded = (counts + GROUP_ALIGNMENT - 1) // GROUP_ALIGNMENT * GROUP_ALIGNMENT
-    shift = (padded - counts).cumsum(0) - (padded - counts)
-    group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts, output_size=x.shape[0])
-    destination = torch.arange(x.shape[0], device=x.device) + shift[group]
-    bound = x.shape[0] + len(counts) * GROUP_ALIGNMENT
-    rows = x.new_zeros(bound, x.shape[1]).index_copy(0, destination, x)
-    return rows, destination, padded.cumsum(0).to(torch.int32)
 
 
 class RemainingExperts(Experts):

@@ -5,7 +5,7 @@ Shapes: T tokens, D width, E experts, K experts per token, M modalities.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,15 +72,17 @@ class Router(nn.Module):
         return Routing(experts, gates, probabilities, logits)
 
     def _logits(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor) -> Tensor:
-        from_task = _rows(self.task_bias, task_ids, self.tasks)
-        from_modality = _rows(self.modality_bias, modality_ids, self.modalities)
+        # One row for each pair of a task and a modality, so that a token takes one.
+        of_modality = 0 * self.modality_bias if self.mode == "task" else self.modality_bias
+        biases = self.task_bias.double().unsqueeze(1) + of_modality
+        from_ids = _Rows.apply(biases.flatten(0, 1), task_ids * self.modalities + modality_ids)
         from_token = F.linear(x.float(), self.weight.float())
         # Unused terms stay in the graph, so that every parameter has a gradient on every rank.
         if self.mode == "task":
-            return from_task + 0 * (from_token + from_modality)
+            return from_ids + 0 * from_token
         if self.mode == "plain":
-            return from_token + 0 * (from_task + from_modality)
-        logits = from_token + from_modality + from_task
+            return from_token + 0 * from_ids
+        logits = from_token + from_ids
         if self.mode == "isolated":
             logits = logits.masked_fill(self._owners(x.device) != modality_ids.unsqueeze(-1), float("-inf"))
         return logits
@@ -102,10 +104,21 @@ class Router(nn.Module):
         return torch.arange(experts, device=device) * self.modalities // experts
 
 
-def _rows(table: Tensor, ids: Tensor, count: int) -> Tensor:
-    """`table[ids]`: [J, E] and int64 [T] -> float32 [T, E].
+class _Rows(torch.autograd.Function):
+    """`table[ids]`: float64 [C, E] and int64 [T] -> float32 [T, E].
 
-    Computed in float64 for the gradient, which sums many small numbers and a few large ones that cancel. In float32 the
-    sum over 16,384 tokens was wrong in the fifth digit, and differed between one rank and two.
+    The gradient is summed in float64: many small numbers and a few large ones cancel. In float32 the sum over 16,384
+    tokens was wrong in the fifth digit, and differed between one rank and two. As a product with one-hot rows, whose
+    order of summing does not change from run to run.
     """
-    return (F.one_hot(ids, count).double() @ table.double()).float()
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.count = len(table)
+        return table.float().index_select(0, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        return F.one_hot(ids, ctx.count).double().t() @ grad.double(), None

@@ -68,23 +68,24 @@ def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> l
 def _expert_row(recipe: Recipe, shape: Shape, cuda: bool) -> tuple[float, float]:
     """Numbers that a row of the experts keeps, and numbers of its gradients that are there at once.
 
-    On a CPU `moe/expert_bank.py` keeps the products with w1 and w3; over ranks, the rows that came and that went back
-    too. The others keep both of D (on CUDA also those without alignment) and four of F.
+    Experts as one function keep the products with w1 and w3; over ranks, the rows that came and that went back too. On
+    a CPU their gradients exist in pieces, on CUDA at once. The others keep both of D and four of F.
     """
     width, hidden = recipe.model.width, recipe.moe.ffn_width
-    if cuda or recipe.moe.backend == "capacity" or "experts" in recipe.lora.adapted:
+    if recipe.moe.backend == "capacity" or "experts" in recipe.lora.adapted:
         return 2 * width + 4 * hidden, (2 * width + 4 * hidden) * _GRADIENTS
     sent = 2 * width if shape.ep_size > 1 else 0
-    return sent + 2 * hidden, width + sent / 2
+    return sent + 2 * hidden, (3 * width + 4 * hidden if cuda else width) + sent / 2
 
 
 def _attention(heads: int, kv_heads: int, head_width: int, has_norm: bool, element: int, cuda: bool) -> float:
-    """Bytes a row: what the norms of q and k keep, then q, k and v with keys for every head, and the result twice: it
-    is the kernel's and, in another order, that of the output's product."""
+    """Bytes a row: what the norms of q and k keep, then q, k and v, turned q and k, and the result. On a CPU keys and
+    values for every head, and the result twice: it is the kernel's and, in another order, that of the output's
+    product."""
     queries, keys = heads * head_width, kv_heads * head_width
     normalised = (queries + keys) * element if has_norm else 0
     if cuda:
-        return normalised + (queries + 2 * keys) * element + 4 * queries * element + 4 * heads
+        return normalised + (3 * queries + 3 * keys) * element + 4 * heads
     packed = (queries + 2 * keys) * 4  # attention on a CPU is in fp32
     return normalised + packed + 4 * queries * 4 + 4 * heads
 

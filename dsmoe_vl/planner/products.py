@@ -124,16 +124,17 @@ def traffic(recipe: Recipe, shape: Shape, cuda: bool) -> Traffic:
     """What the norms, rotations, activations, exchanges of rows and sums of one forward pass move.
 
     A norm reads and writes its width; a SwiGLU reads and writes 5 of its hidden width; an addition reads two and writes
-    one. A sparse layer copies its T K rows seven times: sorted for the exchange, sorted by expert, aligned, and back,
-    then multiplied by gates and summed. Experts above one rank's mean only delay; they move as much.
+    one. A sparse layer gathers its T K rows once and sums them once; over ranks they are gathered for the exchange, by
+    expert, and back. Experts above one rank's mean only delay; they move as much.
     """
     model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
     width, inner = model.width, (model.heads + 2 * model.kv_heads) * model.width_of_head
-    repeated = 3 * model.heads * model.width_of_head  # keys and values for each query head, and the result
+    # The result; on a CPU also keys and values for each query head.
+    repeated = (1 if cuda else 3) * model.heads * model.width_of_head
     attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * _ROTATION + 2 * repeated
     token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * 5 * model.ffn_width
-    copies = 7 if shape.ep_size > 1 else 5
-    sparse = moe.top_k * ((2 * copies + 3) * width + 5 * moe.ffn_width) + 5 * moe.shared_ffn_width
+    copies = 3 if shape.ep_size > 1 else 1
+    sparse = moe.top_k * ((2 * copies + 1) * width + 5 * moe.ffn_width) + width + 5 * moe.shared_ffn_width
     sparse += (5 * moe.ffn_width + 4 * width) * moe.residual
     layers = experts_of_layers(recipe)
     patch_inner = 3 * vision.width

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import IGNORE, Modality, Segment
 from dsmoe_vl.model.vlm import VisionLanguageModel
@@ -27,5 +28,8 @@ def followed_by(prompt: Segment, text: Sequence[int], end: int) -> Segment:
 
 def language_loss(model: VisionLanguageModel, hidden: Tensor, batch: Batch, task: int) -> Tensor:
     """Cross entropy summed over the targets of task number `task`: fp32 scalar, nats. hidden [T, D]."""
-    rows = ((batch.labels != IGNORE) & (batch.task_ids == task)).nonzero().squeeze(1)
+    # How many there are is known, so the host does not wait for the device to count them.
+    count = next(batch.counts[term.name] for term in TASKS[task].terms if term.targets == "labels")
+    mine = (batch.labels != IGNORE) & (batch.task_ids == task)
+    rows = mine.nonzero_static(size=count).squeeze(1)
     return model.head(hidden.index_select(0, rows), batch.labels.index_select(0, rows))

@@ -63,6 +63,14 @@ def test_moe_layer(tmp_path):
             assert path["tflops_per_rank"] > 0 and path.get("tokens_agreeing", 1) == 1
 
 
+def test_traffic(tmp_path):
+    """Without a GPU; the bytes are what the operators say, so here figures are asserted."""
+    found = measured(python(BENCHMARKS / "traffic.py"), tmp_path).figures["layers"]
+    over = {(layer["shape"], layer["tokens"]): layer["bytes"] / layer["least"] for layer in found}
+    assert all(ratio > 1 for ratio in over.values())
+    assert all(ratio <= 1.3 for (shape, _), ratio in over.items() if shape != "fine"), over  # the narrowest rows
+
+
 def test_packing(tiny, tmp_path):
     """Both forms of a step have the same loss, or the benchmark fails."""
     options = ("--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(), "--turns", "1")

@@ -22,7 +22,8 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.lora import LoraExpert, LoraExperts, LoraLinear
-from dsmoe_vl.moe.experts import Expert, Experts, _aligned
+from dsmoe_vl.moe.experts import Expert, Experts
+from dsmoe_vl.moe.grouped_bank import Groups
 from dsmoe_vl.planner.plan import plan_to_json, recipe_from_json
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.pretrained.exporting import export_hf
@@ -88,8 +89,9 @@ def test_a_rank_that_the_kernel_of_a_gpu_does_not_take_is_filled_up():
     """On the CPU, where the same function exists."""
     module, counts = filled(LoraExperts(Experts(3, 16, 24), LORA)).bfloat16(), torch.tensor([4, 0, 9])
     x = torch.randn(13, 16).bfloat16().requires_grad_()
-    rows, destination, ends = _aligned(x, counts)
-    ours = module.linear("w1", rows, ends).index_select(0, destination)
+    groups = Groups.of(counts, len(x))
+    rows = x.new_zeros(groups.size, x.shape[1]).index_copy(0, groups.places, x)
+    ours = module.linear("w1", rows, groups.ends).index_select(0, groups.places)
     theirs = module.linear("w1", x, counts.tolist())
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
     adapters = (module.w1_lora_a, module.w1_lora_b)

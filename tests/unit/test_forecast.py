@@ -83,7 +83,7 @@ def test_activations_by_hand():
     """A decoder of one dense layer, without pictures."""
     recipe = replace(TINY, model=replace(TINY.model, layers=1))
     found = activations(recipe, Shape(10, 0, 3), bf16=True, cuda=True, recompute=False)
-    attention = (8 + 4) * 2 + (8 + 2 * 4) * 2 + 4 * 8 * 2 + 4 * 2
+    attention = (8 + 4) * 2 + (3 * 8 + 3 * 4) * 2 + 4 * 2
     layer = attention + 4 * 8 * 2 + 4 * 10 * 2
     assert found.kept == 10 * layer + 10 * (4 * 8 * 2 + 16 * 8) + 3 * 8 * 2
     assert found.logits == 3 * 11 * 14 and found.recomputed == 0 and found.gradients == 5 * layer
