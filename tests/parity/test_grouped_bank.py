@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.grouped_bank import ROWS_OF_A_GROUP, Groups, grouped_bank
 from dsmoe_vl.moe.rows import by_expert
 from dsmoe_vl.moe.swiglu import swiglu, swiglu_gradients
@@ -103,3 +104,21 @@ def test_kernels_in_the_interpreter():
     done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "torch.Size([0, 8])"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: experts as one function were not checked on CUDA")
+def test_cuda_matches_cpu():
+    torch.manual_seed(0)
+    experts, found = Experts(EXPERTS, 64, 128), []
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    order, places, counts = by_expert(choices(200, 3), EXPERTS)
+    x, gates = torch.randn(200, 64), torch.rand(200, 3)
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        module = experts.to(device, dtype)
+        inputs = [value.detach().to(device, dtype).requires_grad_() for value in (x, gates)]
+        out = module(*inputs, *(value.to(device) for value in (order, places, counts)))
+        grads = torch.autograd.grad(out.float().square().sum(), [*inputs, *module.parameters()])
+        found.append([value.float().cpu() for value in (out, *grads)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=5e-2, atol=5e-2 * float(one.abs().max()))
