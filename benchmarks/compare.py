@@ -84,6 +84,7 @@ SCENES = World(
 TASK_WEIGHTS = replace(
     SCENES,
     name="task_weights",
+    steps=128,
     variants={
         method: (_RATES, f"objective.task_weights.method={method}") for method in ("fixed", "uncertainty", "famo")
     },

@@ -2,7 +2,7 @@
 # One call, under nine minutes, for a bare machine with one GPU, torch 2.11 or newer and no network:
 #   bash benchmarks/gpu.sh [OUTPUT_FOLDER]        (default: benchmarks/results)
 # Pure-Python packages that the machine lacks (deepspeed, hjson, py-cpuinfo, webdataset, ...) may lie as wheels in .whl/.
-# Runs the GPU parity tests and train_step on a recipe of about one billion parameters; writes gpu_*.json and a log.
+# Runs the GPU parity tests, moe_layer, and train_step on a recipe of about one billion parameters; writes gpu_*.json and a log.
 # DSMOE_VL_COMMIT names the commit where the machine has a copy without git.
 # With DRY_RUN=cpu the same commands run small on a CPU, to check this script; their figures go to a temporary folder.
 set -euo pipefail
@@ -18,10 +18,10 @@ if compgen -G ".whl/*.whl" >/dev/null; then
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 step() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
-bench() { # NAME SECONDS_AT_MOST ARGUMENTS...
-  local name="$1" limit="$2"; shift 2
-  step "train_step: $name"
-  timeout "$limit" "$python" benchmarks/train_step.py --json "$output/gpu_$name.json" "$@" || echo "FAILED: $name"
+bench() { # NAME SECONDS_AT_MOST SCRIPT ARGUMENTS...
+  local name="$1" limit="$2" script="$3"; shift 3
+  step "$script: $name"
+  timeout "$limit" "$python" "benchmarks/$script.py" --json "$output/gpu_$name.json" "$@" || echo "FAILED: $name"
 }
 
 step "machine"
@@ -35,9 +35,11 @@ step "parity tests"
 timeout 240 "$python" -m pytest -q -p no:cacheprovider -o timeout=0 tests/parity tests/gpu 2>&1 | tail -n 40 || true
 
 if [ "${DRY_RUN:-}" = cpu ]; then
-  bench dry_run 120 --steps 2 --micro-batch 1 data.pack_length=128 data.pack_patches=256
+  bench dry_run_layer 60 moe_layer --tokens 64 --turns 1 --bf16
+  bench dry_run 120 train_step --steps 2 --micro-batch 1 data.pack_length=128 data.pack_patches=256
   exit 0
 fi
-bench base_zero2 150 --recipe launch/recipes/base.toml --micro-batch 4 --steps 15
-bench base_zero3 120 --recipe launch/recipes/base.toml --deepspeed ds_configs/moe_zero3.json --micro-batch 4 --steps 10 --no-profile
+bench moe_layer 90 moe_layer --bf16 --tokens 4096 16384 --turns 10
+bench base_zero2 150 train_step --recipe launch/recipes/base.toml --micro-batch 4 --steps 15
+bench base_zero3 120 train_step --recipe launch/recipes/base.toml --deepspeed ds_configs/moe_zero3.json --micro-batch 4 --steps 10 --no-profile
 step "done: $output"

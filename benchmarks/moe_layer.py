@@ -3,11 +3,12 @@
     python benchmarks/moe_layer.py [--shapes NAME ...] [--tokens N ...] [--turns N] [--bf16] [--json FILE]
     deepspeed --num_accelerators 2 benchmarks/moe_layer.py
 
-EP is the number of ranks; each has its own tokens, and one thread. All sparse layers of a shape have the same weights
-and the same router, and what they compute is compared with ours before anything is timed: outputs, and gradients of
-the input. At capacity 1.25 only the tokens that lost no expert can be compared. Layers take turns, and each turn
-begins with another one; ratios are of the same turn, and times are those of the slowest rank. On a machine that does
-other work too, ratios of the processor's time are steadier than those of the clock; at EP 2 they leave out the waiting.
+On a GPU where there is one, else on a CPU. EP is the number of ranks; each has its own tokens, and one thread. All
+sparse layers of a shape have the same weights and the same router, and what they compute is compared with ours before
+anything is timed: outputs, and gradients of the input. At capacity 1.25 only the tokens that lost no expert can be
+compared. Layers take turns, and each turn begins with another one; ratios are of the same turn, and times are those of
+the slowest rank. On a machine that does other work too, ratios of the processor's time are steadier than those of the
+clock; at EP 2 they leave out the waiting.
 
 Ours is measured as a training uses it, with the statistics of its router; no balancing term is part of the backward
 pass of any layer. Optimizers and the reduction of gradients are left out: they are the same for all.
@@ -24,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from moe_peers import CAPACITY, DENSE, OURS, PATHS, SHAPES, Layer, NotRunError, Shape, lost, weights
+from moe_peers import CAPACITY, DENSE, GPU_SHAPES, OURS, PATHS, SHAPES, Layer, NotRunError, Shape, lost, weights
 from record import Result
 from torch import Tensor
 
 from dsmoe_vl.command import leave
-from dsmoe_vl.parallel.device import device_name
+from dsmoe_vl.parallel.device import device_name, use_device
 from dsmoe_vl.parallel.process_group import start_process_group
 from dsmoe_vl.parallel.ranks import Ranks
 
@@ -42,11 +43,12 @@ AGREEMENT = {torch.float32: (1e-4, 1.0), torch.bfloat16: (5e-2, 0.9)}
 class Bench:
     """The layers of one shape and one number of tokens."""
 
-    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, ranks: Ranks) -> None:
-        self.shape, self.dtype, self.ranks = shape, dtype, ranks
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, ranks: Ranks, device: torch.device) -> None:
+        self.shape, self.dtype, self.ranks, self.device = shape, dtype, ranks, device
         noise = torch.Generator().manual_seed(1 + ranks.rank)
         self.x, self.gradient = (
-            torch.randn(tokens, shape.width, generator=noise).to(dtype) for _ in ("input", "gradient of the output")
+            torch.randn(tokens, shape.width, generator=noise).to(device, dtype)
+            for _ in ("input", "gradient of the output")
         )
         self.x.requires_grad_()
         self.layers: dict[str, list[Layer]] = {}  # the forms of each
@@ -65,14 +67,16 @@ class Bench:
         for parameter in layer.module.parameters():
             parameter.grad = None  # as after every step of ZeRO
         dist.barrier()
+        self._wait()
         started, worked = time.perf_counter(), time.process_time()
         layer.run(self.x).backward(self.gradient)
+        self._wait()
         return time.perf_counter() - started, time.process_time() - worked
 
     def turns(self, count: int) -> list[tuple[str, Layer, Tensor]]:
         """Of every layer and form, seconds by the clock and of the process: float64 [2, turns], of the slowest rank."""
         forms = [(name, layer) for name, forms in self.layers.items() for layer in forms]
-        seconds = torch.zeros(len(forms), 2, count, dtype=torch.float64)
+        seconds = torch.zeros(len(forms), 2, count, dtype=torch.float64, device=self.device)
         for _, layer in forms:
             self.take(layer)
         for turn in range(count):
@@ -80,12 +84,17 @@ class Bench:
                 index = (turn + place) % len(forms)
                 seconds[index, :, turn] = torch.tensor(self.take(forms[index][1]))
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return [(*of, found) for of, found in zip(forms, seconds, strict=True)]
+        return [(*of, found) for of, found in zip(forms, seconds.cpu(), strict=True)]
+
+    def _wait(self) -> None:
+        """For the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _form(self, name: str, form: str, build: Callable[..., Layer]) -> Layer:
         """One form of a layer, after its results were compared with ours."""
         layer = build(weights(self.shape), self.shape, self.ranks)
-        layer.module.to(self.dtype)
+        layer.module.to(self.device, self.dtype)
         layer.form = form
         self._compare(name, layer)
         return layer
@@ -100,7 +109,7 @@ class Bench:
         if name in (OURS, DENSE):  # the dense one is another function
             return
         limit, least = AGREEMENT[self.dtype]
-        kept = torch.ones(len(self.x), dtype=torch.bool)
+        kept = torch.ones(len(self.x), dtype=torch.bool, device=self.device)
         if name == CAPACITY:
             losses = lost(layer, self.x)
             self.dropped, kept = float(losses.float().mean()), ~losses.any(1)
@@ -178,20 +187,19 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     ranks = Ranks.discover()
-    if device_name() != "cpu":
-        raise SystemExit("this compares layers on a CPU: set DS_ACCELERATOR=cpu")
+    device = use_device(device_name(), ranks)
     torch.set_num_threads(1)  # a rank per core is what trains fastest on a CPU
-    start_process_group(ranks, "cpu")
-    layers = []
+    start_process_group(ranks, device.type)
+    shapes, layers = SHAPES if device.type == "cpu" else GPU_SHAPES, []
     for name in args.shapes:
         for tokens in args.tokens:
-            bench = Bench(SHAPES[name], tokens, torch.bfloat16 if args.bf16 else torch.float32, ranks)
+            bench = Bench(shapes[name], tokens, torch.bfloat16 if args.bf16 else torch.float32, ranks, device)
             found = measure(bench, tokens, args.turns)
-            layers.append({"shape": name, **asdict(SHAPES[name]), "tokens": tokens, **found})
+            layers.append({"shape": name, **asdict(shapes[name]), "tokens": tokens, **found})
             if ranks.rank == 0:
                 show(name, tokens, found)
     figures = {
-        "device": "cpu", "ep_size": ranks.world_size, "precision": "bf16" if args.bf16 else "fp32",
+        "device": device.type, "ep_size": ranks.world_size, "precision": "bf16" if args.bf16 else "fp32",
         "threads": torch.get_num_threads(), "turns": args.turns, "layers": layers,
     }  # fmt: skip
     if args.json and ranks.rank == 0:

@@ -1,4 +1,4 @@
-"""The layers that `moe_layer.py` compares, made of the same weights. Each has its fastest form on a CPU.
+"""The layers that `moe_layer.py` compares, made of the same weights. Each has its fastest form.
 
 Shapes: T tokens, D width, F hidden width of an expert, E experts, K experts per token.
 """
@@ -39,6 +39,8 @@ class Shape:
 
 # Both have the same active FLOPs: a few wide experts, or many narrow ones as in Qwen3-MoE and DeepSeek-V3.
 SHAPES = {"coarse": Shape(256, 512, 8, 2), "fine": Shape(256, 128, 64, 8)}
+# Of a GPU; the fine one is the layer of Qwen3-30B-A3B.
+GPU_SHAPES = {"coarse": Shape(2048, 3072, 8, 2), "fine": Shape(2048, 768, 128, 8)}
 
 
 @dataclass
@@ -73,7 +75,7 @@ def ours(source: SparseMoE, shape: Shape, ranks: Ranks) -> Layer:
     ids: dict[int, Tensor] = {}
 
     def run(x: Tensor) -> Tensor:
-        numbers = ids.setdefault(len(x), torch.arange(len(x)))
+        numbers = ids.setdefault(len(x), torch.arange(len(x), device=x.device))
         out: Tensor = source(x, numbers % len(TASKS), numbers % len(Modality))[0]
         return out
 

@@ -102,6 +102,7 @@ def moe_layer(results: Results) -> str:
                 result, f"{name}, {layer['top_k']} a token, {figures['precision']}", f"{layer['tokens']:,}",
                 f"{figures['ep_size']}", f"{of[dense]['tflops_per_rank']:.3f}", *cells,
             )  # fmt: skip
+    _cuda(table, results, "moe_layer", "on a GPU")
     return block(table)
 
 
@@ -121,6 +122,22 @@ def traffic(results: Results) -> str:
                 f"{layer['bytes'] / layer['fused']:.2f}", f"{layer['starts']}",
                 f"{layer['host_waits']}",
             )  # fmt: skip
+    return block(table)
+
+
+def growth(results: Results) -> str:
+    """How a step grows, beside the order that is expected."""
+    table = Table("what grows", "", "step, s", "times the first", "expected", "memory at its peak, MiB")
+    if not results.get("growth"):
+        table.unverified("growth", "all")
+    for result in results.get("growth", ()):
+        for name, points in result.figures["curves"].items():
+            for point in points:
+                table.row(
+                    result, name, f"{point['at']:,}", f"{point['seconds']:.2f}",
+                    *(f"{point[key] / points[0][key]:.2f}" for key in ("seconds", "expected")),
+                    f"{point['peak_mib']:,.0f}",
+                )  # fmt: skip
     return block(table)
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "moe_layer": "python benchmarks/moe_layer.py",
     "traffic": "python benchmarks/traffic.py",
     "packing": "python benchmarks/packing.py",
+    "growth": "python benchmarks/growth.py",
     "import_model": "python benchmarks/import_model.py",
     "kills": "python benchmarks/kills.py",
     "large": "python benchmarks/large.py",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_peers import SHAPES, Shape
+from moe_peers import GPU_SHAPES, SHAPES, Shape
 from record import Result
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,8 +29,7 @@ from torch.utils._pytree import tree_leaves
 from dsmoe_vl.moe.sparse_moe import SparseMoE
 
 TOKENS = (4096, 16384)
-# The layer of Qwen3-30B-A3B beside the shapes of moe_layer.py.
-ALL_SHAPES = {**SHAPES, "qwen3": Shape(2048, 768, 128, 8)}
+ALL_SHAPES = {**{f"{name}, narrow": shape for name, shape in SHAPES.items()}, **GPU_SHAPES}
 _BYTES = 2  # of a bf16 number
 
 _FREE = {  # they describe memory, and touch none
@@ -127,7 +126,7 @@ def main() -> int:
         for tokens in TOKENS:
             found, (separate, fused) = count(shape, tokens), least(shape, tokens)
             total = sum(found.bytes.values())
-            print(f"{name:7} {tokens:6} {total / 2**20:9.1f} MiB  {total / separate:.2f}  {total / fused:.2f}")
+            print(f"{name:15} {tokens:6} {total / 2**20:9.1f} MiB  {total / separate:.2f}  {total / fused:.2f}")
             if args.operators:
                 for operator, size in found.bytes.most_common():
                     print(f"    {operator:28} {found.starts[operator]:3} x  {size / total:6.1%}")

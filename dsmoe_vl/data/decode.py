@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from dsmoe_vl.config.recipe import DataConfig
-from dsmoe_vl.data.image_metadata import is_on_its_side, orientation, upright, without_metadata
+from dsmoe_vl.data.image_metadata import has_no_metadata, is_on_its_side, orientation, upright, without_metadata
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.video_file import open_video
 from dsmoe_vl.errors import DataError
@@ -160,13 +160,12 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _read_image(data: bytes, enough_pixels: int) -> ReadImage:
+    if has_no_metadata(data) and (plain := _plain_jpeg(data, enough_pixels)) is not None:
+        return plain
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
     check_pixels(width, height)
-    least = (0, 0)
-    if 0 < enough_pixels < width * height:
-        shrink = math.sqrt(enough_pixels / (width * height))
-        least = math.ceil(width * shrink), math.ceil(height * shrink)
+    least = _least(width, height, enough_pixels)
     pixels = _jpeg_pixels(data, least) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
     if pixels is None:
         if enough_pixels:
@@ -176,6 +175,27 @@ def _read_image(data: bytes, enough_pixels: int) -> ReadImage:
     turned, is_damaged = orientation(image)
     size = (height, width) if is_on_its_side(turned) else (width, height)
     return ReadImage(upright(pixels, turned), *size, is_damaged)
+
+
+def _plain_jpeg(data: bytes, enough_pixels: int) -> ReadImage | None:
+    """A JPEG of the usual colours without metadata, which needs no look by Pillow; None for any other."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours not in ("YCbCr", "Gray"):
+        return None
+    check_pixels(width, height)
+    pixels = _jpeg_pixels(data, _least(width, height, enough_pixels))
+    return None if pixels is None else ReadImage(pixels, width, height, damaged_metadata=False)
+
+
+def _least(width: int, height: int, enough_pixels: int) -> tuple[int, int]:
+    """The least width and height that a reduced JPEG must have; (0, 0): it is not reduced."""
+    if not 0 < enough_pixels < width * height:
+        return 0, 0
+    shrink = math.sqrt(enough_pixels / (width * height))
+    return math.ceil(width * shrink), math.ceil(height * shrink)
 
 
 def _jpeg_pixels(data: bytes, least: tuple[int, int]) -> np.ndarray | None:

@@ -23,6 +23,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 # Application data of JPEGs that say how colours are stored, JFIF and Adobe, and their least size.
 _JPEG_COLOURS = {0xE0: 18, 0xEE: 16}
+_START_OF_SCAN = 0xDA
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xfe]")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # chunks without which the pixels would be others
@@ -50,6 +51,22 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return _UPRIGHT[orientation](pixels)
 
 
+def has_no_metadata(data: bytes) -> bool:
+    """Whether these are the bytes of a JPEG without application data before its picture, but for how colours are
+    stored."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return False
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, size = data[at + 1], 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker == _START_OF_SCAN:
+            return True
+        if 0xE0 <= marker <= 0xEF and size < _JPEG_COLOURS.get(marker, len(data)):
+            return False
+        at += size
+    return False
+
+
 def without_metadata(data: bytes) -> Iterator[bytes]:
     """A JPEG or PNG without what is not needed for its pixels, first with its EXIF, then without; a WebP without."""
     for signature, strip in ((b"\xff\xd8\xff", _bare_jpeg), (_PNG_SIGNATURE, _bare_png), (b"RIFF", _bare_webp)):
@@ -67,7 +84,7 @@ def _bare_jpeg(data: bytes, with_exif: bool) -> bytes:
             at = found.start()
             continue
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xDA:  # the pixels follow
+        if marker == _START_OF_SCAN:
             return b"".join([*kept, data[at:]])
         if not (0xE0 <= marker <= 0xEF or marker == 0xFE) or (
             (marker == 0xE1 and with_exif and data[at + 4 : at + 8] == b"Exif")

@@ -106,16 +106,22 @@ class Segment:
         found = np.zeros((self.length, 3), np.int64)
         number = end = 0
         for picture in self.pictures:
-            tokens, first = np.unique(picture.cell_token, return_index=True)
-            between = max(int(tokens[0]) - end, 0)
+            tokens, columns = picture.cell_token, picture.grid[1] // merge
+            if tokens[-1] - tokens[0] + 1 == len(tokens):  # each cell has its own
+                row, column = np.divmod(np.arange(len(tokens)), columns)
+            else:
+                # Cells that share a token are neighbours: its place is that of the first, counted in tokens.
+                tokens, first = np.unique(tokens, return_index=True)
+                row, column = (np.unique(axis, return_inverse=True)[1] for axis in np.divmod(first, columns))
+            start = int(tokens[0])
+            between = max(start - end, 0)
             found[end : end + between] = number + np.arange(between)[:, None]
             number += between
-            # Cells that share a token are neighbours: its place is that of the first, counted in tokens.
-            cells = np.divmod(first, picture.grid[1] // merge)
-            row, column = (np.unique(axis, return_inverse=True)[1] for axis in cells)
-            found[tokens] = number + np.stack((0 * row, row, column), axis=-1)
-            number += int(max(row.max(), column.max())) + 1
             end = int(tokens[-1]) + 1
+            found[start:end] = number
+            found[start:end, 1] += row
+            found[start:end, 2] += column
+            number += int(max(row.max(), column.max())) + 1
         found[end:] = number + np.arange(self.length - end)[:, None]
         return found
 

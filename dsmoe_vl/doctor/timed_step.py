@@ -44,32 +44,39 @@ class Timed:
     labels: int
 
 
-def random_batch(plan: RunPlan, seed: int) -> Batch:
-    """Packs of images at the recipe's patch budget, each followed by a caption, until nothing more fits."""
+def random_batch(plan: RunPlan, seed: int, frames: int = 0) -> Batch:
+    """Packs of images at the recipe's patch budget, or of videos of so many frames at theirs, each followed by a
+    caption, until nothing more fits."""
     recipe, rng = plan.recipe, np.random.default_rng(seed)
     data, vision = recipe.data, recipe.model.vision
-    shape = PackShape.of(recipe)
-    side = int((data.image_max_patches / vision.merge**2) ** 0.5) * vision.merge
+    shape, pictures = PackShape.of(recipe), frames or 1
+    side = int(((data.frame_max_patches if frames else data.image_max_patches) / vision.merge**2) ** 0.5) * vision.merge
     cells = side * side // vision.merge**2
-    length = cells + _TEXT_TOKENS
-    fitting = min(shape.length // length, shape.patches // (side * side))
+    vision_tokens = pictures * cells
+    length = vision_tokens + _TEXT_TOKENS
+    fitting = min(shape.length // length, shape.patches // (pictures * side * side))
+    kind = Modality.VIDEO if frames else Modality.IMAGE
     packs = []
     for _ in range(plan.micro_batch):
         segments = []
         for _ in range(fitting):
-            patches = rng.integers(0, 256, (side * side, 3 * vision.patch_size**2), dtype=np.uint8)
+            patches = rng.integers(0, 256, (pictures * side * side, 3 * vision.patch_size**2), dtype=np.uint8)
             tokens = rng.integers(10, recipe.tokenizer.vocab_size, length).astype(np.int32)
-            labels = np.where(np.arange(length) < cells - 1, IGNORE, tokens).astype(np.int32)
-            modality = np.where(np.arange(length) < cells, Modality.IMAGE, Modality.TEXT).astype(np.int32)
-            picture = Picture(patches, (side, side), -1.0, np.arange(cells, dtype=np.int32))
-            segments.append(Segment(task_number("caption"), tokens, labels, modality, [picture]))
+            labels = np.where(np.arange(length) < vision_tokens - 1, IGNORE, tokens).astype(np.int32)
+            modality = np.where(np.arange(length) < vision_tokens, kind, Modality.TEXT).astype(np.int32)
+            shown = [
+                Picture(part, (side, side), 0.5 * i if frames else -1.0, np.arange(cells, dtype=np.int32) + i * cells)
+                for i, part in enumerate(np.split(patches, pictures))
+            ]
+            segments.append(Segment(task_number("caption"), tokens, labels, modality, shown))
         packs.append(assemble(segments, shape))
     return collate(packs)
 
 
-def time_steps(plan: RunPlan, steps: int) -> Timed:
-    """Steps of a plan for CPUs, on as many processes as it has ranks, of one thread each. Raises DsmoeVlError."""
-    return on_ranks(plan.world_size, _steps, plan, steps)
+def time_steps(plan: RunPlan, steps: int, frames: int = 0) -> Timed:
+    """Steps of a plan for CPUs, on as many processes as it has ranks, of one thread each, on images, or on videos of so
+    many frames. Raises DsmoeVlError."""
+    return on_ranks(plan.world_size, _steps, plan, steps, frames)
 
 
 def on_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -120,7 +127,7 @@ def _rank(ranks: Ranks, port: str, sender: Any, work: Callable[..., Any], argume
     end_process_group()
 
 
-def _steps(ranks: Ranks, plan: RunPlan, steps: int) -> Timed:
+def _steps(ranks: Ranks, plan: RunPlan, steps: int, frames: int) -> Timed:
     from dsmoe_vl.parallel.process_group import HostGroup
     from dsmoe_vl.tasks.caption import CaptionTask
     from dsmoe_vl.training.engine import build_engine
@@ -128,7 +135,7 @@ def _steps(ranks: Ranks, plan: RunPlan, steps: int) -> Timed:
 
     engine = build_engine(plan, ranks, (CaptionTask.__new__(CaptionTask),))  # its loss needs no tokenizer
     step = OptimizerStep(plan, ranks, engine, HostGroup(), torch.device("cpu"))
-    batches = [random_batch(plan, seed) for seed in range(plan.accumulation)]
+    batches = [random_batch(plan, seed, frames) for seed in range(plan.accumulation)]
     clocks = []
     for number in range(steps + 2):
         if number == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsmoe_vl.config.model import FRAMES_OF_STATE, SpeechConfig, VisionConfig
-from dsmoe_vl.config.recipe import DataConfig, Recipe
+from dsmoe_vl.config.recipe import AugmentConfig, DataConfig, Recipe
 from dsmoe_vl.data.augment import Augmentation
 from dsmoe_vl.data.contents import media_of, recording_of
 from dsmoe_vl.data.decode import decode_image, fit_grid, sampled_frames, to_patches
@@ -15,7 +15,7 @@ from dsmoe_vl.data.segment import IGNORE, Modality, Picture, Recording, Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
 
 _PLACEHOLDER = {Modality.IMAGE: "<image>", Modality.VIDEO: "<video>", Modality.SPEECH: "<speech>"}
-_DEAF = SpeechConfig()
+_DEAF, _NO_AUGMENTATION, _AS_IT_IS = SpeechConfig(), AugmentConfig(), Augmentation()
 
 
 class MediaReader:
@@ -98,8 +98,8 @@ class MediaReader:
         return Modality.VIDEO, pictures, used
 
     def _augmentation(self, sample: Sample) -> Augmentation:
-        if self.seed is None:
-            return Augmentation()
+        if self.seed is None or self.data.augment == _NO_AUGMENTATION:
+            return _AS_IT_IS
         return Augmentation.choose(self.data.augment, self.seed, sample.source.name, sample.key, sample.epoch)
 
     def _grid(self, pixels: np.ndarray, budget: int) -> tuple[int, int]:

@@ -68,7 +68,13 @@ def test_traffic(tmp_path):
     found = measured(python(BENCHMARKS / "traffic.py"), tmp_path).figures["layers"]
     over = {(layer["shape"], layer["tokens"]): layer["bytes"] / layer["least"] for layer in found}
     assert all(ratio > 1 for ratio in over.values())
-    assert all(ratio <= 1.3 for (shape, _), ratio in over.items() if shape != "fine"), over  # the narrowest rows
+    assert all(ratio <= 1.3 for (shape, _), ratio in over.items() if shape != "fine, narrow"), over
+
+
+def test_growth(tmp_path):
+    options = ("--steps", "1", "--points", "1", "--curves", "frames of a video, in packs of 1,536 tokens")
+    (points,) = measured(python(BENCHMARKS / "growth.py"), tmp_path, *options).figures["curves"].values()
+    assert points[0]["seconds"] > 0 and points[0]["expected"] > 0
 
 
 def test_packing(tiny, tmp_path):

@@ -1,0 +1,125 @@
+"""How a step's time and memory grow with the pack, the experts, the pictures, the frames and the ranks.
+
+    python benchmarks/growth.py [--curves NAME ...] [--steps 5] [--json FILE] [--plot FILE]  (five minutes on two cores)
+
+The quickstart's model on CPU ranks of one thread, on random packs. Beside each curve stands the order that is expected:
+FLOPs, which count K of E experts and attention inside of segments alone; with ranks, the same time for the same packs
+a rank. Times are the processor's, so that other work on the machine counts less; with ranks they are the clock's. The
+plot needs matplotlib (the extra "compare").
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from record import Result
+
+from dsmoe_vl.doctor.calibration import small_plan
+from dsmoe_vl.doctor.timed_step import time_steps
+from dsmoe_vl.planner.flops import estimate_flops
+
+_TEXT = 10  # tokens of a random caption
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration of a curve: overrides of the recipe quickstart."""
+
+    at: int
+    overrides: tuple[str, ...] = ()
+    frames: int = 0
+    ranks: int = 1
+
+
+CURVES: dict[str, tuple[Point, ...]] = {
+    "tokens of a pack": tuple(
+        Point(768 * n, (f"data.pack_length={768 * n}", f"data.pack_patches={2304 * n}")) for n in (1, 2, 4, 8)
+    ),
+    "experts, 2 a token": tuple(Point(n, (f"moe.experts={n}",)) for n in (4, 8, 16, 32, 64)),
+    "patches of a picture, in packs of 1,536 tokens": tuple(
+        Point(n, (f"data.image_max_patches={n}", "data.pack_length=1536", "data.pack_patches=4608"))
+        for n in (16, 64, 256, 1024)
+    ),
+    "frames of a video, in packs of 1,536 tokens": tuple(
+        Point(n, ("data.pack_length=1536", "data.pack_patches=4608"), frames=n) for n in (1, 4, 16, 64)
+    ),
+    "ranks, a pack each, EP 1": tuple(Point(n, ranks=n) for n in (1, 2)),
+}  # fmt: skip
+
+
+def measure(point: Point, steps: int) -> dict[str, float]:
+    """Seconds and MiB of a step, and its expected cost: FLOPs of a rank."""
+    plan = small_plan(
+        list(point.overrides), 1, point.ranks, expert_parallel={"enabled": True, "autoep_size": 1},
+    )  # fmt: skip
+    timed = time_steps(plan, steps, point.frames)
+    data, merge = plan.recipe.data, plan.recipe.model.vision.merge
+    picture = data.frame_max_patches if point.frames else data.image_max_patches
+    segment = (point.frames or 1) * picture / merge**2 + _TEXT
+    flops = estimate_flops(plan.recipe, token_context=segment / 2, patch_context=picture)
+    return {
+        "at": point.at, "seconds": timed.processor_seconds if point.ranks == 1 else timed.seconds,
+        "peak_mib": timed.peak_bytes / 2**20, "tokens": timed.tokens, "patches": timed.patches,
+        "expected": flops.training(timed.tokens, timed.patches, timed.labels),
+    }  # fmt: skip
+
+
+def draw(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
+    """Times of the first point, measured and expected."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3.4), dpi=100)
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
+        for key, style in (("expected", {"ls": "--", "color": "0.6"}), ("seconds", {"marker": "o"})):
+            values = [point[key] / points[0][key] for point in points]
+            label = {"expected": "FLOPs", "seconds": "time"}[key]
+            axis.plot([point["at"] for point in points], values, label=label, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(0)
+        axis.set_xticks([point["at"] for point in points], [f"{point['at']:,}" for point in points])
+        axis.set_xlabel(name.partition(", in")[0])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times the first point")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> int:
+    """Measure, print, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="of each configuration; the median counts")
+    parser.add_argument(
+        "--curves", nargs="+", choices=CURVES, default=[*CURVES], metavar="NAME", help="; ".join(CURVES)
+    )
+    parser.add_argument("--points", type=int, help="only so many of each curve")
+    parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
+    parser.add_argument("--plot", type=Path, help="draw docs/images/growth.png")
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name in args.curves:
+        found[name] = []
+        for point in CURVES[name][: args.points]:
+            found[name].append(measured := measure(point, args.steps))
+            first = found[name][0]
+            print(
+                f"{name}: {point.at:,}: {measured['seconds']:.3f} s, {measured['seconds'] / first['seconds']:.2f} times"
+                f" the first, {measured['expected'] / first['expected']:.2f} expected; {measured['peak_mib']:.0f} MiB",
+                flush=True,
+            )
+    if args.plot:
+        draw(found, args.plot)
+    if args.json:
+        Result.now("growth", {"steps": args.steps, "curves": found}).write(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
