@@ -3,10 +3,10 @@
     python benchmarks/pretrained_pictures.py --pictures DIR [--pairs 12000] [--seeds 1] [--jobs 2] [--json FILE]
 
 DIR is as learning.py takes it; all ways see as many pairs. From real weights: DINOv2-small and SmolLM2-135M with
-experts made of its feed-forwards, all of it trained (pretrained_pictures.toml; needs what `bash launch/pretrained.sh`
-makes). From nothing: the small model of learning.py. Frozen: features of DINOv2-small as transformers computes them, a
-small network over them, and one over a bag of words and trigrams. A pair takes some 12 GFLOP with real weights, so
-there are fewer than in learning.py.
+experts made of its feed-forwards, all of it trained over states that launch/whiten.py has whitened
+(pretrained_pictures.toml; needs what `bash launch/pretrained.sh` makes). From nothing: the small model of learning.py.
+Frozen: features of DINOv2-small as transformers computes them, a small network over them, and one over a bag of words
+and trigrams. A pair takes some 12 GFLOP with real weights, so there are fewer than in learning.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from learning import SCORES, learn, settings
-from learning_run import FROZEN, REAL
+from learning_run import FROZEN, PRETRAINED, REAL
 from record import RESULTS, ROOT, Result
 
 NOTHING = "retrieval"
@@ -41,10 +42,14 @@ def main() -> int:
     pictures = args.pictures.resolve()
     os.chdir(ROOT)  # where the recipes' paths begin
     *sources, tokenizer = settings(pictures, args.shards / pictures.name)
+    whitened = args.shards / pictures.name / "whitened"
+    if not whitened.exists():
+        command = [sys.executable, "launch/whiten.py", "--recipe", PRETRAINED, "--output", whitened, *sources]
+        subprocess.run(list(map(str, command)), check=True)
+    own = {REAL: f"model.init_from={whitened}"}  # with a tokenizer of its own
     runs = [(variant, seed) for seed in args.seeds for variant in _TITLES]
     with ThreadPoolExecutor(args.jobs) as pool:
-        # Imported weights have a tokenizer of their own.
-        found = pool.map(lambda run: learn(*run, args, (*sources, *([] if run[0] == REAL else [tokenizer]))), runs)
+        found = pool.map(lambda run: learn(*run, args, (*sources, own.get(run[0], tokenizer))), runs)
         points = dict(zip(runs, found, strict=True))
     curves = {title: [points[variant, seed] for seed in args.seeds] for variant, title in _TITLES.items()}
     for title, seeds in curves.items():

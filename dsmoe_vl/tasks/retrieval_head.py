@@ -32,13 +32,20 @@ class RetrievalEmbeddings(NamedTuple):
 
 
 class RetrievalHead(nn.Module):
-    """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3)."""
+    """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3).
+
+    With `whiten`, states are whitened first, in fp32: what all states of a side have in common goes, and what tells
+    them apart gets one size. Both matrices are measured before training (`doctor/whitening.py`) and stay as they are.
+    """
 
     def __init__(self, width: int, settings: RetrievalConfig) -> None:
         super().__init__()
         embedding_width, (initial_scale, initial_bias) = settings.embedding_width, _START[settings.loss]
-        self.media = nn.Linear(width, embedding_width, bias=False)
-        self.text = nn.Linear(width, embedding_width, bias=False)
+        inner = embedding_width if settings.whiten else width
+        self.media = nn.Linear(inner, embedding_width, bias=False)
+        self.text = nn.Linear(inner, embedding_width, bias=False)
+        self.media_whitening = nn.Linear(width, embedding_width) if settings.whiten else None
+        self.text_whitening = nn.Linear(width, embedding_width) if settings.whiten else None
         self.pooling = settings.pooling
         self.OWN_START = {"log_scale": math.log(initial_scale), "bias": initial_bias}  # for `model/init.py`
         self.log_scale = nn.Parameter(torch.tensor([self.OWN_START["log_scale"]]))
@@ -47,19 +54,28 @@ class RetrievalHead(nn.Module):
     def forward(self, hidden: Tensor, media: Tensor, text: Tensor, cu_segments: Tensor) -> RetrievalEmbeddings:
         """hidden [T, D]; media, text: the last tokens of the segments to embed, int64 [n]; cu_segments int32 [S + 1]:
         cumulative lengths of all segments; the last is T."""
-        of_segments = segment_means(hidden, cu_segments) if self.pooling == "mean" else None
-
-        def states(last: Tensor) -> Tensor:
-            if of_segments is None:
-                return hidden.index_select(0, last)
-            return of_segments.index_select(0, _segment_of(last, cu_segments)).type_as(hidden)
-
+        of_media, of_text = self.states(hidden, media, text, cu_segments)
         return RetrievalEmbeddings(
-            F.normalize(self.media(states(media)).float(), dim=-1),
-            F.normalize(self.text(states(text)).float(), dim=-1),
+            F.normalize(self.media(_whitened(of_media, self.media_whitening)).float(), dim=-1),
+            F.normalize(self.text(_whitened(of_text, self.text_whitening)).float(), dim=-1),
             self.log_scale.float().exp().clamp(max=_MAX_SCALE),
             self.bias.float(),
         )
+
+    def states(self, hidden: Tensor, media: Tensor, text: Tensor, cu_segments: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands for the segments of both sides, [n, D] each, from what `forward` gets."""
+        if self.pooling == "last":
+            return hidden.index_select(0, media), hidden.index_select(0, text)
+        means = segment_means(hidden, cu_segments)
+        first, second = (means.index_select(0, _segment_of(last, cu_segments)) for last in (media, text))
+        return first.type_as(hidden), second.type_as(hidden)
+
+
+def _whitened(states: Tensor, whitening: nn.Linear | None) -> Tensor:
+    """In fp32, since two large numbers cancel: [n, D] -> [n, W]; as they are without."""
+    if whitening is None:
+        return states
+    return F.linear(states.float(), whitening.weight.float(), whitening.bias.float()).type_as(states)
 
 
 def segment_means(hidden: Tensor, cu_segments: Tensor) -> Tensor:
