@@ -44,7 +44,17 @@ def main() -> int:
     *sources, tokenizer = settings(pictures, args.shards / pictures.name)
     whitened = args.shards / pictures.name / "whitened"
     if not whitened.exists():
-        command = [sys.executable, "launch/whiten.py", "--recipe", PRETRAINED, "--output", whitened, *sources]
+        command = [
+            sys.executable,
+            "launch/whiten.py",
+            "--recipe",
+            PRETRAINED,
+            "--output",
+            whitened,
+            "--pairs",
+            3000,
+            *sources,
+        ]
         subprocess.run(list(map(str, command)), check=True)
     own = {REAL: f"model.init_from={whitened}"}  # with a tokenizer of its own
     runs = [(variant, seed) for seed in args.seeds for variant in _TITLES]
