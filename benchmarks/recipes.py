@@ -1,6 +1,6 @@
 """What a shipped recipe comes to: scores on held-out scenes, time, tokens a second.
 
-    python benchmarks/recipes.py {quickstart,three_tasks,speech} [--json FILE]    (5, 17 and 15 minutes on two cores)
+    python benchmarks/recipes.py {quickstart,three_tasks,speech} [--json FILE]    (5, 17 and 25 minutes on two cores)
     python benchmarks/recipes.py NAME --run runs/NAME [--log FILE] [--commit COMMIT] [--json FILE]
 
 Runs the commands that train and evaluate the recipe (three_tasks needs the quickstart's shards; speech those that its
