@@ -68,6 +68,19 @@ def train_step(results: Results) -> str:
     return block(table, operators) if operators.rows else block(table)
 
 
+def train_peer(results: Results) -> str:
+    """Our step beside transformers' model in a DeepSpeed engine."""
+    table = Table("step", "ours, tokens/s", "transformers and DeepSpeed, tokens/s", "ours / theirs")
+    for result in _or_unverified(table, results, "train_peer", "on a CPU"):
+        found = result.figures
+        rates = found["tokens_per_second"]
+        table.row(
+            result, _setting(result), f"{rates['ours']:,.0f}", f"{rates['transformers']:,.0f}",
+            _spread(found["ours_over_transformers"]),
+        )  # fmt: skip
+    return block(table)
+
+
 def moe_cost(results: Results) -> str:
     """Sparse steps beside dense ones."""
     table = Table(

@@ -23,7 +23,7 @@ BLOCKS = {
         learned.quickstart_output, learned.results, learned.sizes, learned.recipes, learned.catalogue, learned.scenes,
         learned.task_weights, learned.together_and_alone, learned.learning, learned.ablations, learned.rates,
         learned.parting, learned.speech, learned.pretrained, learned.pretrained_pictures,
-        timed.speed, timed.train_step, timed.moe_cost, timed.moe_layer, timed.traffic, timed.growth,
+        timed.speed, timed.train_step, timed.train_peer, timed.moe_cost, timed.moe_layer, timed.traffic, timed.growth,
         timed.packing, timed.monitoring,
         timed.data, timed.checkpoint, timed.import_model, timed.generate,
         planned.published, planned.planning, planned.scaling, planned.budgets, planned.internet,

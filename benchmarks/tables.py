@@ -38,6 +38,7 @@ COMMANDS = {
     "sizes": "python benchmarks/sizes.py",
     "three_tasks": "python benchmarks/recipes.py three_tasks",
     "speech": "python benchmarks/recipes.py speech",
+    "train_peer": "deepspeed --num_accelerators 2 benchmarks/train_peer.py",
     "train_step": "deepspeed --num_accelerators 2 benchmarks/train_step.py",
     "ablations": "python benchmarks/ablations.py",
     "checkpoint": "deepspeed --num_accelerators 2 benchmarks/checkpoint.py",

@@ -45,6 +45,13 @@ def test_train_step(tiny, tmp_path):
     assert found["tokens_per_second"] > 0 and found["step_over_product_rate"] > 0 and found["operators_percent"]
 
 
+def test_train_peer(tmp_path):
+    """Both sides have the same first loss, or the benchmark fails."""
+    found = measured(python(BENCHMARKS / "train_peer.py", "--steps", "1"), tmp_path).figures
+    assert found["form"] in ("grouped_mm", "eager") and found["first_loss"] > 0
+    assert min(found["tokens_per_second"].values()) > 0 and found["ours_over_transformers"][0] > 0
+
+
 def test_moe_cost(tiny, tmp_path):
     found = steps("moe_cost.py", tiny, tmp_path)
     dense, moe = (found["flops_per_token"][name] for name in ("dense", "moe"))
