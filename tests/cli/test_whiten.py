@@ -38,7 +38,7 @@ def test_a_run_starts_from_whitened_states(tiny, speaking, tmp_path):
     assert json.loads((output / "model.json").read_text())["tasks"]["retrieval"]["whiten"] is True
     run = tmp_path / "run"
     recipe.write_text(recipe.read_text().replace(str(speaking), str(output)))
-    arguments = ["--deepspeed", tiny.deepspeed(2), "--recipe", recipe, "--run-dir", run, "run.steps=2", *RETRIEVAL]
+    arguments = ["--deepspeed", tiny.deepspeed(2), "--recipe", recipe, "--run-dir", run, "run.steps=6", *RETRIEVAL]
     result = finish(start(python(TRAIN, *arguments, "data.workers=1")))
     assert result.status == 0, result.out + result.err
     found = newest_complete(run / "checkpoints")
