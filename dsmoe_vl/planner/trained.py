@@ -69,15 +69,12 @@ def _tables(recipe: Recipe, stage: int = 0) -> list[tuple[str, str, PartConfig]]
 
 def rules(recipe: Recipe) -> dict[str, Rule]:
     """The rule of every parameter, by its name in the one-process model; of several stages, without theirs. Before all
-    tables, the parts that have adapters are frozen but for these, and so is what whitens."""
+    tables, the parts that have adapters are frozen but for these; after them, what whitens is."""
     adapted = recipe.lora.adapted
-    found = {
-        name: Rule(freeze=WHITENING in name or (part_of(name) in adapted and not is_adapter(name)))
-        for name in tensors(recipe)
-    }
+    found = {name: Rule(freeze=part_of(name) in adapted and not is_adapter(name)) for name in tensors(recipe)}
     for _, key, part in _tables(recipe):
         found |= {name: rule.then(part) for name, rule in found.items() if matches(key, name)}
-    return found
+    return found | {name: Rule(freeze=True) for name in found if WHITENING in name}
 
 
 def count_trained(recipe: Recipe) -> Trained:

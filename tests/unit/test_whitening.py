@@ -70,7 +70,9 @@ def test_the_head_projects_whitened_states(pooling):
 
 def test_what_whitens_never_trains():
     retrieval = replace(RECIPE.tasks.retrieval, whiten=True)
-    recipe = replace(RECIPE, tasks=replace(RECIPE.tasks, retrieval=retrieval), train={"heads": PartConfig(lr_scale=2)})
+    recipe = replace(
+        RECIPE, tasks=replace(RECIPE.tasks, retrieval=retrieval), train={"heads": PartConfig(freeze=False, lr_scale=2)}
+    )
     found = {name: rule for name, rule in rules(recipe).items() if name.startswith("retrieval.")}
     frozen = {name for name, rule in found.items() if rule.freeze}
     sides = [f"retrieval.{side}_whitening" for side in ("media", "text")]
