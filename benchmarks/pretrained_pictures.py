@@ -3,7 +3,7 @@
     python benchmarks/pretrained_pictures.py --pictures DIR [--pairs 12000] [--seeds 1] [--jobs 2] [--json FILE]
 
 DIR is as learning.py takes it; all ways see as many pairs. From real weights: DINOv2-small and SmolLM2-135M with
-experts made of its feed-forwards, all of it trained over states that launch/whiten.py has whitened
+experts made of its feed-forwards, projections trained over their states, which launch/whiten.py has whitened
 (pretrained_pictures.toml; needs what `bash launch/pretrained.sh` makes). From nothing: the small model of learning.py.
 Frozen: features of DINOv2-small as transformers computes them, a small network over them, and one over a bag of words
 and trigrams. A pair takes some 12 GFLOP with real weights, so there are fewer than in learning.py.

@@ -1,8 +1,8 @@
 """Whiten what retrieval starts from: `python launch/whiten.py --recipe FILE --output DIR [key=value ...]`.
 
 Measures the states of retrieval on the recipe's data, with the weights of its `model.init_from`, and writes a folder to
-name there instead. A model with such weights tells pictures and texts apart from the first step on, and learns from
-fewer pairs. One process, on the GPU if there is one.
+name there instead. What they whiten are the states of these weights: freeze what stands before the heads. One process,
+on the GPU if there is one.
 """
 
 from __future__ import annotations
