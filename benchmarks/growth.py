@@ -1,11 +1,10 @@
-"""How a step's time and memory grow with the pack, the experts, the pictures, the frames and the ranks.
+"""How a step's time and memory grow with the pack, the experts, the pictures and the frames.
 
     python benchmarks/growth.py [--curves NAME ...] [--steps 5] [--json FILE] [--plot FILE]  (five minutes on two cores)
 
-The quickstart's model on CPU ranks of one thread, on random packs. Beside each curve stands the order that is expected:
-FLOPs, which count K of E experts and attention inside of segments alone; with ranks, the same time for the same packs
-a rank. Times are the processor's, so that other work on the machine counts less; with ranks they are the clock's. The
-plot needs matplotlib (the extra "compare").
+The quickstart's model on one CPU rank of one thread, on random packs. Beside each curve stands the order that is
+expected: FLOPs, which count K of E experts and attention inside of segments alone. Times are the processor's, so that
+other work on the machine counts less. The plot needs matplotlib (the extra "compare").
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ class Point:
     at: int
     overrides: tuple[str, ...] = ()
     frames: int = 0
-    ranks: int = 1
 
 
 CURVES: dict[str, tuple[Point, ...]] = {
@@ -47,14 +45,13 @@ CURVES: dict[str, tuple[Point, ...]] = {
     "frames of a video, in packs of 1,536 tokens": tuple(
         Point(n, ("data.pack_length=1536", "data.pack_patches=4608"), frames=n) for n in (1, 4, 16, 64)
     ),
-    "ranks, a pack each, EP 1": tuple(Point(n, ranks=n) for n in (1, 2)),
 }  # fmt: skip
 
 
 def measure(point: Point, steps: int) -> dict[str, float]:
     """Seconds and MiB of a step, and its expected cost: FLOPs of a rank."""
     plan = small_plan(
-        list(point.overrides), 1, point.ranks, expert_parallel={"enabled": True, "autoep_size": 1},
+        list(point.overrides), 1, 1, expert_parallel={"enabled": True, "autoep_size": 1},
     )  # fmt: skip
     timed = time_steps(plan, steps, point.frames)
     data, merge = plan.recipe.data, plan.recipe.model.vision.merge
@@ -62,7 +59,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     segment = (point.frames or 1) * picture / merge**2 + _TEXT
     flops = estimate_flops(plan.recipe, token_context=segment / 2, patch_context=picture)
     return {
-        "at": point.at, "seconds": timed.processor_seconds if point.ranks == 1 else timed.seconds,
+        "at": point.at, "seconds": timed.processor_seconds,
         "peak_mib": timed.peak_bytes / 2**20, "tokens": timed.tokens, "patches": timed.patches,
         "expected": flops.training(timed.tokens, timed.patches, timed.labels),
     }  # fmt: skip
