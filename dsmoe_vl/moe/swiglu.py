@@ -10,6 +10,7 @@ Shapes: R rows, F width. gate, up, grad [R, F] of one type; scale float32 [R].
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import cache
 
 import torch
@@ -18,8 +19,13 @@ from torch import Tensor
 
 @cache
 def has_kernels() -> bool:
-    """Whether Triton is installed, as it is with PyTorch for CUDA on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed, as it is with PyTorch for CUDA on Linux; if not, says so once. Asked on a GPU only."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn(
+            "Triton is not installed: SwiGLU of experts runs as plain operators, with more traffic", stacklevel=2
+        )
+    return found
 
 
 @torch.library.custom_op("dsmoe_vl::swiglu", mutates_args=())
