@@ -19,7 +19,7 @@ from torch import Tensor
 
 @cache
 def has_kernels() -> bool:
-    """Whether Triton is installed, as it is with PyTorch for CUDA on Linux; if not, says so once. Asked on a GPU only."""
+    """Whether Triton is installed, as with PyTorch for CUDA on Linux; if not, says so once. Asked on a GPU only."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn(
