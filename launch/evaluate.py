@@ -53,7 +53,7 @@ def parse() -> Options:
         "--java",
         choices=CHOICES,
         default="",
-        help="also score texts by METEOR, or by METEOR and SPICE (extra `metrics`)",
+        help="also score texts by METEOR, or by both (extra `metrics`)",
     )
     parser.add_argument(
         "--format", choices=("lmms",), help="also write the scores to RUN/lmms as lmms-eval writes its own"

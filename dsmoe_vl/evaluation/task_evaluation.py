@@ -93,8 +93,8 @@ class TaskEvaluation(Protocol):
     def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None: ...
 
     def evaluate(self, folder: Folder) -> tuple[Scores, Any]:
-        """Scores (the same on every rank but for those by Java, {} if nothing could be scored) and the examples for `section` (on rank 0).
-        May print samples. Raises DsmoeVlError. Collective."""
+        """Scores (the same on every rank but for those by Java, {} if nothing could be scored) and the examples for
+        `section` (on rank 0). May print samples. Raises DsmoeVlError. Collective."""
 
     def finish(self) -> None:
         """Called on rank 0 after the last folder."""
