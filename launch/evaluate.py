@@ -49,12 +49,7 @@ def parse() -> Options:
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default=Options.split, help="what counts as a word in scores of texts (words)"
     )
-    parser.add_argument(
-        "--java",
-        choices=CHOICES,
-        default="",
-        help="also score texts by METEOR, or by both (extra `metrics`)",
-    )
+    parser.add_argument("--java", choices=CHOICES, default="", help="scores of texts by METEOR, or by SPICE as well")
     parser.add_argument(
         "--format", choices=("lmms",), help="also write the scores to RUN/lmms as lmms-eval writes its own"
     )
