@@ -34,8 +34,8 @@ class RetrievalEmbeddings(NamedTuple):
 class RetrievalHead(nn.Module):
     """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3).
 
-    With `whiten`, states are whitened first, in fp32: what all states of a side have in common goes, and what tells
-    them apart gets one size. Both matrices are measured before training (`doctor/whitening.py`) and stay as they are.
+    With `whiten`, states are whitened first, in fp32: what all states of a side have in common is removed, and
+    their differences get one size. Both matrices are measured before training (`doctor/whitening.py`) and stay fixed.
     """
 
     def __init__(self, width: int, settings: RetrievalConfig) -> None:
