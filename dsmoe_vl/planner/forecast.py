@@ -118,7 +118,7 @@ def _run(found: Forecast) -> Iterator[tuple[str, str]]:
     run = found.run
     yield "budget", f"{shown_count(run.tokens)} tokens, {run.steps:,} steps"
     if found.plan.recipe.stages:
-        yield "stages", "not told apart: every step trains what the recipe trains without them"
+        yield "stages", "not distinguished: every step trains what the recipe trains without them"
     yield "time", f"{run.seconds / DAY:,.2f} days, {run.accelerator_hours:,.0f} accelerator hours"
     blocked, writing = shown_seconds(run.blocked_seconds), shown_seconds(run.save_seconds)
     yield "checkpoint", f"{shown_bytes(run.checkpoint_bytes)}, written in {writing}; training waits {blocked}"
