@@ -27,6 +27,7 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.embed import embed_media, embed_texts
 from dsmoe_vl.inference.generate import caption, transcribe
 from dsmoe_vl.inference.load import TrainedModel, load_run
@@ -85,7 +86,7 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers]
-    (folder / f"step_{step:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_atomically(folder / f"step_{step:08d}.jsonl", "".join(lines))
     picture = draw(f"held-out samples at step {step}", [_row(answer) for answer in answers])
     picture.save(folder / f"step_{step:08d}.png")
     return picture
