@@ -59,7 +59,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
     NetworkError.
     """
     with torch.device("meta"):
-        backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
+        backbone = build_backbone(plan.recipe, plan.recompute)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
     if dist.is_initialized():  # the doctor looks at models of one process without it
