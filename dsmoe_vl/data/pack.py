@@ -67,8 +67,8 @@ def encoded(ref: SampleRef, key: str, segments: list[Segment], shape: PackShape)
 
 
 class Packer:
-    """Best-fit packing in tokens and patches, within the frames of recordings. Depends on nothing but the order and
-    sizes of the samples."""
+    """Best-fit packing in tokens, with even patches, within the frames of recordings. Depends on nothing but the order
+    and sizes of the samples."""
 
     def __init__(self, shape: PackShape, lookahead: int) -> None:
         """At most `lookahead` samples are kept for later packs."""
@@ -79,11 +79,13 @@ class Packer:
     def fill(self, draw: Callable[[], Encoded | None]) -> list[Encoded]:
         """The samples of the next pack; [] when none is pending and `draw` returns None.
 
-        The oldest pending sample always goes in, so none waits for ever. Then long samples follow that use tokens and
-        patches evenly, and at the end the one or two that fill the pack best. While no sample fits, new ones are drawn,
-        until `lookahead` are pending.
+        The oldest pending sample always goes in, so none waits for ever. Then long samples follow, such that the pack
+        has as many patches for its tokens as all that are pending: ranks wait for the pack with the most patches. At
+        the end come the one or two that fill the pack best. While no sample fits, new ones are drawn, until `lookahead`
+        are pending.
         """
         chosen: list[Encoded] = []
+        aim = 0.0  # patches
         length, patches, frames = self._shape.length, self._shape.patches, self._shape.frames
         while length > (1 - _FULL) * self._shape.length and patches >= (1 - _FULL) * self._shape.patches:
             fitting = [
@@ -92,7 +94,10 @@ class Packer:
                 if item.length <= length and item.patches <= patches and item.frames <= frames
             ]
             if fitting:
-                taken = self._choice(fitting, length, patches, frames) if chosen else self.pending[:1]
+                if chosen:
+                    taken = self._choice(fitting, length, patches, frames, aim - self._shape.patches + patches)
+                else:
+                    taken, aim = self.pending[:1], self._shape.length * self._patches_per_token()
                 for item in taken:
                     self.pending.remove(item)
                     length -= item.length
@@ -105,9 +110,12 @@ class Packer:
                 break
         return chosen
 
-    def _choice(self, fitting: list[Encoded], length: int, patches: int, frames: int) -> list[Encoded]:
+    def _patches_per_token(self) -> float:
+        return sum(item.patches for item in self.pending) / sum(item.length for item in self.pending)
+
+    def _choice(self, fitting: list[Encoded], length: int, patches: int, frames: int, wanted: float) -> list[Encoded]:
         """The next sample, or the last two, of those that fit. `length` tokens, `patches` and `frames` are left in the
-        pack."""
+        pack, `wanted` patches to what it should have."""
         longest = max(fitting, key=lambda item: item.length)
         if len(fitting) >= self._lookahead // 2 and length <= _LAST * longest.length:
             pairs = (
@@ -118,8 +126,7 @@ class Packer:
                 and one.frames + other.frames <= frames
             )
             return max([[longest], *pairs], key=lambda items: sum(item.length for item in items))
-        # Patches per token that are left, as shares of a pack. A sample of the same density uses both evenly.
-        density = (patches / self._shape.patches) / (length / self._shape.length)
+        density = (max(wanted, 0.0) / self._shape.patches) / (length / self._shape.length)  # as shares of a pack
 
         def worth(item: Encoded) -> float:
             share = item.length / self._shape.length

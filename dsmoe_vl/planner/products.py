@@ -19,7 +19,7 @@ _ROTATION = (
 _ROUTER_PASSES = 24  # fp32 numbers moved for each of E scores: softmax, choice, statistics, balancing
 # Of a pack's patches, those that are used, and their standard deviation over it: the packer of `data/pack.py` on images
 # and videos of many sizes, four to one, for the recipes base and large (docs/scaling.md). Tokens are 99 % used.
-PATCHES_USED, PATCHES_SPREAD = 0.61, 0.29
+PATCHES_USED, PATCHES_SPREAD = 0.61, 0.15
 # Operators that the host starts in the forward pass, views included, as torch.profiler counts them in `model/`.
 _OF_DECODER_LAYER, _OF_SPARSE, _OF_EXPERT_ON_CPU, _OF_VISION_LAYER, _OF_MODEL = 70, 98, 4, 65, 120
 

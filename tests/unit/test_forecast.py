@@ -144,7 +144,7 @@ def test_ranks_wait_for_the_fullest_pack():
     waits = [step_time(plan(named("base"), ranks, expert_parallel=alone), cluster).pack_imbalance
              for ranks in (1, 8, 64, 4096)]  # fmt: skip
     assert waits[0] == 0 < waits[1] <= waits[2] <= waits[3]
-    many = plan(named("base"), 4096)
+    many = plan(named("base"), 16384)  # so many that one pack is full
     full = replace(Shape.typical(many.recipe, 1, 2), patches=many.recipe.data.pack_patches)
     longest, typical = step_time(many, cluster, shape=full), step_time(many, cluster)
     together = sum(getattr(typical, name) for name in ("products", "attention", "memory_traffic", "host"))

@@ -229,6 +229,26 @@ def test_packs_are_full(length: int, lengths: tuple[int, int]) -> None:
     assert np.mean(used) / length >= 0.97
 
 
+def test_packs_have_much_the_same_patches() -> None:
+    """Of images and videos, four to one: ranks wait for the pack with the most patches."""
+    rng = np.random.default_rng(0)
+
+    def draw() -> Encoded:
+        text = int(rng.lognormal(np.log(30), 0.6)) + 2
+        if rng.random() < 0.2:
+            patches = int(rng.integers(4, 9)) * int(144 * rng.uniform(0.5, 1)) * 4
+            return sample(0, patches // 16 + text, patches)
+        patches = int(256 * rng.uniform(0.5, 1)) * 4
+        return sample(0, patches // 4 + text, patches)
+
+    shape = PackShape(4096, 32768, 14, 2)
+    packer = Packer(shape, lookahead=64)
+    packs = [packer.fill(draw) for _ in range(200)]
+    patches = np.array([sum(item.patches for item in pack) for pack in packs])
+    assert np.mean([sum(item.length for item in pack) for pack in packs]) > 0.985 * shape.length
+    assert patches.std() < 0.18 * patches.mean()
+
+
 def test_every_sample_is_packed_once_and_soon() -> None:
     rng = np.random.default_rng(0)
     samples = [sample(i, int(rng.integers(1, 33)), int(rng.integers(0, 49))) for i in range(500)]
