@@ -14,6 +14,7 @@ import pytest
 from data_tools.tokenizer.train import train as train_tokenizer
 from tests.distributed.ranks import REPOSITORY, cpu_environment, free_port, try_ranks
 from tests.support.runs import finish, python, start
+from tests.support.warm import popen
 
 DOCTOR = REPOSITORY / "launch" / "doctor.py"
 BIN = Path(python()[0]).parent
@@ -47,7 +48,7 @@ def assert_each_problem_is_said_once(result):
 
 
 def test_one_process(tiny):
-    result = finish(start(python(DOCTOR, *arguments(tiny)), MASTER_PORT=str(free_port())), 280)
+    result = finish(start(python(DOCTOR, *arguments(tiny)), cold=True, MASTER_PORT=str(free_port())), 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 0 and not found(result, "problem"), result.out + result.err
     ok = "\n".join(found(result, "ok"))
@@ -91,7 +92,7 @@ def two_hosts(tiny, *more, folders=(), **environment):
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = python(DOCTOR, *arguments(tiny, "--name", name, *more))
         processes.append(
-            subprocess.Popen(
+            popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                 cwd=folders[rank] if folders else REPOSITORY,
                 env=cpu_environment(**own, **environment.get(name, {}), PYTHONPATH=str(REPOSITORY)),

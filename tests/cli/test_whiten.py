@@ -30,7 +30,9 @@ def speaking(tmp_path_factory):
 def test_a_run_starts_from_whitened_states(tiny, speaking, tmp_path):
     """Measured, trained and evaluated; the matrices are those that were measured, before and after."""
     recipe, output = with_its_tokenizer(tiny, speaking, tmp_path / "r.toml"), tmp_path / "white"
-    result = finish(start(python(WHITEN, "--recipe", recipe, "--output", output, "--pairs", "40", *RETRIEVAL)))
+    result = finish(
+        start(python(WHITEN, "--recipe", recipe, "--output", output, "--pairs", "40", *RETRIEVAL), cold=True)
+    )
     assert result.status == 0, result.out + result.err
     assert re.search(r"whitened by (\d+) pictures or videos and \1 texts", result.out)
     measured = WeightsFile(output).load()
