@@ -82,7 +82,9 @@ evaluate_every = 12
 evaluate_packs = 8
 checkpoint_every = 8
 keep_checkpoints = 3
+samples_every = 0
 """
+SHOWS_SAMPLES = "run.samples_every=500"  # at the end of any run: as long as the training, so only where it is asked for
 
 
 @dataclass(frozen=True)

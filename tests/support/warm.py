@@ -32,6 +32,9 @@ _READ_ONCE = (
     "NUMPY_", "ATEN_", "DNNL_", "ONEDNN_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "KINETO_", "CUDA_",
     "NVIDIA_", "NCCL_", "TRITON_", "DS_", "DEEPSPEED_", "PILLOW_", "PROTOCOL_BUFFERS_", "PYDANTIC_", "FSSPEC_", "HOME",
 )  # fmt: skip
+# Of these, what is applied anew or read when it is used. The imports of a test leave the last two in its environment,
+# and the server's own imports set them too.
+_READ_LATER = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK")
 # As the commands of launch/ set it before they import torch.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **_QUIET}
@@ -41,7 +44,7 @@ _LOCK = threading.Lock()
 
 def read_once(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a process which has imported its libraries cannot change any more."""
-    return {k: v for k, v in environment.items() if k.startswith(_READ_ONCE) and k != "PYTHONPATH"}
+    return {k: v for k, v in environment.items() if k.startswith(_READ_ONCE) and k not in _READ_LATER}
 
 
 def popen(command: Sequence[object], cold: bool = False, **options: Any) -> subprocess.Popen[Any]:

@@ -122,6 +122,18 @@ def test_what_libraries_cannot_hear_any_more_starts_cold(command, environment):
     finish(process)
 
 
+def test_what_the_tests_import_does_not_make_starts_cold():
+    """Importing libraries sets variables in this process, which its children inherit."""
+    import deepspeed  # noqa: F401
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    import launch.train  # noqa: F401
+    from dsmoe_vl.parallel.process_group import start_process_group  # noqa: F401
+
+    process = start(python("-c", "0"))
+    assert isinstance(process, WarmProcess) and finish(process).status == 0
+
+
 def test_signals_and_groups():
     process = start(python("-c", "import time; print('here', flush=True); time.sleep(600)"))
     assert isinstance(process, WarmProcess) and process.stdout.readline() == "here\n"
