@@ -30,6 +30,15 @@ echo "Welcome to $2"
 exec sh -c "$3"
 """
 
+# The doctor, that waits six seconds for ranks instead of sixty.
+_IMPATIENT = """
+import runpy, sys
+from dsmoe_vl.doctor.cluster import rendezvous
+rendezvous.CONNECT_SECONDS = rendezvous.JOIN_SECONDS = 6.0
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def arguments(tiny, *more):
     return ["cluster", "--recipe", tiny.recipe, "--deepspeed", tiny.deepspeed(2), *more]
@@ -135,13 +144,13 @@ def test_two_hosts_that_cannot_talk(tiny):
 def test_ranks_that_do_not_come(tiny):
     """Of two worlds of two ranks, one lacks rank 1, the other rank 0: the doctor ends, and names them."""
     common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = python(DOCTOR, *arguments(tiny))
+    command = python("-c", _IMPATIENT, DOCTOR, *arguments(tiny))
     first, second = (start(command, **common, RANK=str(rank), MASTER_PORT=str(free_port())) for rank in (0, 1))
     result = finish(first, 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 1 and "doctor of 1 of 2 ranks" in result.out, result.out + result.err
     [problem] = found(result, "problem")
-    assert "ranks 1 have not reached" in problem and "cannot talk" in problem
+    assert "ranks 1 have not reached" in problem and "within 6 s" in problem and "cannot talk" in problem
     assert "memory" in result.out  # the others are judged all the same
     result = finish(second, 280)
     assert result.status == 2 and "Traceback" not in result.err, result.err
