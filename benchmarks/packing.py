@@ -9,8 +9,12 @@ processor's time is steadier than that of the clock.
 
 The padded batch goes through the same code, in the form that is usual for one: attention is causal over whole rows, so
 that real tokens do not see the padding after them. The two sides of a retrieval pair stay in one row, each a segment,
-because a row of its own for each would pad more. Pictures are not padded: the vision encoder and the losses have the
-same work on both sides. Experts compute padding like any token; a trainer that drops it there would lose less by it.
+because a row of its own for each would pad more. Experts compute padding like any token; a trainer that drops it there
+would lose less by it.
+
+Padded pictures are as long as the longest of the step, as transformers' processor of SigLIP 2 (NaFlex) pads them to a
+fixed length; the padding is in pictures of its own, which no token sees. "padded texts" has packed pictures: there the
+vision encoder has the same work as with packs. The losses and the update have the same work on all sides.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from dsmoe_vl.planner.plan import RunPlan
 from dsmoe_vl.tasks.task import Task
 
 STEPS = 6  # different ones, taken again and again
-SIDES = ("packed", "padded")
+SIDES = ("packed", "padded", "padded texts")
 
 
 class Samples:
@@ -92,8 +96,30 @@ def padded(items: Sequence[Encoded], shape: PackShape) -> Batch:
     return replace(collate(rows), cu_segments=ends, max_segment=max(lengths))
 
 
+def with_padded_pictures(batch: Batch) -> Batch:
+    """As many patches as if all pictures were as long as the longest; the new ones are at no token."""
+    pictures, cell = len(batch.cu_pictures) - 1, len(batch.patches) // len(batch.cell_position)
+    room = pictures * batch.max_picture - len(batch.patches)
+    lengths = [batch.max_picture] * (room // batch.max_picture) + [room % batch.max_picture] * (
+        room % batch.max_picture > 0
+    )
+    ends = batch.cu_pictures[-1] + torch.tensor(lengths, dtype=torch.int32).cumsum(0).int()
+
+    def longer(values: torch.Tensor, count: int, value: float) -> torch.Tensor:
+        return torch.cat((values, values.new_full((count, *values.shape[1:]), value)))
+
+    cells, nowhere = room // cell, len(batch.tokens)
+    return replace(
+        batch, patches=longer(batch.patches, room, 0), patch_positions=longer(batch.patch_positions, room, 0),
+        cu_pictures=torch.cat((batch.cu_pictures, ends)), cell_position=longer(batch.cell_position, cells, nowhere),
+        cell_weight=longer(batch.cell_weight, cells, 0), cell_time=longer(batch.cell_time, cells, -1),
+        cell_frame=longer(batch.cell_frame, cells, nowhere),
+        cell_frame_weight=longer(batch.cell_frame_weight, cells, 0),
+    )  # fmt: skip
+
+
 class Bench:
-    """One engine, and the batches of some steps in both forms."""
+    """One engine, and the batches of some steps in all forms."""
 
     def __init__(self, plan: RunPlan, ranks: Ranks) -> None:
         from dsmoe_vl.parallel.process_group import HostGroup, start_process_group
@@ -112,7 +138,8 @@ class Bench:
             items = [item for pack in packs for item in pack]
             self.samples += len(items)
             self.batches["packed"].append(collate([to_pack(pack, samples.shape) for pack in packs]))
-            self.batches["padded"].append(padded(items, samples.shape))
+            self.batches["padded texts"].append(padded(items, samples.shape))
+            self.batches["padded"].append(with_padded_pictures(self.batches["padded texts"][-1]))
         self.step = OptimizerStep(plan, ranks, build_engine(plan, ranks, tasks), HostGroup(), self.device)
 
     def take(self, side: str, index: int) -> tuple[float, float]:
@@ -134,8 +161,8 @@ class Bench:
                     output, stats = self.step.engine(shared.batches[0])
                     loss = self.step.objective(output, stats, shared.counts, self.step.load_fraction)
                 losses.append(float(loss.scalar))
-            if not abs(losses[0] / losses[1] - 1) <= limit:
-                raise SystemExit(f"step {index}: loss {losses[0]} packed and {losses[1]} padded")
+            if not all(abs(loss / losses[0] - 1) <= limit for loss in losses):
+                raise SystemExit(f"step {index}: losses of {', '.join(SIDES)}: {losses}")
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -149,7 +176,7 @@ def measure(plan: RunPlan, ranks: Ranks, turns: int) -> dict[str, Any]:
     bench.require_same_losses()
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for turn in range(-2, turns):  # the first ones warm up
-        for side in SIDES if turn % 2 else SIDES[::-1]:
+        for side in SIDES[turn % 3 :] + SIDES[: turn % 3]:
             taken = bench.take(side, turn)
             if turn >= 0:
                 times[side].append(taken)
@@ -162,13 +189,17 @@ def measure(plan: RunPlan, ranks: Ranks, turns: int) -> dict[str, Any]:
         tokens = sum(len(batch.tokens) for batch in batches)
         result[side] = {
             "tokens_a_step": tokens / STEPS,
+            "patches_a_step": sum(len(batch.patches) for batch in batches) / STEPS,
             "real_share": sum(batch.counts["tokens"] for batch in batches) / tokens,
             "real_tokens_per_second": _spread([a / b for a, b in zip(real, seconds[side], strict=True)], 1),
             "step_ms": _spread([1e3 * value for value in seconds[side]], 1),
         }
-    for index, name in enumerate(("packed_over_padded", "packed_over_padded_processor")):
-        pairs = zip(times["packed"], times["padded"], strict=True)
-        result[name] = _spread([padded[index] / packed[index] for packed, padded in pairs], 3)
+    for side in SIDES[1:]:
+        for index, suffix in enumerate(("", "_processor")):
+            pairs = zip(times["packed"], times[side], strict=True)
+            result[f"packed_over_{side.replace(' ', '_')}{suffix}"] = _spread(
+                [b[index] / a[index] for a, b in pairs], 3
+            )
     bench.step.engine.destroy()
     return result
 

@@ -112,7 +112,9 @@ def internet(results: Results) -> str:
 
 def _settings(of: dict[str, Any]) -> str:
     words = [f"ZeRO-{of['zero_stage']}", f"EP {of['ep_size']}", f"{of['micro_batch']} x {of['accumulation']} packs"]
-    words += ["recomputed"] * of["recomputed"] + [part.replace("_", " ") for part in of["offload"]]
+    if of["recompute"] != "none":
+        words.append(f"{of['recompute']} recomputed")
+    words += [part.replace("_", " ") for part in of["offload"]]
     return ", ".join(words)
 
 

@@ -3,28 +3,47 @@
     python benchmarks/pretrained_pictures.py --pictures DIR [--pairs 12000] [--seeds 1] [--jobs 2] [--json FILE]
 
 DIR is as learning.py takes it; all ways see as many pairs. From real weights: DINOv2-small and SmolLM2-135M with
-experts made of its feed-forwards, projections trained over their states, which launch/whiten.py has whitened
-(pretrained_pictures.toml; needs what `bash launch/pretrained.sh` makes). From nothing: the small model of learning.py.
-Frozen: features of DINOv2-small as transformers computes them, a small network over them, and one over a bag of words
-and trigrams. A pair takes some 12 GFLOP with real weights, so there are fewer than in learning.py.
+experts made of its feed-forwards; three quarters of the pairs are what launch/align.py measures, the others train the
+projections over the aligned states (pretrained_pictures.toml; needs what `bash launch/pretrained.sh` makes). From
+nothing: the small model of learning.py. Frozen: features of DINOv2-small as transformers computes them, a small network
+over them, and one over a bag of words and trigrams. A pair takes some 12 GFLOP with real weights to train, and a third
+of that to measure, so there are fewer than in learning.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from learning import SCORES, learn, settings
+from learning import SCORES, Point, learn, settings
 from learning_run import FROZEN, PRETRAINED, REAL
 from record import RESULTS, ROOT, Result
 
 NOTHING = "retrieval"
 _TITLES = {REAL: "from real weights", NOTHING: "from nothing", FROZEN: FROZEN}
+
+
+def _from_real_weights(seed: int, args: argparse.Namespace, sources: list[str], shards: Path) -> list[Point]:
+    """Measure, then train; the points count both."""
+    measured = 3 * args.pairs // 4
+    aligned = shards / f"aligned_{measured}_{seed}"
+    shutil.rmtree(aligned, ignore_errors=True)  # of an earlier run, maybe from other weights
+    align = [sys.executable, "launch/align.py", "--recipe", PRETRAINED, "--output", aligned, "--pairs", measured]
+    process = subprocess.Popen([*map(str, align), f"run.seed={seed}", *sources])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{shlex.join(map(str, align))} failed")
+    seconds = usage.ru_utime + usage.ru_stime
+    trained = argparse.Namespace(**vars(args) | {"pairs": args.pairs - measured})
+    points = learn(REAL, seed, trained, (*sources, f"model.init_from={aligned}"))  # with a tokenizer of its own
+    return [point | {"pairs": measured + point["pairs"], "seconds": seconds + point["seconds"]} for point in points]
 
 
 def main() -> int:
@@ -42,25 +61,13 @@ def main() -> int:
     pictures = args.pictures.resolve()
     os.chdir(ROOT)  # where the recipes' paths begin
     *sources, tokenizer = settings(pictures, args.shards / pictures.name)
-    whitened = args.shards / pictures.name / "whitened"
-    if not whitened.exists():
-        command = [
-            sys.executable,
-            "launch/whiten.py",
-            "--recipe",
-            PRETRAINED,
-            "--output",
-            whitened,
-            "--pairs",
-            3000,
-            *sources,
-        ]
-        subprocess.run(list(map(str, command)), check=True)
-    own = {REAL: f"model.init_from={whitened}"}  # with a tokenizer of its own
-    runs = [(variant, seed) for seed in args.seeds for variant in _TITLES]
+    found = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = pool.map(lambda run: learn(*run, args, (*sources, own.get(run[0], tokenizer))), runs)
-        points = dict(zip(runs, found, strict=True))
+        for seed in args.seeds:
+            found[REAL, seed] = pool.submit(_from_real_weights, seed, args, sources, args.shards / pictures.name)
+            for variant in (NOTHING, FROZEN):
+                found[variant, seed] = pool.submit(learn, variant, seed, args, (*sources, tokenizer))
+    points = {run: future.result() for run, future in found.items()}
     curves = {title: [points[variant, seed] for seed in args.seeds] for variant, title in _TITLES.items()}
     for title, seeds in curves.items():
         means = {

@@ -132,8 +132,7 @@ def predicted(point: Point, cluster: Cluster) -> float:
     shape = Shape(tokens, plan.micro_batch * point.patches, tokens, point.ep)
     busiest = None if point.real_routing else 0.0
     kept, again = (
-        step_time(replace(plan, activation_checkpointing=recompute), cluster, busiest, shape)
-        for recompute in (False, True)
+        step_time(replace(plan, recompute=recompute), cluster, busiest, shape) for recompute in ("none", "decoder")
     )
     total = kept.total - kept.data + point.recomputed * (again.total - again.data - kept.total + kept.data)
     if point.pp > 1:  # stages share the weights: a GPU has a part of what the planner counts, hidden by the overlap

@@ -55,7 +55,7 @@ def row(found: Forecast) -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second, "mfu": found.mfu, "step_seconds": found.time.total,
         "parts": asdict(found.time), "memory_bytes": found.memory.device, "zero_stage": plan.zero_stage,
         "ep_size": plan.ep_size, "micro_batch": plan.micro_batch, "accumulation": plan.accumulation,
-        "recomputed": plan.activation_checkpointing,
+        "recompute": plan.recompute,
         "offload": [part for part in ("offload_optimizer", "offload_param") if part in zero],
         "days": run.seconds / DAY, "gpu_hours": run.accelerator_hours, "failures": run.failures,
         "lost_share": run.lost_share, "save_every_seconds": run.save_every, "save_seconds": run.save_seconds,

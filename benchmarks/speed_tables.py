@@ -157,18 +157,21 @@ def growth(results: Results) -> str:
 def packing(results: Results) -> str:
     """Steps on packs beside steps on padded batches."""
     table = Table(
-        "step", "samples", "padded: real tokens", "packed: real tokens", "padded, real tokens/s",
+        "step", "samples", "padded", "real tokens in it", "real patches", "padded, real tokens/s",
         "packed, real tokens/s", "packed / padded", "by the processor's time",
     )  # fmt: skip
     for result in _or_unverified(table, results, "packing", "on a CPU"):
         found = result.figures
-        sides = [found[side] for side in ("padded", "packed")]
-        table.row(
-            result, _setting(result), f"{found['samples_a_step']:.0f}",
-            *(f"{100 * side['real_share']:.1f} %" for side in sides),
-            *(f"{side['real_tokens_per_second'][0]:,.0f}" for side in sides),
-            _spread(found["packed_over_padded"]), _spread(found["packed_over_padded_processor"]),
-        )  # fmt: skip
+        packed, padded, texts = (found[side] for side in ("packed", "padded", "padded texts"))
+        for what, side, ratio in (
+            ("texts and pictures", padded, "packed_over_padded"), ("texts", texts, "packed_over_padded_texts"),
+        ):  # fmt: skip
+            table.row(
+                result, _setting(result), f"{found['samples_a_step']:.0f}", what, f"{100 * side['real_share']:.1f} %",
+                f"{100 * packed['patches_a_step'] / side['patches_a_step']:.1f} %",
+                *(f"{one['real_tokens_per_second'][0]:,.0f}" for one in (side, packed)),
+                _spread(found[ratio]), _spread(found[f"{ratio}_processor"]),
+            )  # fmt: skip
     return block(table)
 
 

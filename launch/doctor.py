@@ -72,7 +72,7 @@ def check_cluster(args: argparse.Namespace) -> int:
 
 
 def is_first_of_host() -> bool:
-    """Whether this process tells a user's error: each host may have its own, and one message of it is enough."""
+    """Whether this process reports a user's error: each host may have its own, and one message of it is enough."""
     try:
         return Ranks.discover().local_rank == 0
     except DsmoeVlError:

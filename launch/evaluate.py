@@ -25,6 +25,7 @@ from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.run import evaluate_on_ranks, evaluate_run
 from dsmoe_vl.evaluation.task_evaluation import Options
 from dsmoe_vl.metrics.captions import SPLITS
+from dsmoe_vl.metrics.meteor_spice import CHOICES
 from dsmoe_vl.parallel.ranks import Ranks
 
 
@@ -48,6 +49,7 @@ def parse() -> Options:
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default=Options.split, help="what counts as a word in scores of texts (words)"
     )
+    parser.add_argument("--java", choices=CHOICES, default="", help="scores of texts by METEOR, or by SPICE as well")
     parser.add_argument(
         "--format", choices=("lmms",), help="also write the scores to RUN/lmms as lmms-eval writes its own"
     )
@@ -64,6 +66,7 @@ def parse() -> Options:
         max_tokens=args.max_tokens,
         device=args.device,
         split=args.split,
+        java=args.java,
         lmms=args.format == "lmms",
     )
 

@@ -77,7 +77,7 @@ def plan(args: argparse.Namespace) -> int:
         best, found = ranked[0]
         if args.write:
             write_atomically(args.write, json.dumps(best.settings(deepspeed), indent=2) + "\n")
-            print(f"wrote {args.write}\n")
+            print(f'wrote {args.write}; it goes with run.recompute = "{best.recompute}" in the recipe\n')
     print(describe_forecast(found))
     for note in planned.notes if not args.search else ():
         print(f"note: {note}")

@@ -77,7 +77,7 @@ def plan_and_train(args: argparse.Namespace, stop: StopRequest) -> int:
     try:
         make_data = None
         if args.recipe.resolve() == _DEFAULT_RECIPE:
-            from data_tools.synthetic.default_data import make_default_data as make_data
+            from data_tools.synthetic.default_data import make_default_data as make_data  # type: ignore[assignment]
         with stop:
             train(plan, ranks, stop, make_data, args.fresh)
     except BaseException as error:

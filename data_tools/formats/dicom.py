@@ -160,7 +160,7 @@ def _record(identifier: str, picture: Picture, header: Any, texts: list[Any], ar
         texts = [", ".join(filter(None, values))]
     own = {tag: value for tag in KEPT if _CODE.fullmatch(value := _text(header.get(tag)))}
     said = " ".join(text for text in texts if isinstance(text, str))
-    # Pictures of one text cannot be told apart by it: they are no negatives of each other.
+    # Pictures of one text are not distinguished by it: they are not used as negatives of each other.
     content = {"content": f"{NAME}: {hashlib.sha256(said.encode('utf-8', 'replace')).hexdigest()[:16]}"} if said else {}
     kind: Any = "video" if number_of_frames(header) > 1 else "image"
     by_path = identifier if arguments.ids == "path" else ""

@@ -26,7 +26,8 @@ from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_json
 from dsmoe_vl.moe.placement import expert_name, is_of_experts
 
-INDEX_NAME = "model.safetensors.index.json"
+# Names as Hugging Face's tools have them: of all weights in one file, and of an index of several.
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123](?:_lora_[ab])?)")
 
 

@@ -172,7 +172,7 @@ REMOVED = _names("""
 _MODEL_OWNS = "the recipe defines the experts; set only enabled and autoep_size here. Remove the key"
 _NO_OTHER_PARALLELISM = "only data and expert parallelism are available. Remove the key"
 _OWN_RECOMPUTATION = (
-    "PyTorch recomputes whole layers. Remove the key; an empty activation_checkpointing section turns recomputation on"
+    "PyTorch recomputes. Remove the key; an empty activation_checkpointing section, or run.recompute, turns it on"
 )
 
 # Refused unless disabled by false, null, a size of 0 or 1, or enabled = false in the section.

@@ -193,6 +193,16 @@ class TokenizerConfig:
     sha256: str = ""
 
 
+# Parts of the model that `run.recompute` computes again: feed-forwards with experts, the other parts of the decoder's
+# layers, the vision encoder's layers.
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "moe": ("experts",),
+    "decoder": ("experts", "decoder"),
+    "all": ("experts", "decoder", "vision"),
+}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The run itself."""
@@ -216,6 +226,9 @@ class RunConfig:
     # Seconds without progress on any rank after which the run ends and names the rank that stopped. Must be longer than
     # the slowest step, evaluation, save or samples, and than data.fetch_patience_seconds.
     stall_seconds: float = bounded(600.0, least=10)
+    # What the backward pass computes again, and so need not keep. "": the decoder if the DeepSpeed JSON has a section
+    # activation_checkpointing, else nothing.
+    recompute: str = bounded("", choices=("", *RECOMPUTED))
     profile_steps: tuple[int, ...] = ()  # first and last optimizer step of the profiler trace; empty: no trace
 
 

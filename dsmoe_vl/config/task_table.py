@@ -29,7 +29,7 @@ class CaptionConfig:
     hears: bool = False  # a sample's recording stands after its picture, before the caption
 
 
-WHITENING = "_whitening."  # in the names of parameters that are measured, and never trained
+ALIGNMENT = ".alignment."  # in the names of parameters that are measured, and never trained
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class RetrievalConfig:
     embedding_width: int = bounded(512, least=1)
     # what stands for a picture, a video or a text: the state of its "last" token, or the "mean" of all its tokens
     pooling: str = bounded("last", choices=("last", "mean"))
-    # states are whitened by fixed matrices, which launch/whiten.py measures, before they are projected
-    whiten: bool = False
+    # states first go through fixed matrices that align pictures and texts, which launch/align.py measures
+    align: bool = False
     gradient_cache: bool = False  # contrast over all accumulation steps; costs a second forward
     # share of the samples with captions and a recording whose text side is the recording; it always is without captions
     spoken: float = bounded(0.0, least=0, most=1)
@@ -81,12 +81,12 @@ def _no_heads(settings: Any, width: int) -> dict[str, tuple[int, ...]]:
 
 def _retrieval_heads(settings: RetrievalConfig, width: int) -> dict[str, tuple[int, ...]]:
     wide, sides = settings.embedding_width, ("media", "text")
-    projection = (wide, wide if settings.whiten else width)
+    projection = (wide, wide if settings.align else width)
     found: dict[str, tuple[int, ...]] = {"retrieval.log_scale": (1,), "retrieval.bias": (1,)}
     found |= {f"retrieval.{side}.weight": projection for side in sides}
-    if settings.whiten:
-        found |= {f"retrieval.{side}{WHITENING}weight": (wide, width) for side in sides}
-        found |= {f"retrieval.{side}{WHITENING}bias": (wide,) for side in sides}
+    if settings.align:
+        found |= {f"retrieval.{side}{ALIGNMENT}weight": (wide, width) for side in sides}
+        found |= {f"retrieval.{side}{ALIGNMENT}bias": (wide,) for side in sides}
     return found
 
 

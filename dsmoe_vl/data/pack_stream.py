@@ -24,6 +24,7 @@ from dsmoe_vl.data.stream import Lane, SampleRef, SourceOrder
 from dsmoe_vl.errors import DataError, FetchError
 
 Encode = Callable[[Sample], list[Segment]]
+_UNHEARD = "recordings not used: the model has no [model.speech]"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class SampleReader:
         except DataError as error:
             self._log.bad(BadSample(source.name, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
             return None
-        self._log.good(source.name, ref.epoch, contents_of(sample).flaws)
+        unheard = () if sample.recording is None or self._shape.speech is not None else (_UNHEARD,)
+        self._log.good(source.name, ref.epoch, (*contents_of(sample).flaws, *unheard))
         return item
 
     def resume(self, lane_state: dict[str, Any]) -> None:

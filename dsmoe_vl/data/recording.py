@@ -81,7 +81,7 @@ def _decoded(data: bytes) -> Iterator[np.ndarray]:
             # The channels stay: FFmpeg's own mix of two would be 1.4 times as loud as their mean. And they stay
             # interleaved: reading eight or more planes ends the process.
             resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE)
-            # None at the end: what the resampler still holds.
+            # None at the end: what the resampler still has.
             for frame in chain(file.decode(stream), [None]):
                 if frame is not None and not _RATES[0] <= frame.sample_rate <= _RATES[1]:
                     raise DataError(f"recording cannot be decoded: {frame.sample_rate} samples a second")

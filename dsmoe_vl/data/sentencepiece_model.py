@@ -56,7 +56,7 @@ class SentencePieceModel:
         return row in self.reserved or row in self._user_defined()
 
     def _user_defined(self) -> frozenset[int]:
-        """The library does not tell them apart, but the file does."""
+        """The library does not distinguish them, but the file does."""
         formats: Any = import_module("sentencepiece.sentencepiece_model_pb2")
         model = formats.ModelProto.FromString(Path(self._path).read_bytes())
         kind = formats.ModelProto.SentencePiece.USER_DEFINED

@@ -47,7 +47,7 @@ class TokenizerJson:
         return ids
 
     def places(self, text: str, rows: Collection[int]) -> Iterator[tuple[int, int]]:
-        """As the library tells them."""
+        """As the library reports them."""
         found = self._library.encode(text, add_special_tokens=False)
         for row, span in zip(found.ids, found.offsets, strict=True):
             if row in rows:

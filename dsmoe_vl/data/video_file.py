@@ -172,7 +172,7 @@ def frame_size(data: bytes) -> tuple[int, int]:
 
 
 def _safe_container(data: bytes) -> str:
-    """FFmpeg's name of a container that can hold nothing but media: others, such as playlists, can open other files."""
+    """FFmpeg's name of a container that can have nothing but media: others, such as playlists, can open other files."""
     form = container(data[:HEAD])
     if form not in _STATED_SIZE:
         raise DataError("video cannot be decoded: neither MP4, WebM, Matroska nor AVI")

@@ -114,7 +114,7 @@ def _text(path: Path, file: BinaryIO, words: int, width: int, names: frozenset[b
             raise DataError(f"{path}, line {line}: {len(cells)} numbers after a word, not {width}: {_FIX}")
         if names is None or word in names:
             try:
-                with np.errstate(over="ignore"):  # becomes infinite, which the caller tells
+                with np.errstate(over="ignore"):  # becomes infinite, which the caller reports
                     vector = np.array([float(cell) for cell in cells]).astype(np.float32)
                 yield f"line {line}", word, vector
             except ValueError as error:

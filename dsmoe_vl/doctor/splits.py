@@ -86,7 +86,7 @@ def shrink(recipe: Recipe) -> Recipe:
             **(_WITHOUT_CHANCE if moe.backend == "capacity" else {}),
         ),
         data=replace(recipe.data, workers=0),
-        tasks=replace(recipe.tasks, retrieval=replace(recipe.tasks.retrieval, whiten=False)),
+        tasks=replace(recipe.tasks, retrieval=replace(recipe.tasks.retrieval, align=False)),
         lora=replace(recipe.lora, rank=min(recipe.lora.rank, 8)), train={"*": PartConfig(freeze=False)}, stages=(),
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ _INK, _FAINT, _RULE, _RIGHT = (25, 25, 28), (115, 115, 122), (228, 228, 232), (3
 _TRUTH, _PREDICTED = (150, 150, 158), (31, 94, 168)
 _PICTURE, _FRAME, _HIT = (180, 120), (110, 82), (72, 54)  # pixels, at most
 _STRIP, _WORDS, _CURVE, _MARGIN, _LEADING = 236, 470, 250, 16, 17
+_WRITTEN = ("caption", "summary", "transcript")  # labels of what the model wrote
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _row(row: Row, width: int) -> Image.Image:
         if label != last:
             pen.text((x, y), label, _FAINT, _TEXT)
         last = label
-        pen.text((x + 74, y), line, _PREDICTED if label in ("caption", "summary") else _INK, _TEXT)
+        pen.text((x + 74, y), line, _PREDICTED if label in _WRITTEN else _INK, _TEXT)
     for hit, is_right in row.hits:
         small = fitted(hit, _HIT)
         image.paste(small, (x + 74, 10 + text_height + 4))
@@ -83,13 +84,13 @@ def _row(row: Row, width: int) -> Image.Image:
 
 
 def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture, or frames in two columns."""
+    """One picture, or frames in two columns; of a recording alone, nothing."""
     size = _PICTURE if len(pictures) == 1 else _FRAME
     small = [fitted(picture, size) for picture in pictures]
     columns = 1 if len(small) == 1 else 2
     lines = [small[start : start + columns] for start in range(0, len(small), columns)]
     heights = [max(picture.height for picture in line) for line in lines]
-    strip = Image.new("RGB", (_STRIP - 14, sum(heights) + 4 * (len(lines) - 1)), "white")
+    strip = Image.new("RGB", (_STRIP - 14, sum(heights) + 4 * max(len(lines) - 1, 0)), "white")
     y = 0
     for line, height in zip(lines, heights, strict=True):
         x = 0

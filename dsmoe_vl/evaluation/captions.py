@@ -87,7 +87,7 @@ class CaptionEvaluation:
             right = f"{sum(judged)} of {len(judged)} captions name every object's colour and shape"
             print(f"{right} ({accuracy:.1%})")
         texts = ((result.generated, list(contents_of(result.sample).captions)) for result in results)
-        return scores | text_scores(texts, self.options.split)
+        return scores | text_scores(texts, self.options.split, self.options.java)
 
 
 class CaptionChoice:

@@ -25,6 +25,7 @@ from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, TaskEvaluation
 from dsmoe_vl.files import write_atomically, write_json, writing
 from dsmoe_vl.inference.load import TrainedModel, load_run
+from dsmoe_vl.metrics.meteor_spice import require
 from dsmoe_vl.parallel.device import device_name, use_device
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.report.content import Report, TaskPart
@@ -50,6 +51,8 @@ def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
     device = use_device(device_name(), ranks)
     if options.device == "cuda":
         options = replace(options, device=str(device))
+    if ranks.rank != 0:
+        options = replace(options, java="")  # a Java process a rank would take gigabytes, for scores that nobody reads
     start_process_group(ranks, kind)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else nowhere):
         group = HostGroup()
@@ -60,6 +63,8 @@ def evaluate_on_ranks(options: Options, ranks: Ranks) -> None:
 
 def evaluate_run(options: Options, dealer: Dealer) -> None:
     """Scores to the terminal, eval.json and TensorBoard, and report.html. Raises DsmoeVlError. Collective."""
+    if options.java:
+        require(options.java)  # before hours of generating texts
     trained = load_run(options.run, options.device)
     manifest = read_manifest(trained.checkpoint)
     if manifest is None or len(set(dealer.gather(manifest.step))) > 1:

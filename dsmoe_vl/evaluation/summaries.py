@@ -70,8 +70,9 @@ class SummaryEvaluation:
         for video in videos[: self.options.show]:
             peak = video.summary.seconds[video.summary.importance.argmax()]
             print_text(video.sample, f"{video.summary.text} (peak at {peak:.2f} s)", _reference(video.sample))
-        texts = text_scores(((video.summary.text, [_reference(video.sample)]) for video in videos), self.options.split)
-        return mean_scores(videos) | texts, boards.merged(self.dealer)
+        texts = ((video.summary.text, [_reference(video.sample)]) for video in videos)
+        scores = mean_scores(videos) | text_scores(texts, self.options.split, self.options.java)
+        return scores, boards.merged(self.dealer)
 
     def finish(self) -> None:
         """Nothing to do."""

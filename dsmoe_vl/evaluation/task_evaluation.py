@@ -47,6 +47,7 @@ class Options:
     max_tokens: int = MAX_TOKENS  # per text
     device: str = "cpu"
     split: str = "words"  # of texts, for their scores: a key of `metrics/captions.py: SPLITS`
+    java: str = ""  # scores of texts by Java: one of `metrics/meteor_spice.py: CHOICES`
     lmms: bool = False  # also write the scores as lmms-eval does
 
 
@@ -92,8 +93,8 @@ class TaskEvaluation(Protocol):
     def __init__(self, trained: TrainedModel, options: Options, dealer: Dealer) -> None: ...
 
     def evaluate(self, folder: Folder) -> tuple[Scores, Any]:
-        """Scores (the same on every rank, {} if nothing could be scored) and the examples for `section` (on rank 0).
-        May print samples. Raises DsmoeVlError. Collective."""
+        """Scores (the same on every rank but for those by Java, {} if nothing could be scored) and the examples for
+        `section` (on rank 0). May print samples. Raises DsmoeVlError. Collective."""
 
     def finish(self) -> None:
         """Called on rank 0 after the last folder."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.metrics.captions import caption_metrics
+from dsmoe_vl.metrics.meteor_spice import java_metrics
 from dsmoe_vl.report.content import ScoreLabel
 
 # Display names of text scores, for all tasks.
@@ -42,11 +43,16 @@ def names_every_object(text: str, sample: Sample) -> bool | None:
     return all(len(re.findall(rf"\b{re.escape(phrase)}\b", words)) >= wanted.count(phrase) for phrase in set(wanted))
 
 
-def text_scores(texts: Iterable[tuple[str, list[str]]], split: str = "words") -> dict[str, float]:
-    """`caption_metrics` of generated texts, each with its references. {} if no text has one. Their names say the split.
+def text_scores(texts: Iterable[tuple[str, list[str]]], split: str = "words", java: str = "") -> dict[str, float]:
+    """`caption_metrics` of generated texts, each with its references, and with `java` those of `java_metrics`. {} if no
+    text has a reference. Names of scores include the split, unless it is words.
 
     Blank references and texts without references are skipped.
     """
     known = [(text, own) for text, references in texts if (own := [one for one in references if one.strip()])]
-    scores = caption_metrics([text for text, _ in known], [own for _, own in known], split) if known else {}
-    return scores if split == "words" else {f"{name}_{split}": value for name, value in scores.items()}
+    if not known:
+        return {}
+    generated, references = [text for text, _ in known], [own for _, own in known]
+    scores = caption_metrics(generated, references, split)
+    named = scores if split == "words" else {f"{name}_{split}": value for name, value in scores.items()}
+    return named | (java_metrics(generated, references, java) if java else {})

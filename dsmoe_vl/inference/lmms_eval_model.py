@@ -128,7 +128,7 @@ class LmmsEvalModel(lmms):
         return (text(self._document(request)) if callable(text) else text).lstrip()
 
     def _search(self, settings: Mapping[str, Any], task: str, repeat: int) -> tuple[Search, int]:
-        """The search and the most tokens of `generation_kwargs`. Settings without a counterpart are told on stderr."""
+        """The search and the most tokens of `generation_kwargs`. Settings without a counterpart are named on stderr."""
         for name in settings.keys() - set(_SETTINGS) - self._told:
             self._told.add(name)
             print(f"task {task}: generation_kwargs.{name} is not used: dsmoe_vl has no such setting", file=sys.stderr)

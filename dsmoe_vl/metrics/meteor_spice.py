@@ -18,26 +18,35 @@ from dsmoe_vl.metrics.captions import tokenized
 SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
+CHOICES = ("meteor", "spice")  # spice: both
+
+
+def require(choice: str) -> None:
+    """Raises DataError naming what the scores of a choice need and do not find."""
+    package = _package()
+    if shutil.which("java") is None:
+        raise DataError("METEOR and SPICE need Java, and there is no `java` on the PATH: install a Java runtime")
+    if choice == "spice":
+        _require_spice(package)
+
+
 def java_metrics(
-    generated: Sequence[str], references: Sequence[Sequence[str]], spice: bool = False
+    generated: Sequence[str], references: Sequence[Sequence[str]], choice: str = "meteor"
 ) -> dict[str, float]:
-    """`meteor` (Denkowski and Lavie 2014), and if wanted `spice` (Anderson et al. 2016): 0 to 1, as in coco-caption.
+    """`meteor` (Denkowski and Lavie 2014), and with the choice "spice" also `spice` (Anderson et al. 2016): 0 to 1, as
+    in coco-caption.
 
     METEOR is over the whole corpus, SPICE a mean over captions. Java may need 2 GB of memory, for SPICE 8 GB.
 
     Raises DataError naming what is missing or has failed, and ValueError as `caption_metrics` does.
     """
     sentences, truths = tokenized(generated, references)
-    package = _package()
-    if shutil.which("java") is None:
-        raise DataError("METEOR and SPICE need Java, and there is no `java` on the PATH: install a Java runtime")
-    if spice:
-        _require_spice(package)
+    require(choice)
     # Both scorers take {image: [sentence, ...]}.
     truth = {image: [" ".join(words) for words in own] for image, own in enumerate(truths)}
     found = {image: [" ".join(words)] for image, words in enumerate(sentences)}
     scores = {"meteor": _run("METEOR", "meteor.meteor", "Meteor", truth, found)}
-    if spice:
+    if choice == "spice":
         scores["spice"] = _run("SPICE", "spice.spice", "Spice", truth, found)
     return scores
 

@@ -13,6 +13,7 @@ from dsmoe_vl.moe.placement import Placed, expert_name, placed
 from dsmoe_vl.moe.router import Router
 
 EMBEDDING_STD = 0.02
+IDENTITY = "identity"  # in OWN_START: of a square matrix
 _ROUTER_STD = 0.02  # near-even routing at the start
 _CONVOLUTIONS = ("speech.conv1.weight", "speech.conv2.weight")
 _FROM_PICTURES = ("connector.down.weight", "connector.place.weight", "connector.time.weight")
@@ -61,7 +62,8 @@ def first_values(model: VisionLanguageModel, seed: int, connector_scale: float =
     def fill(where: Placed) -> None:
         name, parameter = where.name, where.parameter
         if id(parameter) in own_start:
-            nn.init.constant_(parameter, own_start[id(parameter)])
+            start = own_start[id(parameter)]
+            nn.init.eye_(parameter) if start == IDENTITY else nn.init.constant_(parameter, start)
         elif parameter.dim() == 1 and name.endswith("weight"):  # of a norm
             nn.init.ones_(parameter)
         elif name.endswith("bias") and id(parameter) not in routers:

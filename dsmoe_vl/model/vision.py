@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsmoe_vl.config.model import VisionConfig
 from dsmoe_vl.model.attention import Attention, SegmentLayout
@@ -48,8 +49,9 @@ class VisionLayer(nn.Module):
 class VisionEncoder(nn.Module):
     """A transformer over the patches of each picture, at the picture's own resolution and aspect ratio."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, recomputes_layers: bool = False) -> None:
         super().__init__()
+        self.recomputes_layers = recomputes_layers
         self.head_width, self.rope_base = config.width // config.heads, config.rope_base
         self.is_rotary = "rotary" in config.positions
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width)
@@ -87,7 +89,10 @@ class VisionEncoder(nn.Module):
         x = self.embedding_norm(x)
         tapped = []
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, layout)
+            if self.recomputes_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotation, layout, use_reentrant=False)
+            else:
+                x = layer(x, rotation, layout)
             if index in self.taps:
                 tapped.append(x)
         return self.norm(x), *tapped

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import RECOMPUTED, Recipe
 from dsmoe_vl.config.task_table import task_rows
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.segment import Modality
@@ -48,9 +48,10 @@ class TokenContext:
 class DecoderLayer(nn.Module):
     """Pre-norm causal attention, then a dense or sparse feed-forward."""
 
-    def __init__(self, recipe: Recipe, index: int) -> None:
+    def __init__(self, recipe: Recipe, index: int, recomputes_experts: bool = False) -> None:
         super().__init__()
         model, moe = recipe.model, recipe.moe
+        self.recomputes_experts = recomputes_experts
         self.attention_norm = RMSNorm(model.width, model.norm_eps)
         self.attention = Attention(
             model.width, model.heads, model.kv_heads, causal=True, head_width=model.head_width, qk_norm=model.qk_norm,
@@ -72,7 +73,11 @@ class DecoderLayer(nn.Module):
         inner = self.feed_forward_norm(x)
         if not self.sparse:
             return x + self.feed_forward(inner), None
-        out, stats = self.feed_forward(inner, context.task_ids, context.modality_ids, context.real)
+        inputs = inner, context.task_ids, context.modality_ids, context.real
+        if self.recomputes_experts and torch.is_grad_enabled():
+            out, stats = checkpoint(self.feed_forward, *inputs, use_reentrant=False)
+        else:
+            out, stats = self.feed_forward(*inputs)
         return x + out, stats
 
 
@@ -117,19 +122,20 @@ class VisionLanguageModel(nn.Module):
     def __init__(
         self,
         recipe: Recipe,
-        activation_checkpointing: bool = False,
+        recompute: str = "none",
         heads: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         model = recipe.model
         self.rotary = Rotary(model)
         self.replaces_placeholder = model.vision.placeholder == "replace"
-        self.activation_checkpointing = activation_checkpointing
-        self.vision = VisionEncoder(model.vision)
+        again = RECOMPUTED[recompute]
+        self.recomputes_layers = "decoder" in again
+        self.vision = VisionEncoder(model.vision, recomputes_layers="vision" in again)
         self.connector = Connector(model.vision, model.width)
         self.speech = SpeechEncoder(model.speech, model.width) if model.hears else None
         self.embedding = nn.Embedding(recipe.tokenizer.vocab_size, model.width)
-        self.layers = nn.ModuleList(DecoderLayer(recipe, index) for index in range(model.layers))
+        self.layers = nn.ModuleList(DecoderLayer(recipe, index, recompute == "moe") for index in range(model.layers))
         self.norm = RMSNorm(model.width, model.norm_eps)
         self.head = LanguageHead(self.embedding, model.tied)
         for name, head in heads.items():
@@ -206,7 +212,7 @@ class VisionLanguageModel(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         collected = []
         for index, layer in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.recomputes_layers and torch.is_grad_enabled():
                 x, stats = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x, stats = layer(x, context, None if cache is None else cache.layers[index])

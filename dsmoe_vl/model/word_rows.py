@@ -24,7 +24,7 @@ def fill_words(name: str, values: Tensor, start: WordStart | None, seed: int) ->
     width = values.shape[1]
     vectors = torch.from_numpy(start.vectors).double()
     if start.width < width:
-        # In double precision: what different libraries compute differs far below what fp32 can tell.
+        # In double precision: results of different libraries differ by far less than fp32 resolves.
         noise = torch.empty(width, start.width, dtype=torch.float64)
         basis, upper = torch.linalg.qr(noise.normal_(generator=generator_of(f"{seed}:{name}:words")))
         vectors = vectors @ (basis * upper.diagonal().sign()).T  # libraries choose signs differently

@@ -1,4 +1,4 @@
-"""Runs the model on a few held-out pictures and videos during training.
+"""Runs the model on a few held-out pictures, videos and recordings during training.
 
 The model is read from the checkpoint just written. Its weights file does not depend on the topology, so rank 0 needs no
 collective. The other ranks wait at the next one, for at most `_SECONDS` plus one answer.
@@ -27,8 +27,9 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.embed import embed_media, embed_texts
-from dsmoe_vl.inference.generate import caption
+from dsmoe_vl.inference.generate import caption, transcribe
 from dsmoe_vl.inference.load import TrainedModel, load_run
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
 from dsmoe_vl.metrics.retrieval import rank_of
@@ -52,6 +53,7 @@ class Answer:
     gallery: int = 0
     found: tuple[Sample, ...] = ()  # the nearest samples, best first
     summary: VideoSummary | None = None
+    transcript: str | None = None  # of its recording
     truth: np.ndarray | None = None  # annotated importance of the summary's frames
 
     def record(self) -> dict[str, Any]:
@@ -60,6 +62,8 @@ class Answer:
         values["reference"] = _reference(self.sample)
         if self.caption is not None:
             values["caption"] = self.caption
+        if self.transcript is not None:
+            values |= {"said": contents_of(self.sample).transcript, "transcript": self.transcript}
         if self.rank is not None:
             values |= {"rank": self.rank, "gallery": self.gallery, "found": [sample.key for sample in self.found]}
         if self.summary is not None and self.truth is not None:
@@ -82,7 +86,7 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers]
-    (folder / f"step_{step:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_atomically(folder / f"step_{step:08d}.jsonl", "".join(lines))
     picture = draw(f"held-out samples at step {step}", [_row(answer) for answer in answers])
     picture.save(folder / f"step_{step:08d}.png")
     return picture
@@ -92,14 +96,19 @@ def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
     """Answers for the first SHOWN readable held-out samples, as many as fit into the time."""
     end = time.monotonic() + seconds
     tasks = {spec.name for spec in learned_tasks(recipe)}
-    gallery = [sample for sample in islice(held_out(recipe), _GALLERY) if _pictures(sample)]
-    answers = [Answer(sample) for sample in gallery[:SHOWN]]
+    samples = list(islice(held_out(recipe), _GALLERY))
+    gallery = [sample for sample in samples if _pictures(sample)]
+    heard = {_name(s) for s in samples if "transcript" in tasks and not contents_of(s).no_transcript}
+    shown = {_name(sample) for sample in gallery} | heard
+    answers = [Answer(sample) for sample in samples if _name(sample) in shown][:SHOWN]
     steps: list[Callable[[TrainedModel, Answer], Answer]] = []
     if "caption" in tasks:
         steps.append(_with_caption)
     if "summary" in tasks:
         steps.append(_with_summary)
-    if "retrieval" in tasks and answers:
+    if heard:
+        steps.append(_with_transcript)
+    if "retrieval" in tasks and gallery:
         answers = _with_hits(trained, answers, gallery, end)
     for step in steps:
         for index, answer in enumerate(answers):
@@ -126,6 +135,10 @@ def held_out(recipe: Recipe) -> Iterator[Sample]:
 
 def _with_caption(trained: TrainedModel, answer: Answer) -> Answer:
     return replace(answer, caption=caption(trained, [answer.sample], _TOKENS)[0])
+
+
+def _with_transcript(trained: TrainedModel, answer: Answer) -> Answer:
+    return replace(answer, transcript=transcribe(trained, [answer.sample], _TOKENS)[0])
 
 
 def _with_summary(trained: TrainedModel, answer: Answer) -> Answer:
@@ -170,6 +183,8 @@ def _row(answer: Answer) -> Row:
     texts = [("reference", _reference(answer.sample))]
     if answer.caption is not None:
         texts.append(("caption", answer.caption))
+    if answer.transcript is not None:
+        texts += [("said", contents_of(answer.sample).transcript), ("transcript", answer.transcript)]
     if answer.summary is not None:
         texts.append(("summary", answer.summary.text))
     if answer.rank is not None:

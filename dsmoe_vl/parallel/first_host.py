@@ -17,7 +17,7 @@ _CONNECT_SECONDS = 30.0  # to the store of ranks that have been there; torch tri
 def find_first_host(ranks: Ranks) -> None:
     """Set the first host's address and port in the environment, and this process's rank, as torch reads them.
 
-    The address is the launcher's or the user's, else MPI tells it. Raises ConfigError if nothing does, or if MPI has
+    The address is the launcher's or the user's, else MPI's. Raises ConfigError if nothing does, or if MPI has
     another number of ranks.
     """
     port = os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")

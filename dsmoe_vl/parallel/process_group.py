@@ -53,8 +53,8 @@ def start_process_group(ranks: Ranks, device: str, stall_seconds: float = RunCon
     The collectives of every group, also of those that DeepSpeed makes later, fail after 20 minutes, or after twice
     `stall_seconds` if that is longer.
 
-    Raises ConfigError if several ranks were started without MASTER_ADDR, if the port is in use, or if ranks were told
-    different numbers of ranks; NetworkError if ranks are not there, or hosts do not reach each other.
+    Raises ConfigError if several ranks were started without MASTER_ADDR, if the port is in use, or if ranks were
+    started with different numbers of ranks; NetworkError if ranks are not there, or hosts do not reach each other.
     """
     find_first_host(ranks)
     backend = "nccl" if device == "cuda" else "gloo"

@@ -53,8 +53,8 @@ def meet(ranks: Ranks, store: dist.Store, arrival_seconds: float) -> None:
     after the first one: hosts start and import at different speeds.
 
     Raises on every rank that is there: NetworkError that names the ranks that are not, or the pairs of hosts that do
-    not reach each other; ConfigError if ranks were told different numbers of ranks, or if a host has no address for
-    others.
+    not reach each other; ConfigError if ranks were started with different numbers of ranks, or if a host has no
+    address for others.
     """
     try:
         _meet(ranks, store, arrival_seconds)
@@ -101,7 +101,7 @@ def own_address(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _tell(store: dist.Store, key: str, find: Callable[[], object]) -> None:
-    """On rank 0: tell all what is found, or the user's error."""
+    """On rank 0: send all ranks the result, or the user's error."""
     try:
         told: dict[str, object] = {"found": find()}
     except (ConfigError, NetworkError) as error:
@@ -110,7 +110,7 @@ def _tell(store: dist.Store, key: str, find: Callable[[], object]) -> None:
 
 
 def _hear(store: dist.Store, key: str, seconds: float) -> Any:
-    """What rank 0 tells. Raises its error, or NetworkError if it says nothing."""
+    """What rank 0 sends. Raises its error, or NetworkError if it sends nothing."""
     if _absent(store, [key], seconds):
         raise NetworkError("the first host (rank 0) has stopped answering")
     told = json.loads(store.get(key))
@@ -133,8 +133,8 @@ def _hosts(store: dist.Store, own: Guest, seconds: float) -> list[dict[str, obje
         guest = Guest(**json.loads(store.get(key)))
         if guest.world_size != own.world_size:
             raise ConfigError(
-                f"rank 0 was told of {own.world_size} ranks, but {guest.name} of {guest.world_size}: start all ranks "
-                "with one launcher"
+                f"rank 0 was started for {own.world_size} ranks, but {guest.name} for {guest.world_size}: start all "
+                "ranks with one launcher"
             )
         hosts.setdefault((guest.host, guest.address), guest)
     if len(hosts) == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import RECOMPUTED, Recipe
 from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.products import Shape
 
@@ -23,7 +23,7 @@ class Activations:
     """Bytes on one rank."""
 
     kept: float  # by all layers until their backward pass
-    recomputed: float  # of one decoder layer, made again in its backward pass; 0 without recomputation
+    recomputed: float  # of one layer, made again in its backward pass; 0 without recomputation
     gradients: float  # of one decoder layer's activations, in its backward pass
     logits: float  # of the chunk of the loss that takes most
 
@@ -33,35 +33,59 @@ class Activations:
         return self.kept + max(self.recomputed + self.gradients, self.logits)
 
 
-def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompute: bool) -> Activations:
-    """What a micro-step keeps. `recompute`: only the input of each decoder layer; the vision encoder keeps all."""
+def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompute: str = "none") -> Activations:
+    """What a micro-step keeps. `recompute`, a key of `RECOMPUTED`: of what is computed again, its input alone."""
     element = 2 if bf16 else 4
-    model = recipe.model
+    model, vision, again = recipe.model, recipe.model.vision, RECOMPUTED[recompute]
     layers = _decoder_layers(recipe, shape, element, cuda)
-    kept = shape.tokens * (len(layers) * model.width * element if recompute else sum(layer for layer, _ in layers))
-    kept += shape.patches * _vision(recipe, element, cuda)
-    kept += shape.tokens * (4 * model.width * element + 16 * _INDEX) + shape.labels * model.width * element
+    vision_layer, around = _vision(recipe, element, cuda)
+    made_again = [0.0]
+    if "decoder" in again:
+        kept = 1.0 * shape.tokens * len(layers) * model.width * element
+        made_again.append(shape.tokens * max(layer.kept for layer in layers))
+    elif "experts" in again:  # their input is what the norm before them keeps
+        kept = shape.tokens * sum(layer.kept - layer.experts for layer in layers)
+        made_again.append(shape.tokens * max(layer.experts for layer in layers))
+    else:
+        kept = shape.tokens * sum(layer.kept for layer in layers)
+    if "vision" in again:
+        kept += shape.patches * vision.layers * vision.width * element
+        made_again.append(shape.patches * vision_layer)
+    else:
+        kept += shape.patches * vision.layers * vision_layer
+    kept += shape.patches * around
+    # After the layers: the final norm's values, and what leaves it.
+    kept += shape.tokens * (2 * model.width * element + 16 * _INDEX) + shape.labels * model.width * element
     # The loss keeps log-probabilities, and its gradient makes two more of their size.
     logits = min(shape.labels, LOSS_CHUNK) * recipe.tokenizer.vocab_size * (12 + (2 if bf16 else 0))
-    largest, gradients = (shape.tokens * most for most in max(layers))
-    return Activations(kept, largest if recompute else 0.0, gradients, logits)
+    gradients = shape.tokens * max(layers, key=lambda layer: layer.kept).gradients
+    return Activations(kept, max(made_again), gradients, logits)
 
 
-def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[tuple[float, float]]:
-    """Bytes a token that each decoder layer keeps, and of its gradients that are there at once."""
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes a token that a decoder layer keeps, those of its experts alone, and of its gradients at once."""
+
+    kept: float
+    experts: float
+    gradients: float
+
+
+def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[_Layer]:
     model, moe = recipe.model, recipe.moe
     attention = _attention(model.heads, model.kv_heads, model.width_of_head, model.qk_norm != "none", element, cuda)
     norms = 4 * model.width * element  # two of them: normalised, and times the weight
     dense = 4 * model.ffn_width * element  # gate, its SiLU, up, their product
     first = attention + norms + dense
-    found = [(first, first * _GRADIENTS)] * moe.first_dense_layers
+    found = [_Layer(first, 0.0, first * _GRADIENTS)] * moe.first_dense_layers
     row, row_gradients = (moe.top_k * numbers * element for numbers in _expert_row(recipe, shape, cuda))
     for experts in experts_of_layers(recipe):
         order = moe.top_k * (4 if shape.ep_size > 1 else 2) * _INDEX
         scores = experts * 4 * 4  # probabilities, logits and their logarithms, fp32
         every_token = 4 * (moe.shared_ffn_width + moe.ffn_width * moe.residual) * element
-        rest = attention + norms + order + scores + every_token
-        found.append((rest + row, rest * _GRADIENTS + row_gradients))
+        routed = order + scores + every_token
+        rest = attention + norms + routed
+        found.append(_Layer(rest + row, routed + row, rest * _GRADIENTS + row_gradients))
     return found
 
 
@@ -90,12 +114,12 @@ def _attention(heads: int, kv_heads: int, head_width: int, has_norm: bool, eleme
     return normalised + packed + 4 * queries * 4 + 4 * heads
 
 
-def _vision(recipe: Recipe, element: int, cuda: bool) -> float:
-    """Bytes a patch of the encoder and the connector."""
+def _vision(recipe: Recipe, element: int, cuda: bool) -> tuple[float, float]:
+    """Bytes a patch of one layer of the encoder, and of what is around the layers, the connector included."""
     vision = recipe.model.vision
     attention = _attention(vision.heads, vision.heads, vision.width // vision.heads, vision.qk_norm, element, cuda)
     wide = (4 if vision.ffn == "swiglu" else 2) * vision.ffn_width
     layer = attention + (4 * vision.width + wide) * element
     hidden = vision.connector_width or recipe.model.width
     cell = (2 * hidden + 2 * recipe.model.width) * (1 + len(vision.taps)) * element
-    return vision.layers * layer + (3 * vision.patch_size**2 + 2 * vision.width) * element + cell / vision.merge**2
+    return layer, (3 * vision.patch_size**2 + 2 * vision.width) * element + cell / vision.merge**2

@@ -14,7 +14,7 @@ from dsmoe_vl.config.recipe import AugmentConfig, L1Config, TaskWeightsConfig, f
 from dsmoe_vl.planner.counts import count_adapters
 from dsmoe_vl.planner.flops import labels_of_full_pack
 from dsmoe_vl.planner.parameters import sparse_layers, tensors
-from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.plan import RECOMPUTED_TEXT, RunPlan
 from dsmoe_vl.planner.stages import stage_plans
 from dsmoe_vl.planner.trained import Rule, Trained, rules
 
@@ -42,7 +42,7 @@ def describe(plan: RunPlan) -> str:
 
 
 def _run(plan: RunPlan) -> list[tuple[str, str]]:
-    recomputed = ", decoder layers recomputed in the backward pass" if plan.activation_checkpointing else ""
+    recomputed = f", {RECOMPUTED_TEXT[plan.recompute]} in the backward pass" if plan.recompute != "none" else ""
     data = plan.recipe.data
     return [
         ("directory", str(plan.run_dir)),

@@ -9,7 +9,7 @@ from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.campaign import BYTES_OF_A_PAIR, DAY, Campaign, campaign
 from dsmoe_vl.planner.cluster import Cluster
 from dsmoe_vl.planner.describe import shown_bytes, shown_count, shown_flops
-from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.plan import RECOMPUTED_TEXT, RunPlan
 from dsmoe_vl.planner.products import Shape
 from dsmoe_vl.planner.run_memory import RunMemory, run_memory
 from dsmoe_vl.planner.step_time import StepTime, busiest_rank, step_time, violation
@@ -84,7 +84,7 @@ def _cluster(found: Forecast) -> Iterator[tuple[str, str]]:
     yield "products", f"{shown_flops(cluster.product_rate)}/s of {shown_flops(cluster.peak_flops)}/s"
     yield "links", f"{cluster.link_rate / 1e9:,.3g} GB/s inside a node, {cluster.network_rate / 1e9:,.3g} GB/s between"
     batch = f"{plan.micro_batch} x {plan.accumulation} accumulated"
-    recomputed = ", decoder layers recomputed" if plan.activation_checkpointing else ""
+    recomputed = f", {RECOMPUTED_TEXT[plan.recompute]}" if plan.recompute != "none" else ""
     yield "plan", f"{plan.precision}, ZeRO-{plan.zero_stage}, EP {plan.ep_size}, packs {batch}{recomputed}"
 
 
@@ -118,7 +118,7 @@ def _run(found: Forecast) -> Iterator[tuple[str, str]]:
     run = found.run
     yield "budget", f"{shown_count(run.tokens)} tokens, {run.steps:,} steps"
     if found.plan.recipe.stages:
-        yield "stages", "not told apart: every step trains what the recipe trains without them"
+        yield "stages", "not distinguished: every step trains what the recipe trains without them"
     yield "time", f"{run.seconds / DAY:,.2f} days, {run.accelerator_hours:,.0f} accelerator hours"
     blocked, writing = shown_seconds(run.blocked_seconds), shown_seconds(run.save_seconds)
     yield "checkpoint", f"{shown_bytes(run.checkpoint_bytes)}, written in {writing}; training waits {blocked}"

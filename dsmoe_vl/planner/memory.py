@@ -79,5 +79,5 @@ def memory_for(
 
 
 def _of_rank(total: int, experts: int, world_size: int, ep_size: int) -> tuple[float, float]:
-    """Parameters that a rank holds without ZeRO, and its average share if they are partitioned."""
+    """Parameters that a rank keeps without ZeRO, and its average share if they are partitioned."""
     return (total - experts) + experts / ep_size, total / world_size

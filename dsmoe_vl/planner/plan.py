@@ -17,6 +17,14 @@ from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.memory import MemoryEstimate
 from dsmoe_vl.planner.trained import Trained
 
+# What `run.recompute` says of the layers, in words.
+RECOMPUTED_TEXT = {
+    "none": "nothing recomputed",
+    "moe": "experts recomputed",
+    "decoder": "decoder layers recomputed",
+    "all": "all layers recomputed",
+}
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -30,7 +38,7 @@ class RunPlan:
     ep_size: int  # ranks per expert-parallel group, which has every expert once
     zero_stage: int
     precision: Literal["fp32", "bf16"]
-    activation_checkpointing: bool  # recompute every decoder layer in the backward pass
+    recompute: str  # what the backward pass computes again: a key of `RECOMPUTED`
     micro_batch: int  # packs per rank and micro-step
     accumulation: int  # micro-steps per optimizer step
     packs_per_step: int  # over all ranks

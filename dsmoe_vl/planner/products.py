@@ -6,8 +6,8 @@ products for each of its own, and moves twice as much, since it reads what was k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, replace
 
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.planner.flops import Flops
@@ -120,8 +120,10 @@ class Traffic:
     operators: int  # started, those with products included
 
 
-def traffic(recipe: Recipe, shape: Shape, cuda: bool) -> Traffic:
-    """What the norms, rotations, activations, exchanges of rows and sums of one forward pass move.
+def traffic(
+    recipe: Recipe, shape: Shape, cuda: bool, parts: Collection[str] = ("experts", "decoder", "vision", "head")
+) -> Traffic:
+    """What the norms, rotations, activations, exchanges of rows and sums of one forward pass of some parts move.
 
     A norm reads and writes its width; a SwiGLU reads and writes 5 of its hidden width; an addition reads two and writes
     one. A sparse layer gathers its T K rows once and sums them once; over ranks they are gathered for the exchange, by
@@ -140,12 +142,18 @@ def traffic(recipe: Recipe, shape: Shape, cuda: bool) -> Traffic:
     patch_inner = 3 * vision.width
     patch = patch_inner * 2 + 2 * vision.width * _ROTATION + 2 * patch_inner + 10 * vision.width
     patch += (5 if vision.ffn == "swiglu" else 2) * vision.ffn_width
-    operators = _OF_MODEL + model.layers * _OF_DECODER_LAYER + len(layers) * _OF_SPARSE
-    operators += vision.layers * _OF_VISION_LAYER * bool(shape.patches)
+    of_experts = len(layers) * _OF_SPARSE
     if not cuda:  # a product for each expert
-        operators += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU
-    return Traffic(
-        elements=shape.tokens * (token + len(layers) * sparse + 8 * width) + shape.patches * vision.layers * patch,
-        numbers=shape.tokens * sum(layers) * _ROUTER_PASSES + 6.0 * shape.labels * recipe.tokenizer.vocab_size,
-        operators=operators,
-    )
+        of_experts += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU
+    of_part = {
+        "experts": Traffic(
+            shape.tokens * len(layers) * sparse, shape.tokens * sum(layers) * _ROUTER_PASSES, of_experts
+        ),
+        "decoder": Traffic(shape.tokens * (token + 8 * width), 0, _OF_MODEL + model.layers * _OF_DECODER_LAYER),
+        "vision": Traffic(
+            shape.patches * vision.layers * patch, 0, vision.layers * _OF_VISION_LAYER * bool(shape.patches)
+        ),
+        "head": Traffic(0, 6.0 * shape.labels * recipe.tokenizer.vocab_size, 0),
+    }
+    found = [of_part[part] for part in parts]
+    return Traffic(*(sum(getattr(one, item.name) for one in found) for item in fields(Traffic)))

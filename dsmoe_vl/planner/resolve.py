@@ -88,7 +88,7 @@ def resolve(
         ep_size=ep_size,
         zero_stage=zero_stage,
         precision=precision,
-        activation_checkpointing="activation_checkpointing" in engine,
+        recompute=recipe.run.recompute or ("decoder" if "activation_checkpointing" in engine else "none"),
         micro_batch=micro_batch,
         accumulation=accumulation,
         packs_per_step=packs,

@@ -54,7 +54,7 @@ def run_memory(plan: RunPlan, cluster: Cluster, shape: Shape | None = None) -> R
     if shape is None:
         shape = Shape.full(plan.recipe, plan.micro_batch, plan.ep_size)
         shape = replace(shape, labels=shape.tokens)
-    kept = activations(plan.recipe, shape, bf16=bf16, cuda=cuda, recompute=plan.activation_checkpointing)
+    kept = activations(plan.recipe, shape, bf16=bf16, cuda=cuda, recompute=plan.recompute)
     buffers = _buffers(plan, cuda) + (0.0 if cuda else _flat_gradients(plan))
     peak = kept.total
     return RunMemory(

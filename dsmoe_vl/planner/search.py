@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsmoe_vl.config.recipe import RECOMPUTED, Recipe
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.cluster import Cluster
 from dsmoe_vl.planner.describe import shown_bytes
 from dsmoe_vl.planner.forecast import Forecast, forecast
 from dsmoe_vl.planner.parameters import experts_of_layers
-from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.plan import RECOMPUTED_TEXT, RunPlan
 
 _OFFLOADS = ("nothing", "optimizer", "optimizer and weights")
 _LOWEST_STAGE = {"nothing": 0, "optimizer": 1, "optimizer and weights": 3}  # DeepSpeed's
@@ -28,11 +29,11 @@ class Point:
     ep_size: int
     micro_batch: int
     accumulation: int
-    recompute: bool
+    recompute: str  # a key of `RECOMPUTED`
     offload: str  # of _OFFLOADS
 
     def settings(self, deepspeed: dict[str, Any]) -> dict[str, Any]:
-        """A DeepSpeed JSON with these settings in place of its own."""
+        """A DeepSpeed JSON with these settings in place of its own; what is recomputed is in the recipe."""
         found = copy.deepcopy(deepspeed)
         found.pop("train_batch_size", None)
         found |= {
@@ -47,30 +48,32 @@ class Point:
                 zero.pop(section, None)
             elif zero.get(section, {}).get("device") != "cpu":
                 zero[section] = {"device": "cpu", "pin_memory": True}
-        if self.recompute:
-            found.setdefault("activation_checkpointing", {})
-        else:
-            found.pop("activation_checkpointing", None)
+        found.pop("activation_checkpointing", None)
         return found
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe with the choice of recomputation."""
+        return replace(recipe, run=replace(recipe.run, recompute=self.recompute))
 
     def applied(self, plan: RunPlan) -> RunPlan:
         """A resolved plan of equally many packs, with these settings."""
         return replace(
             plan,
+            recipe=self.recipe(plan.recipe),
             deepspeed=self.settings(plan.deepspeed),
             ep_size=self.ep_size,
             zero_stage=self.stage,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
-            activation_checkpointing=self.recompute,
+            recompute=self.recompute,
         )
 
     @property
     def text(self) -> str:
         """In words."""
         batch = f"{self.micro_batch} x {self.accumulation}"
-        layers = "recomputed" if self.recompute else "kept"
-        return f"ZeRO-{self.stage}, EP {self.ep_size}, packs {batch}, layers {layers}, offloading {self.offload}"
+        again = RECOMPUTED_TEXT[self.recompute]
+        return f"ZeRO-{self.stage}, EP {self.ep_size}, packs {batch}, {again}, offloading {self.offload}"
 
 
 def with_packs(deepspeed: dict[str, Any], packs: int, ranks: int) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def points(plan: RunPlan) -> Iterator[Point]:
     for stage in range(stages):
         for ep_size in _divisors(math.gcd(experts, plan.world_size)):
             for micro_batch in _divisors(packs):
-                for recompute in (False, True):
+                for recompute in RECOMPUTED:
                     for offload in _OFFLOADS:
                         if stage >= _LOWEST_STAGE[offload]:
                             yield Point(stage, ep_size, micro_batch, packs // micro_batch, recompute, offload)
@@ -139,7 +142,7 @@ def _reasons(plan: RunPlan, cluster: Cluster, best: Point, of_best: Forecast) ->
             slower = other.time.total / of_best.time.total - 1
             effect = f"{slower:+.1%} time" if other.fits else f"does not fit, {shown_bytes(other.memory.device)}"
             value = getattr(point, name)
-            label = ("recomputed" if value else "not recomputed") if name == "recompute" else f"{names[name]}{value}"
+            label = RECOMPUTED_TEXT[value] if name == "recompute" else f"{names[name]}{value}"
             effects.append(f"{label} {effect}")
         yield "; ".join(effects)
 

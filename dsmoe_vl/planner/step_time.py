@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from dsmoe_vl.config.deepspeed_json import setting
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import RECOMPUTED, Recipe
 from dsmoe_vl.planner.activations import LOSS_CHUNK
 from dsmoe_vl.planner.cluster import Cluster
 from dsmoe_vl.planner.communication import (
@@ -125,16 +125,17 @@ def _of_micro_step(plan: RunPlan, cluster: Cluster, shape: Shape) -> _MicroStep:
     if recipe.moe.backend == "capacity" and recipe.moe.drop_tokens:
         of_part["experts"] *= recipe.moe.capacity_factor  # rows are padded to the limit
     backward = _backward(plan)
-    again = int(plan.activation_checkpointing)  # of the decoder, in the backward pass
-    times = {"vision": 1 + backward, "head": 1 + backward + (shape.labels > LOSS_CHUNK)}
-    work = {part: seconds * times.get(part, 1 + backward + again) for part, seconds in of_part.items()}
+    again = RECOMPUTED[plan.recompute] + (("head",) if shape.labels > LOSS_CHUNK else ())
+    work = {part: seconds * (1 + backward + (part in again)) for part, seconds in of_part.items()}
     # The backward kernel of attention makes the scores anew: five products for the two of the forward pass.
-    decoder = replace(shape, patches=0, labels=0)
-    computed = attention_flops(recipe, shape, plan.flops), attention_flops(recipe, decoder, plan.flops)
-    attention = (3.5 * computed[0] + again * computed[1]) / (cluster.peak_flops * cluster.attention_share)
-    moved, moved_again = traffic(recipe, shape, cuda), traffic(recipe, decoder, cuda)
+    attended_again = replace(
+        shape, patches=shape.patches * ("vision" in again), tokens=shape.tokens * ("decoder" in again)
+    )
+    computed = 3.5 * attention_flops(recipe, shape, plan.flops) + attention_flops(recipe, attended_again, plan.flops)
+    attention = computed / (cluster.peak_flops * cluster.attention_share)
+    moved, moved_again = traffic(recipe, shape, cuda), traffic(recipe, shape, cuda, RECOMPUTED[plan.recompute])
     elements, numbers, operators = (
-        3 * getattr(moved, name) + again * getattr(moved_again, name) for name in ("elements", "numbers", "operators")
+        3 * getattr(moved, name) + getattr(moved_again, name) for name in ("elements", "numbers", "operators")
     )
     memory_traffic = (elements * element + numbers * 4) / cluster.memory_rate
     device = sum(work.values()) + attention + memory_traffic
@@ -180,7 +181,7 @@ def _exchange(plan: RunPlan, cluster: Cluster) -> float:
     rows = 1.0 * plan.micro_batch * recipe.data.pack_length * recipe.moe.top_k * recipe.model.width * _element(plan)
     if recipe.moe.backend == "capacity" and recipe.moe.drop_tokens:
         rows *= recipe.moe.capacity_factor
-    times = 4 + 2 * plan.activation_checkpointing
+    times = 4 + 2 * (plan.recompute != "none")
     return times * sparse_layers(recipe) * all_to_all(rows, expert_group(plan.ep_size, cluster), cluster)
 
 
@@ -209,7 +210,7 @@ def _zero(plan: RunPlan, cluster: Cluster, computing: float) -> float:
         if setting(plan.deepspeed, "zero_optimization.overlap_comm", False):
             reducing = max(0.0, reducing - computing * (steps if stage == 2 else 1) * 2 / 3)
         return reducing + once(trained)
-    gathers = 2 + plan.activation_checkpointing
+    gathers = 2 + (plan.recompute != "none")
     every = gathers * once(held) + once(trained)
     if setting(plan.deepspeed, "zero_optimization.offload_param.device", "none") == "cpu":
         every += gathers * element * plan.parameters.total / plan.world_size / cluster.host_bandwidth

@@ -12,7 +12,7 @@ from dsmoe_vl.config.bounds import shown_key
 from dsmoe_vl.config.parts import PARTS, is_adapted, is_adapter, is_matrix, part_of
 from dsmoe_vl.config.recipe import PartConfig, Recipe
 from dsmoe_vl.config.suggest import did_you_mean
-from dsmoe_vl.config.task_table import WHITENING
+from dsmoe_vl.config.task_table import ALIGNMENT
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.parameters import tensors
 
@@ -69,12 +69,12 @@ def _tables(recipe: Recipe, stage: int = 0) -> list[tuple[str, str, PartConfig]]
 
 def rules(recipe: Recipe) -> dict[str, Rule]:
     """The rule of every parameter, by its name in the one-process model; of several stages, without theirs. Before all
-    tables, the parts that have adapters are frozen but for these; after them, what whitens is."""
+    tables, the parts that have adapters are frozen but for these; after them, what aligns is."""
     adapted = recipe.lora.adapted
     found = {name: Rule(freeze=part_of(name) in adapted and not is_adapter(name)) for name in tensors(recipe)}
     for _, key, part in _tables(recipe):
         found |= {name: rule.then(part) for name, rule in found.items() if matches(key, name)}
-    return found | {name: Rule(freeze=True) for name in found if WHITENING in name}
+    return found | {name: Rule(freeze=True) for name in found if ALIGNMENT in name}
 
 
 def count_trained(recipe: Recipe) -> Trained:

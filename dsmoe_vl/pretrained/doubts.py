@@ -51,7 +51,7 @@ def with_tie(decoder: Decoder, folder: SourceFolder) -> Decoder:
 
 def require_known_experts(decoder: Decoder, folder: SourceFolder) -> None:
     """Raises CheckpointError if the experts of a layer are one tensor that no rule reads: some programs have hidden
-    units in its rows and others in its columns, and where the sizes are equal nothing tells which."""
+    units in its rows and others in its columns, and where the sizes are equal nothing says which."""
     known = {source for target in decoder.targets() for source in target.sources}
     for name in sorted(folder.places):
         inner, _, last = name.removesuffix(".weight").rpartition(".")

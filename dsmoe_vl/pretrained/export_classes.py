@@ -183,7 +183,7 @@ def _qwen(recipe: Recipe, kind: str) -> ExportClass:
         f"model.rope_sections = {list(sections)}: qwen3_vl has three": not sections,
         f"a decoder like {kind}: qwen3_vl has one like qwen3 or qwen3_moe": kind not in ("qwen3", "qwen3_moe"),
         "gates that do not sum to 1: those of qwen3_vl_moe do": is_sparse and not form.moe.renormalise,
-        f"moe.ffn_width = {moe.ffn_width}, model.width = {width}: transformers cannot tell which way such experts of "
+        f"moe.ffn_width = {moe.ffn_width}, model.width = {width}: transformers cannot see which way such experts of "
         "qwen3_vl_moe are written": is_sparse and width in (moe.ffn_width, 2 * moe.ffn_width),
     }
     wrong = next((what for what, is_so in unlike.items() if is_so), None)

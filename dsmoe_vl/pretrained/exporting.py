@@ -28,7 +28,7 @@ from dsmoe_vl.checkpoint.manifest import require_content
 from dsmoe_vl.checkpoint.merged import merged_recipe, merged_weights
 from dsmoe_vl.checkpoint.store import PLAN_NAME, require_newest, tokenizer_in
 from dsmoe_vl.checkpoint.tensor_files import Share, Spec, write_tensors
-from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, WeightsFile
+from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, SINGLE_NAME, WeightsFile, shard_name
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
@@ -187,7 +187,7 @@ def write_weights(
     places: dict[str, str] = {}
     total = 0
     for number, items in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        name = shard_name(number - 1, len(shards)) if len(shards) > 1 else SINGLE_NAME
         specs = {part: spec for item in items for part, spec in item.specs().items()}
         try:
             broken = write_tensors(output / name, Share(specs, made(items)), _METADATA).broken

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.export import make_new_folder
+from dsmoe_vl.checkpoint.weights_file import SINGLE_NAME
 from dsmoe_vl.command import run
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.files import write_json, writing
@@ -77,7 +78,7 @@ def write_smollm2(wheel: Path, output: Path) -> None:
 
     make_new_folder(output)
     with writing(output):
-        save_file({name: value.contiguous() for name, value in tensors()}, output / "model.safetensors", _PT)
+        save_file({name: value.contiguous() for name, value in tensors()}, output / SINGLE_NAME, _PT)
         write_json(output / "config.json", config)
         write_json(output / "tokenizer.json", _byte_level(said))
         names = said["tokenizer.ggml.tokens"]
@@ -137,7 +138,7 @@ def write_dinov2(wheel: Path, output: Path) -> None:
     found["embeddings.position_embeddings"] = torch.cat((found.pop("of_class"), found.pop("table")), dim=1)
     make_new_folder(output)
     with writing(output):
-        save_file(found, output / "model.safetensors", _PT)
+        save_file(found, output / SINGLE_NAME, _PT)
         write_json(output / "config.json", _DINOV2_SMALL)
         write_json(output / "preprocessor_config.json", _IMAGENET)
 

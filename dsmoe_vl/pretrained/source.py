@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dsmoe_vl.checkpoint.tensor_files import Spec, TensorFiles, is_finite
+from dsmoe_vl.checkpoint.weights_file import INDEX_NAME, SINGLE_NAME
 from dsmoe_vl.errors import CheckpointError, ConfigError
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMPTY: dict[str, Any] = {}
 
 
@@ -39,19 +39,21 @@ class SourceFolder:
     @cached_property
     def places(self) -> dict[str, str]:
         """The file of each tensor."""
-        if (self.folder / _INDEX).is_file():
-            found = self.json(_INDEX, needed=True).get("weight_map")
+        if (self.folder / INDEX_NAME).is_file():
+            found = self.json(INDEX_NAME, needed=True).get("weight_map")
             if not isinstance(found, dict) or not all(Path(str(file)).name == file for file in found.values()):
-                raise CheckpointError(f"{self.folder / _INDEX} is not an index of weights: download the folder again")
+                raise CheckpointError(
+                    f"{self.folder / INDEX_NAME} is not an index of weights: download the folder again"
+                )
             for file in sorted(set(found.values())):
                 self._require(file, {name for name, where in found.items() if where == file})
             return dict(found)
-        if not (self.folder / _SINGLE).is_file():
+        if not (self.folder / SINGLE_NAME).is_file():
             raise CheckpointError(
-                f"{self.folder} has neither {_SINGLE} nor {_INDEX}: name a folder with weights in safetensors files "
-                "(pickled ones are not read)"
+                f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}: name a folder with weights in safetensors "
+                "files (pickled ones are not read)"
             )
-        return dict.fromkeys(self._keys(_SINGLE), _SINGLE)
+        return dict.fromkeys(self._keys(SINGLE_NAME), SINGLE_NAME)
 
     def spec(self, name: str) -> Spec:
         """Type and shape of a tensor, without reading it. Raises CheckpointError for a type of few bits."""
@@ -86,12 +88,14 @@ class SourceFolder:
     def _require(self, file: str, names: Collection[str]) -> None:
         if not (self.folder / file).is_file():
             raise CheckpointError(
-                f"{self.folder / file} is missing, of which {_INDEX} says that it has {min(names)} ({len(names)} "
+                f"{self.folder / file} is missing, of which {INDEX_NAME} says that it has {min(names)} ({len(names)} "
                 "tensors in all): download it"
             )
         absent = sorted(set(names) - self._keys(file))
         if absent:
-            raise CheckpointError(f"{self.folder / file} lacks {absent[0]}, which {_INDEX} names: download it again")
+            raise CheckpointError(
+                f"{self.folder / file} lacks {absent[0]}, which {INDEX_NAME} names: download it again"
+            )
 
     def _keys(self, file: str) -> frozenset[str]:
         try:

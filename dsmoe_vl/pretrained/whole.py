@@ -144,11 +144,11 @@ def _qwen(vision: Mapping[str, Any], tower: Tower, place: str) -> Tower:
 
 
 def _refuse_square_experts(decoder: Decoder, place: str) -> None:
-    """Versions of transformers write stacks of experts one way or transposed: the sizes must tell them apart."""
+    """Versions of transformers write stacks of experts one way or transposed: the sizes must distinguish them."""
     if decoder.has_stacks and decoder.moe is not None:
         width, hidden = decoder.model.width, decoder.moe.ffn_width
         if width in (hidden, 2 * hidden):
             raise ConfigError(
-                f"{place}: hidden_size = {width} and moe_intermediate_size = {hidden} do not tell which way stacked "
+                f"{place}: hidden_size = {width} and moe_intermediate_size = {hidden} do not show which way stacked "
                 "experts are written: store one tensor an expert"
             )

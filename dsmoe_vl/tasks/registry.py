@@ -28,12 +28,12 @@ def build_tasks(recipe: Recipe, tokenizer: Tokenizer, training: bool = True) -> 
     )
 
 
-def build_backbone(recipe: Recipe, activation_checkpointing: bool = False) -> VisionLanguageModel:
+def build_backbone(recipe: Recipe, recompute: str = "none") -> VisionLanguageModel:
     """The recipe's model with the heads of its tasks. Its parameters are not initialised yet."""
     heads: dict[str, nn.Module] = {}
     for spec in learned_tasks(recipe):
         heads |= import_class(spec.task).heads(getattr(recipe.tasks, spec.name), recipe.model.width)
-    return VisionLanguageModel(recipe, activation_checkpointing, heads)
+    return VisionLanguageModel(recipe, recompute, heads)
 
 
 class Encoder:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import RetrievalConfig
+from dsmoe_vl.model.init import IDENTITY
 
 _MAX_SCALE = 100.0  # CLIP's bound on 1 / temperature
 # Initial scale and bias, by loss.
@@ -31,21 +32,34 @@ class RetrievalEmbeddings(NamedTuple):
     bias: Tensor
 
 
-class RetrievalHead(nn.Module):
-    """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3).
+class Projection(nn.Linear):
+    """Of one side: states [n, D] -> [n, W].
 
-    With `whiten`, states are whitened first, in fp32: what all states of a side have in common goes, and what tells
-    them apart gets one size. Both matrices are measured before training (`doctor/whitening.py`) and stay as they are.
+    With `align`, a matrix and a bias come first, in fp32, since two large numbers cancel: measured before training
+    (`doctor/alignment.py`) and never trained. The trained matrix starts as the identity then.
     """
+
+    def __init__(self, width: int, embedding_width: int, align: bool) -> None:
+        super().__init__(embedding_width if align else width, embedding_width, bias=False)
+        self.alignment = nn.Linear(width, embedding_width) if align else None
+        self.OWN_START = {"weight": IDENTITY} if align else {}  # for `model/init.py`
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [n, D] -> [n, W]."""
+        if self.alignment is not None:
+            matrix, bias = self.alignment.weight.float(), self.alignment.bias.float()
+            states = F.linear(states.float(), matrix, bias).type_as(states)
+        return super().forward(states)
+
+
+class RetrievalHead(nn.Module):
+    """Projections of both sides, and the learned temperature (Radford et al. 2021, section 2.3)."""
 
     def __init__(self, width: int, settings: RetrievalConfig) -> None:
         super().__init__()
         embedding_width, (initial_scale, initial_bias) = settings.embedding_width, _START[settings.loss]
-        inner = embedding_width if settings.whiten else width
-        self.media = nn.Linear(inner, embedding_width, bias=False)
-        self.text = nn.Linear(inner, embedding_width, bias=False)
-        self.media_whitening = nn.Linear(width, embedding_width) if settings.whiten else None
-        self.text_whitening = nn.Linear(width, embedding_width) if settings.whiten else None
+        self.media = Projection(width, embedding_width, settings.align)
+        self.text = Projection(width, embedding_width, settings.align)
         self.pooling = settings.pooling
         self.OWN_START = {"log_scale": math.log(initial_scale), "bias": initial_bias}  # for `model/init.py`
         self.log_scale = nn.Parameter(torch.tensor([self.OWN_START["log_scale"]]))
@@ -56,8 +70,8 @@ class RetrievalHead(nn.Module):
         cumulative lengths of all segments; the last is T."""
         of_media, of_text = self.states(hidden, media, text, cu_segments)
         return RetrievalEmbeddings(
-            F.normalize(self.media(_whitened(of_media, self.media_whitening)).float(), dim=-1),
-            F.normalize(self.text(_whitened(of_text, self.text_whitening)).float(), dim=-1),
+            F.normalize(self.media(of_media).float(), dim=-1),
+            F.normalize(self.text(of_text).float(), dim=-1),
             self.log_scale.float().exp().clamp(max=_MAX_SCALE),
             self.bias.float(),
         )
@@ -69,13 +83,6 @@ class RetrievalHead(nn.Module):
         means = segment_means(hidden, cu_segments)
         first, second = (means.index_select(0, _segment_of(last, cu_segments)) for last in (media, text))
         return first.type_as(hidden), second.type_as(hidden)
-
-
-def _whitened(states: Tensor, whitening: nn.Linear | None) -> Tensor:
-    """In fp32, since two large numbers cancel: [n, D] -> [n, W]; as they are without."""
-    if whitening is None:
-        return states
-    return F.linear(states.float(), whitening.weight.float(), whitening.bias.float()).type_as(states)
 
 
 def segment_means(hidden: Tensor, cu_segments: Tensor) -> Tensor:

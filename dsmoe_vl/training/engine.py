@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
-from dsmoe_vl.config.task_table import WHITENING
+from dsmoe_vl.config.task_table import ALIGNMENT
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.data.word_start import read_word_start
 from dsmoe_vl.errors import CheckpointError
@@ -59,7 +59,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
     NetworkError.
     """
     with torch.device("meta"):
-        backbone = build_backbone(plan.recipe, plan.activation_checkpointing)
+        backbone = build_backbone(plan.recipe, plan.recompute)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
     if dist.is_initialized():  # the doctor looks at models of one process without it
@@ -80,10 +80,10 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
         where.parameter.requires_grad_(not rule_of[where.name].freeze)
         _make_real(where.parameter)
         if not imported(where):
-            if imports and WHITENING in where.name:
+            if imports and ALIGNMENT in where.name:
                 raise CheckpointError(
                     f"{where.name} is not in model.init_from = {plan.recipe.model.init_from!r}, and tasks.retrieval."
-                    "whiten needs it: measure it with launch/whiten.py, and name its output there"
+                    "align needs it: measure it with launch/align.py, and name its output there"
                 )
             fill(where)
             fill_words(where.name, where.parameter.data, words, plan.recipe.run.seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -184,3 +186,17 @@ def test_evaluation_counts_right_captions(trained, tiny):
     assert all(0 <= score["caption"]["attribute_accuracy"] <= 1 for score in scores.values())
     assert (trained / "samples" / "captions.png").stat().st_size > 1000
     assert "generated" in result.out and "reference" in result.out
+
+
+def test_evaluation_by_java(trained, tiny):
+    """METEOR beside the other scores; what it needs is asked for before any text is generated."""
+    arguments = (EVALUATE, "--run", trained, "--data", tiny.data / "images_eval", "--max-tokens", 8, "--java", "meteor")
+    result = finish(start(python(*arguments), PATH=""))
+    assert result.status == 2 and "METEOR and SPICE need" in result.err and "generated" not in result.out
+    if shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None:
+        pytest.skip("no java or no pycocoevalcap: METEOR of a run was not checked")
+    result = finish(start(python(*arguments)))
+    assert result.status == 0, result.err
+    (scores,) = json.loads((trained / "eval.json").read_text()).values()
+    assert 0 <= scores["caption"]["meteor"] <= 1 and "bleu4" in scores["caption"]
+    assert "METEOR (0 to 1)" in (trained / "report.html").read_text()

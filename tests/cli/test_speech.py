@@ -59,6 +59,12 @@ def test_words_are_learned_from_sound_alone(hearing):
     assert lines[-1]["loss_transcript"] < 0.35 * lines[0]["loss_transcript"]
 
 
+def test_transcripts_are_among_the_samples_of_training(hearing):
+    (lines,) = (hearing / "run/samples").glob("step_*.jsonl")
+    answers = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(answers) == 8 and all(answer["said"] and "transcript" in answer for answer in answers)
+
+
 def test_the_evaluation_scores_transcripts_and_spoken_queries(hearing):
     result = finish(start(python(REPOSITORY / "launch/evaluate.py", "--run", hearing / "run", "--show", 2)), 180)
     assert result.status == 0, result.err[-3000:]

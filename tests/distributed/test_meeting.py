@@ -1,5 +1,5 @@
-"""Before the first group: who is not there and who is told another number of ranks. Before the first step: who does not
-take part in a group. Hosts that do not reach each other are in test_two_hosts.py."""
+"""Before the first group: who is not there and who is started with another number of ranks. Before the first step: who
+does not take part in a group. Hosts that do not reach each other are in test_two_hosts.py."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_different_numbers_of_ranks_are_refused():
         started.append(popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     for process in started:
         out = process.communicate(timeout=120)[0]
-        assert out.startswith(f"ConfigError: rank 0 was told of 2 ranks, but {socket.gethostname()} (rank 1, "), out
-        assert out.endswith(") of 3: start all ranks with one launcher\n")
+        assert out.startswith(f"ConfigError: rank 0 was started for 2 ranks, but {socket.gethostname()} (rank 1, "), out
+        assert out.endswith(") for 3: start all ranks with one launcher\n")
 
 
 def test_all_groups_are_used():

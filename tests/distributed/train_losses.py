@@ -25,6 +25,7 @@ from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.command import leave
 from dsmoe_vl.config.model import ModelConfig, MoEConfig, VisionConfig
 from dsmoe_vl.config.recipe import (
+    RECOMPUTED,
     DataConfig,
     LoraConfig,
     ObjectiveConfig,
@@ -94,7 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, help="of four packs; all of them by default")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--recompute", choices=RECOMPUTED, default="none")
     parser.add_argument("--caption-only", action="store_true")
     parser.add_argument("--all-terms", action="store_true", help="every balancing term there is")
     parser.add_argument("--as-others", action="store_true", help="a model with AS_OTHERS")
@@ -145,8 +146,6 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     }
     if args.bf16:
         deepspeed["bf16"] = {"enabled": True}
-    if args.checkpointing:
-        deepspeed["activation_checkpointing"] = {}
     experts = 6 if args.routing == "isolated" else RECIPE.moe.experts
     moe = replace(RECIPE.moe, routing=args.routing, experts=experts, **(ALL_TERMS if args.all_terms else {}))
     moe = replace(moe, **{key: tuple(value) if isinstance(value, list) else value for key, value in args.moe.items()})
@@ -156,7 +155,7 @@ def train(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     recipe = replace(RECIPE, moe=moe, tasks=tasks, objective=weights)
     if args.train is not None:
         recipe = replace(recipe, train={key: PartConfig(**table) for key, table in args.train.items()})
-    recipe = replace(recipe, lora=LoraConfig(**args.lora))
+    recipe = replace(recipe, lora=LoraConfig(**args.lora), run=replace(recipe.run, recompute=args.recompute))
     if args.as_others:
         recipe = replace(recipe, model=AS_OTHERS, moe=replace(moe, **MOE_AS_OTHERS))
     if args.hears:

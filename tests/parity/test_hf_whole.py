@@ -175,7 +175,7 @@ def test_texts_go_on_behind_the_pictures(name, tmp_path):
 
 
 def test_stacks_of_experts_are_read_both_ways(tmp_path):
-    """As transformers 5 writes them, and as version 4 did: transposed. Equal sizes cannot tell, and are refused."""
+    """As transformers 5 writes them, and as version 4 did: transposed. Equal sizes do not show which: refused."""
     made("qwen3_vl_moe", tmp_path)
     import_models(None, None, tmp_path / "one", whole=tmp_path)
     file = tmp_path / "model.safetensors"
@@ -189,7 +189,7 @@ def test_stacks_of_experts_are_read_both_ways(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for hidden in (48, 24):
         changed(tmp_path, {"text_config": config["text_config"] | {"moe_intermediate_size": hidden}})
-        with pytest.raises(ConfigError, match=f"moe_intermediate_size = {hidden} do not tell which way"):
+        with pytest.raises(ConfigError, match=f"moe_intermediate_size = {hidden} do not show which way"):
             import_models(None, None, tmp_path / "three", whole=tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import RECOMPUTED, Recipe
 from dsmoe_vl.data.batch import Batch
 from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import IGNORE
@@ -67,12 +67,12 @@ def test_flops_are_those_that_torch_counts(name):
     assert both == pytest.approx(flops.training(shape.tokens, shape.patches, shape.labels), rel=0.02)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTED)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_activations_are_what_autograd_keeps(name, recompute):
     recipe = VARIANTS[name]
     batch, shape = batch_of(recipe)
-    model = build_backbone(recipe, activation_checkpointing=recompute)
+    model = build_backbone(recipe, recompute)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

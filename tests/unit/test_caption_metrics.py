@@ -183,7 +183,7 @@ def test_what_java_metrics_miss_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(java, "_package", lambda: tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     with pytest.raises(DataError, match=r"SPICE needs stanford-corenlp-3\.6\.0\.jar and .*models\.jar in .*lib"):
-        java.java_metrics(["a"], [["a"]], spice=True)
+        java.java_metrics(["a"], [["a"]], "spice")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="no `java` on the PATH"):
         java.java_metrics(["a"], [["a"]])

@@ -23,6 +23,7 @@ from dsmoe_vl.evaluation.summaries import _reference
 from dsmoe_vl.tasks.caption import CaptionTask, chosen_caption
 from dsmoe_vl.tasks.media import MediaReader
 from tests.support.loading import DATA
+from tests.support.sound_files import recording
 from tests.support.tars import encoded_as, picture, write_tar
 
 DOG = "a dog on the grass"
@@ -186,6 +187,16 @@ def test_entries_without_text_are_counted_everywhere(task, tmp_path, capsys):
     report = reading.report()
     assert report["photos/errors"] == 0
     assert report["photos/flaws/entries without text"] == report["photos/samples"] > 0
+
+
+def test_recordings_that_a_model_cannot_hear_are_counted(task, tmp_path):
+    of_sample = (("png", PHOTO), ("txt", DOG.encode()), ("flac", recording()))
+    write_tar(tmp_path / "s/a.tar", [(f"k{i}.{kind}", content) for i in range(8) for kind, content in of_sample])
+    reading = loader(tmp_path / "s", task.encode)
+    next(iter(reading))
+    report = reading.report()
+    assert report["photos/errors"] == 0
+    assert report["photos/flaws/recordings not used"] == report["photos/samples"] > 0
 
 
 def test_a_summary_that_is_no_text_is_no_reference():

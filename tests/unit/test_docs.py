@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from dsmoe_vl.config.recipe import Recipe
 from tests.unit.test_layers import ORDER
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TRANSLATIONS = [page for page in PAGES if page.suffixes[:-1] == [".zh"]]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+CHANGES = ROOT / "docs" / "changes.md"
 
 # Folders that a page may leave out before a name.
 ROOTS = (ROOT, ROOT / "dsmoe_vl", ROOT / "ds_configs", ROOT / "launch" / "recipes", ROOT / "launch" / "slurm")
@@ -28,6 +32,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _PLACEHOLDER = re.compile(r"[A-Z]{3}|[*<>{}\[\]]|://|\.\.")  # runs/NAME/..., formats/*.py, a URL, another folder
 _MODULE = re.compile(r"-m ([\w.]+)")
 _NAME = re.compile(r"`([A-Za-z_]\w*)`")
+_RECIPE_KEY = re.compile(rf"`((?:{'|'.join(field.name for field in fields(Recipe))})(?:\.\w+)+)[` ]")
 _NAME_IN = re.compile(r"`([\w/]+\.py): (\w+)`")  # `parallel/process_group.py: end_rank`
 
 
@@ -53,11 +58,17 @@ def files(page: Path) -> Iterator[str]:
                 yield name
 
 
-def rows(title: str) -> list[list[str]]:
-    """The cells of the first table under a heading of the architecture page, without its head."""
-    section = ARCHITECTURE.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+def rows(page: Path, title: str) -> list[list[str]]:
+    """The cells of the table under a heading of a page, without its head."""
+    section = page.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def changes() -> list[list[str]]:
+    """The rows of all tables of the page of changes."""
+    titles = re.findall(r"^## (.*)$", CHANGES.read_text(encoding="utf-8"), re.MULTILINE)
+    return [row for title in titles for row in rows(CHANGES, title)]
 
 
 def found(name: str) -> Path | None:
@@ -100,7 +111,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("row", rows("Where a change belongs"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", changes(), ids=lambda row: row[0])
 def test_a_change_belongs_where_the_table_says(row):
     """The file in the second column has the names in the third."""
     _, file, there = row
@@ -110,9 +121,25 @@ def test_a_change_belongs_where_the_table_says(row):
     assert [name for name in _NAME.findall(there) if not re.search(rf"\b{name}\b", text)] == []
 
 
+def test_every_line_of_a_table_of_changes_is_read():
+    """A table below no heading, or a second one below a heading, would have rows that the test above does not see."""
+    lines = [line for line in CHANGES.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    heads = [line for line in lines if line == "| change | file | there |"]
+    assert len(changes()) == len(lines) - 2 * len(heads) > 0
+    assert all(len(row) == 3 for row in changes())
+
+
+def test_settings_that_exist_are_keys_of_the_recipe():
+    """In the table of changes, "exists" names keys of the recipe."""
+    keys = _RECIPE_KEY.findall(CHANGES.read_text(encoding="utf-8"))
+    assert "model.vision.norm" in keys and "run.checkpoint_every" in keys
+    for key in keys:
+        assert reduce(getattr, key.split("."), Recipe()) is not None, key
+
+
 def test_the_table_of_folders_is_the_order_of_layers():
     """`__init__`, the top row, is no folder."""
-    shown = {re.sub(r"/|\.py", "", name).strip("`"): int(layer) for layer, name, _ in rows("Folders")}
+    shown = {re.sub(r"/|\.py", "", name).strip("`"): int(layer) for layer, name, _ in rows(ARCHITECTURE, "Folders")}
     assert shown == {name: level for level, row in enumerate(ORDER[:-1], 1) for name in row}
     layers = list(shown.values())
     assert all(above >= below for above, below in pairwise(layers))

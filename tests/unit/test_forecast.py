@@ -82,13 +82,13 @@ def test_groups():
 def test_activations_by_hand():
     """A decoder of one dense layer, without pictures."""
     recipe = replace(TINY, model=replace(TINY.model, layers=1))
-    found = activations(recipe, Shape(10, 0, 3), bf16=True, cuda=True, recompute=False)
+    found = activations(recipe, Shape(10, 0, 3), bf16=True, cuda=True, recompute="none")
     attention = (8 + 4) * 2 + (3 * 8 + 3 * 4) * 2 + 4 * 2
     layer = attention + 4 * 8 * 2 + 4 * 10 * 2
-    assert found.kept == 10 * layer + 10 * (4 * 8 * 2 + 16 * 8) + 3 * 8 * 2
+    assert found.kept == 10 * layer + 10 * (2 * 8 * 2 + 16 * 8) + 3 * 8 * 2
     assert found.logits == 3 * 11 * 14 and found.recomputed == 0 and found.gradients == 5 * layer
     assert found.total == found.kept + max(5 * layer, 3 * 11 * 14)
-    again = activations(recipe, Shape(10, 0, 3), bf16=True, cuda=True, recompute=True)
+    again = activations(recipe, Shape(10, 0, 3), bf16=True, cuda=True, recompute="decoder")
     assert again.kept == found.kept - 10 * layer + 10 * 8 * 2 and again.recomputed == 10 * layer
 
 
@@ -163,7 +163,7 @@ def test_memory_by_hand():
     planned, cluster = plan(), ROUND
     found, states = run_memory(planned, cluster), planned.memory
     assert (found.weights, found.gradients, found.optimizer) == (states.weights, states.gradients, states.optimizer)
-    kept = activations(TINY, replace(Shape.full(TINY, 1, 2), labels=32), bf16=True, cuda=True, recompute=False)
+    kept = activations(TINY, replace(Shape.full(TINY, 1, 2), labels=32), bf16=True, cuda=True, recompute="none")
     assert found.activations + found.logits == kept.total
     assert found.buffers == 2 * (32 * 2 * 8 * 2) + 5e8 * 2
     assert found.fragmentation == pytest.approx(0.15 * (kept.total + found.buffers))

@@ -61,7 +61,7 @@ def test_plan_of_the_quickstart_on_two_ranks():
     assert found.tokens_per_step == found.packs_per_step * found.recipe.data.pack_length
     assert found.run_dir == Path("runs/quickstart")
     assert found.tensorboard_enabled and found.tensorboard_dir == Path("runs/quickstart/tensorboard")
-    assert not found.activation_checkpointing
+    assert found.recompute == "none"
     assert found.notes == ()
 
 
@@ -317,7 +317,7 @@ def test_file_names_default_to_what_they_are():
 
 
 def test_zero_recomputation_flag():
-    assert plan(config=moe(activation_checkpointing={})).activation_checkpointing
+    assert plan(config=moe(activation_checkpointing={})).recompute == "decoder"
 
 
 def test_large_recipe_has_the_size_it_says():

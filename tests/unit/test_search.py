@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
+from dsmoe_vl.config.recipe import RECOMPUTED
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.planner.cluster import cluster_of
 from dsmoe_vl.planner.forecast import forecast
@@ -33,18 +34,19 @@ def test_nothing_that_resolves_and_fits_is_faster(backend, gib):
     best, found = search(plan, cluster)[0]
     tried = 0
     grid = itertools.product(
-        range(4), (1, 2, 4, 8), (1, 2, 4, 8), (False, True), ("nothing", "optimizer", "optimizer and weights")
+        range(4), (1, 2, 4, 8), (1, 2, 4, 8), RECOMPUTED, ("nothing", "optimizer", "optimizer and weights")
     )
     for stage, ep_size, micro_batch, recompute, offload in grid:
-        settings = Point(stage, ep_size, micro_batch, 8 // micro_batch, recompute, offload).settings(DEEPSPEED)
+        point = Point(stage, ep_size, micro_batch, 8 // micro_batch, recompute, offload)
+        settings = point.settings(DEEPSPEED)
         try:
-            other = forecast(resolved(settings, recipe), cluster)
+            other = forecast(resolved(settings, point.recipe(recipe)), cluster)
         except ConfigError:
             continue
         tried += 1
         assert other.time.total >= found.time.total or not other.fits
     assert tried == len(list(points(plan))) and found.fits
-    again = forecast(resolved(best.settings(DEEPSPEED), recipe), cluster)
+    again = forecast(resolved(best.settings(DEEPSPEED), best.recipe(recipe)), cluster)
     assert (again.time, again.memory) == (found.time, found.memory)
     assert again.plan.packs_per_step == plan.packs_per_step
 
@@ -53,7 +55,7 @@ def test_every_point_resolves_without_a_note():
     recipe = named("base")
     plan = resolved(DEEPSPEED, recipe)
     for point in points(plan):
-        assert resolved(point.settings(DEEPSPEED), recipe).notes == ()
+        assert resolved(point.settings(DEEPSPEED), point.recipe(recipe)).notes == ()
 
 
 def test_the_text_gives_the_best_few_and_reasons():

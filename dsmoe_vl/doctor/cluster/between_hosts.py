@@ -95,7 +95,7 @@ def _clocks(facts: Sequence[HostFacts]) -> Iterator[Finding]:
         return
     for one in facts:
         if not one.heard:
-            yield unchecked(one.host, "clock", "it was not told in time")
+            yield unchecked(one.host, "clock", "it was not reported in time")
     facts = [one for one in facts if one.heard]
     if not facts:
         return

@@ -181,7 +181,7 @@ def matches(name: str, asked: str, variable: str) -> bool:
 
 
 def _own_address(facts: HostFacts, setting: Setting) -> Iterator[Finding]:
-    """Gloo tells others the address that the host's own name has, which on Debian may be of the loopback."""
+    """Gloo gives others the address that the host's own name has, which on Debian may be of the loopback."""
     if setting.hosts == 1 or "GLOO_SOCKET_IFNAME" in facts.environment or facts.interfaces is None:
         return
     names = [one.name for one in facts.interfaces if one.up and one.addresses and not is_loopback(one)]
