@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import TinyProject, deepspeed_command, finish, start
+from tests.support.runs import SHOWS_SAMPLES, TinyProject, deepspeed_command, finish, start
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
 def trained(tiny: TinyProject) -> Path:
     """The directory of a run of the tiny recipe, by the deepspeed launcher on two ranks. Not to be changed."""
     run = tiny.folder / "runs" / "trained"
-    result = finish(start(deepspeed_command(tiny.arguments(run))))
+    result = finish(start(deepspeed_command(tiny.arguments(run, SHOWS_SAMPLES))))
     (tiny.folder / "trained.out").write_text(result.out)
     assert result.status == 0, result.out + result.err
     return run

@@ -30,7 +30,8 @@ def speaking(tmp_path_factory):
 def test_a_run_starts_from_aligned_states(tiny, speaking, tmp_path):
     """Measured, trained and evaluated; the matrices are those that were measured, before and after."""
     recipe, output = with_its_tokenizer(tiny, speaking, tmp_path / "r.toml"), tmp_path / "aligned"
-    result = finish(start(python(ALIGN, "--recipe", recipe, "--output", output, "--pairs", "40", *RETRIEVAL)))
+    command = python(ALIGN, "--recipe", recipe, "--output", output, "--pairs", "40", *RETRIEVAL)
+    result = finish(start(command, cold=True))
     assert result.status == 0, result.out + result.err
     assert re.search(r"aligned by (\d+) pairs, with shrinkages [\d.]+ and [\d.]+ of media and text states", result.out)
     measured = WeightsFile(output).load()

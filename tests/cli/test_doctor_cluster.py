@@ -14,6 +14,7 @@ import pytest
 from data_tools.tokenizer.train import train as train_tokenizer
 from tests.distributed.ranks import REPOSITORY, cpu_environment, free_port, try_ranks
 from tests.support.runs import finish, python, start
+from tests.support.warm import popen
 
 DOCTOR = REPOSITORY / "launch" / "doctor.py"
 BIN = Path(python()[0]).parent
@@ -27,6 +28,15 @@ empty) echo "$3" | sed 's#cd /[^ ]* #cd /no/such/folder #' > "$0.script"; exec s
 esac
 echo "Welcome to $2"
 exec sh -c "$3"
+"""
+
+# The doctor, that waits six seconds for ranks instead of sixty.
+_IMPATIENT = """
+import runpy, sys
+from dsmoe_vl.doctor.cluster import rendezvous
+rendezvous.CONNECT_SECONDS = rendezvous.JOIN_SECONDS = 6.0
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -47,7 +57,7 @@ def assert_each_problem_is_said_once(result):
 
 
 def test_one_process(tiny):
-    result = finish(start(python(DOCTOR, *arguments(tiny)), MASTER_PORT=str(free_port())), 280)
+    result = finish(start(python(DOCTOR, *arguments(tiny)), cold=True, MASTER_PORT=str(free_port())), 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 0 and not found(result, "problem"), result.out + result.err
     ok = "\n".join(found(result, "ok"))
@@ -91,7 +101,7 @@ def two_hosts(tiny, *more, folders=(), **environment):
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = python(DOCTOR, *arguments(tiny, "--name", name, *more))
         processes.append(
-            subprocess.Popen(
+            popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                 cwd=folders[rank] if folders else REPOSITORY,
                 env=cpu_environment(**own, **environment.get(name, {}), PYTHONPATH=str(REPOSITORY)),
@@ -134,13 +144,13 @@ def test_two_hosts_that_cannot_talk(tiny):
 def test_ranks_that_do_not_come(tiny):
     """Of two worlds of two ranks, one lacks rank 1, the other rank 0: the doctor ends, and names them."""
     common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = python(DOCTOR, *arguments(tiny))
+    command = python("-c", _IMPATIENT, DOCTOR, *arguments(tiny))
     first, second = (start(command, **common, RANK=str(rank), MASTER_PORT=str(free_port())) for rank in (0, 1))
     result = finish(first, 280)
     assert_each_problem_is_said_once(result)
     assert result.status == 1 and "doctor of 1 of 2 ranks" in result.out, result.out + result.err
     [problem] = found(result, "problem")
-    assert "ranks 1 have not reached" in problem and "cannot talk" in problem
+    assert "ranks 1 have not reached" in problem and "within 6 s" in problem and "cannot talk" in problem
     assert "memory" in result.out  # the others are judged all the same
     result = finish(second, 280)
     assert result.status == 2 and "Traceback" not in result.err, result.err

@@ -16,7 +16,7 @@ from dsmoe_vl.model.init import initialise
 from dsmoe_vl.model.word_rows import fill_words
 from dsmoe_vl.tasks.registry import build_backbone
 from tests.support.keyed_vectors import write_vectors
-from tests.support.runs import TRAIN, deepspeed_command, finish, python, start
+from tests.support.runs import TRAIN, finish, python, start, two_ranks
 
 
 def test_every_topology_starts_from_the_same_vectors(tiny, tmp_path):
@@ -42,7 +42,7 @@ def test_every_topology_starts_from_the_same_vectors(tiny, tmp_path):
         config["optimizer"]["params"] |= {"lr": 1e-12, "weight_decay": 0.0}
         (tmp_path / "ds.json").write_text(json.dumps(config))
         arguments = [*tiny.arguments(tmp_path / name, *still), "--deepspeed", str(tmp_path / "ds.json")]
-        result = finish(start(python(TRAIN, *arguments) if ranks == 1 else deepspeed_command(arguments)), 250)
+        result = finish(start(python(TRAIN, *arguments))) if ranks == 1 else two_ranks(arguments)
         assert result.status == 0, result.out + result.err
         assert f"note: embedding starts from {tmp_path / 'v.bin'}: 6 of 320 pieces" in result.out
         found = newest_complete(tmp_path / name / "checkpoints")

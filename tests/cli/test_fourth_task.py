@@ -12,7 +12,7 @@ from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
 from tests.conftest import REPOSITORY
 from tests.support.reports import Page
-from tests.support.runs import finish, free_port, metrics, python, start, write_project
+from tests.support.runs import SHOWS_SAMPLES, finish, free_port, metrics, python, start, write_project
 
 TASKS = ("tasks.counting.weight=1.0", "tasks.retrieval.weight=1.0")
 
@@ -44,7 +44,7 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(project):
     run = project.folder / "runs" / "four"
-    steps = ("run.steps=4", "run.checkpoint_every=4", "run.evaluate_every=4")
+    steps = ("run.steps=4", "run.checkpoint_every=4", "run.evaluate_every=4", SHOWS_SAMPLES)
     with_fourth_task("launch/train.py", *project.arguments(run, *steps, *TASKS), ranks=2)
     with_fourth_task("launch/evaluate.py", "--run", run, "--max-tokens", 4)
     return run

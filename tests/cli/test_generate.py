@@ -176,7 +176,7 @@ def test_what_cannot_be_answered(tiny, three_tasks, tmp_path, media, here):
 
 
 def test_evaluation_counts_right_captions(trained, tiny):
-    result = finish(start(python(EVALUATE, "--run", trained, "--max-tokens", 8)))
+    result = finish(start(python(EVALUATE, "--run", trained, "--max-tokens", 8), cold=True))
     assert result.status == 0, result.err
     scores = json.loads((trained / "eval.json").read_text())
     assert {name: score["caption"]["samples"] for name, score in scores.items()} == {

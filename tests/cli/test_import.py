@@ -20,7 +20,7 @@ from dsmoe_vl.inference.generate import prompt_batch
 from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.tasks.caption import CaptionTask
 from tests.support.imports import DECODER, IMPORT, import_speaking, imported, with_its_tokenizer
-from tests.support.runs import REPOSITORY, TRAIN, deepspeed_command, finish, python, start
+from tests.support.runs import REPOSITORY, TRAIN, finish, python, start, two_ranks
 from tests.support.tokenizers import byte_level
 
 transformers = pytest.importorskip("transformers", reason="transformers: importing was not checked")
@@ -60,7 +60,7 @@ def without_shapes(tiny, output):
 
 
 @pytest.mark.parametrize(
-    ("stage", "launch"), [(3, deepspeed_command), (2, lambda arguments: python(TRAIN, *arguments))]
+    ("stage", "launch"), [(3, two_ranks), (2, lambda arguments: finish(start(python(TRAIN, *arguments))))]
 )
 def test_training_starts_from_the_imported_weights(tiny, both, tmp_path, stage, launch):
     """With a learning rate of nothing, they are in the first checkpoint, whatever the topology."""
@@ -70,7 +70,7 @@ def test_training_starts_from_the_imported_weights(tiny, both, tmp_path, stage, 
     config["optimizer"]["params"] |= {"lr": 1e-12, "weight_decay": 0.0}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     arguments = ["--deepspeed", tmp_path / "ds.json", "--recipe", recipe, "--run-dir", run, "run.steps=1"]
-    result = finish(start(launch([*map(str, arguments), "run.samples_every=0", "run.evaluate_every=0"])))
+    result = launch([*map(str, arguments), "run.samples_every=0", "run.evaluate_every=0"])
     assert result.status == 0, result.out + result.err
     difference = re.search(
         r"as its makers' program computes it: the largest difference of a logit is (\S+),", result.out
@@ -94,7 +94,7 @@ def test_a_run_and_its_export_speak_with_the_imported_tokenizer(tiny, speaking, 
     arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--run-dir", run, "run.steps=2"]
     result = finish(start(python(TRAIN, *arguments, "data.workers=1")))
     assert result.status == 0, result.out + result.err
-    result = finish(start(python(REPOSITORY / "launch" / "export.py", "--run", run, "--output", export)))
+    result = finish(start(python(REPOSITORY / "launch" / "export.py", "--run", run, "--output", export), cold=True))
     assert result.status == 0, result.err
     found = newest_complete(run / "checkpoints")
     assert found is not None
@@ -104,7 +104,7 @@ def test_a_run_and_its_export_speak_with_the_imported_tokenizer(tiny, speaking, 
     picture = tmp_path / "a.jpg"
     picture.write_bytes(scene(np.random.default_rng(0), True, 48, 2)[0])
     generate = python(REPOSITORY / "launch" / "generate.py", "caption", "--run", export, "--image", picture)
-    result = finish(start(generate))
+    result = finish(start(generate, cold=True))
     assert result.status == 0 and result.out.startswith(str(picture)), result.out + result.err
     trained = load_run(run)
     prompt = trained.task(CaptionTask).prompt(Sample("a", SourceConfig(), 0, picture.read_bytes(), "jpg", "", {}))
@@ -167,7 +167,7 @@ def test_imported_weights_that_are_cut_short_end_training_with_their_name(tiny, 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(without_shapes(tiny, cut))
     arguments = ["--deepspeed", tiny.deepspeed(), "--recipe", recipe, "--run-dir", tmp_path / "run"]
-    result = finish(start(deepspeed_command(list(map(str, arguments)))))
+    result = two_ranks(list(map(str, arguments)))
     assert result.status != 0 and result.err.count("error (rank ") == 1
     assert f"the weights of model.init_from = '{cut}' cannot be read" in result.err
 
@@ -254,7 +254,7 @@ def test_a_dense_model_with_experts_made_of_it(tiny, tmp_path):
     transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**dense)).save_pretrained(tmp_path / "text")
     output = tmp_path / "sparse"
     made = ["--text", tmp_path / "text", "--output", output, "--experts", "6", "--top-k", "3", "--first-dense", "1"]
-    result = finish(start(python(IMPORT, *made)))
+    result = finish(start(python(IMPORT, *made), cold=True))
     assert result.status == 0, result.err
     settings = json.loads((output / "model.json").read_text())
     assert settings["moe"].items() >= {"experts": 6, "top_k": 3, "ffn_width": 80, "first_dense_layers": 1}.items()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.support.machine import file_size, limited, small_disk
-from tests.support.runs import REPOSITORY, TRAIN, TinyProject, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import REPOSITORY, TRAIN, TinyProject, finish, metrics, python, start, two_ranks
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_part_of_a_checkpoint_on_a_full_disk_stops_no_later_start(tiny, disk):
     run = disk.folder / "run"
     arguments = tiny.arguments(run, "run.checkpoint_every=4", "run.steps=6", "run.evaluate_every=0")
     for _ in range(2):
-        result = finish(start(deepspeed_command(arguments)), 180)
+        result = two_ranks(arguments)
         lost = f"{run / 'checkpoints' / 'step_00000004'}/"
         assert f"warning: {lost}" in result.out and "there is no checkpoint of that step, and training" in result.out
         assert_refused(
@@ -172,7 +172,7 @@ def test_a_part_of_a_checkpoint_on_a_full_disk_stops_no_later_start(tiny, disk):
         )
     (run / "checkpoints" / "step_00000002").mkdir()  # as a killed process leaves it
     disk.remount("size=9m")
-    result = finish(start(deepspeed_command(arguments)), 180)
+    result = two_ranks(arguments)
     assert result.status == 0, result.out + result.err
     assert sorted(path.name for path in run.glob("checkpoints/step_*")) == ["step_00000004", "step_00000006"]
 

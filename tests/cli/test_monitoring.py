@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dsmoe_vl.config.parts import PARTS
 from dsmoe_vl.monitor.router_series import RouterSeries
-from tests.support.runs import STEPS, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import SHOWS_SAMPLES, STEPS, finish, metrics, python, start, two_ranks
 
 TOP_K = 2
 
@@ -36,9 +36,15 @@ def recomputed(tiny):
     path.write_text(json.dumps(config))
     run = tiny.folder / "runs" / "recomputed"
     arguments = ["--deepspeed", str(path), "--recipe", str(tiny.recipe), "--run-dir", str(run)]
-    settings = ["run.router_every=4", "run.profile_steps=[3,4]", "run.evaluate_every=2", "run.checkpoint_every=100"]
+    settings = [
+        SHOWS_SAMPLES,
+        "run.router_every=4",
+        "run.profile_steps=[3,4]",
+        "run.evaluate_every=2",
+        "run.checkpoint_every=100",
+    ]
     for steps in (6, 8):
-        result = finish(start(deepspeed_command([*arguments, *settings, f"run.steps={steps}"])))
+        result = two_ranks([*arguments, *settings, f"run.steps={steps}"])
         assert result.status == 0, result.out + result.err
     return run
 

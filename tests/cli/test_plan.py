@@ -15,7 +15,8 @@ from tests.support.shipped import named
 
 
 def plan(*words):
-    return finish(start(python(REPOSITORY / "launch/plan.py", *words)))
+    """Cold: it imports no library that takes long."""
+    return finish(start(python(REPOSITORY / "launch/plan.py", *words), cold=True))
 
 
 def test_a_forecast_and_its_status():

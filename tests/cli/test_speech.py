@@ -12,7 +12,7 @@ from data_tools.synthetic.scenes import scene
 from data_tools.writer import ShardWriter
 from dsmoe_vl import load
 from tests.support.recordings import toned
-from tests.support.runs import REPOSITORY, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import REPOSITORY, SHOWS_SAMPLES, finish, metrics, python, start, two_ranks
 
 COLOURS, SHAPES = ("red", "blue", "green", "black"), ("circle", "square", "star", "ring")
 STEPS = 60
@@ -42,8 +42,9 @@ def hearing(tiny, tmp_path_factory):
         "model.speech.bands=40", "model.speech.merge=2", "data.speech_max_seconds=2", "data.pack_speech_seconds=20",
         "tasks.caption.weight=0", "tasks.transcript.weight=1", "tasks.retrieval.weight=0.2",
         "tasks.retrieval.spoken=0.5", "tasks.retrieval.embedding_width=16", "tokenizer.vocab_size=330",
+        SHOWS_SAMPLES,
     )  # fmt: skip
-    result = finish(start(deepspeed_command(arguments)), 240)
+    result = two_ranks(arguments, 240)
     assert result.status == 0, result.err[-3000:]
     return folder
 

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm import popen
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -72,7 +74,7 @@ def try_ranks(
         logs.append((out, err))
         command = [sys.executable, "-m", "tests.distributed.with_stacks", str(script), *arguments]
         folder = folders[rank] if folders else REPOSITORY
-        processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder))
+        processes.append(popen(command, stdout=out, stderr=err, env=environment, cwd=folder))
     finished = []
     for process, files in zip(processes, logs, strict=True):
         try:
@@ -149,7 +151,7 @@ class WarmRanks:
             out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
             command = [sys.executable, str(script), *arguments]
             self._processes.append(
-                subprocess.Popen(
+                popen(
                     command, stdin=subprocess.PIPE, stdout=out, stderr=log, env=environment, cwd=REPOSITORY, text=True
                 )
             )

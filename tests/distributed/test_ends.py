@@ -14,6 +14,7 @@ import pytest
 from dsmoe_vl.checkpoint.store import newest_complete
 from tests.distributed.ranks import cpu_environment, free_port
 from tests.support.runs import REPOSITORY, TRAIN, deepspeed_command, finish, metrics, python, start
+from tests.support.warm import popen
 
 LONG = ("run.steps=100000", "run.evaluate_every=0", "run.checkpoint_every=100000")
 SECONDS = 150.0
@@ -109,7 +110,7 @@ def test_a_signal_while_a_run_starts(tiny, tmp_path, launcher, number):
     """The run takes a step, saves it and ends, as at any later time."""
     run = tmp_path / "run"
     command = launched(launcher, tiny.arguments(run, "run.steps=100000"))
-    process = start(command)
+    process = start(command, cold=True)
     wait_for(lambda: (run / "lock").exists(), process)
     ranks = [child for child in family(process) if "train.py" in " ".join(child.cmdline()) and child.ppid() != 1]
     os.kill(ranks[-1].pid, number)  # one rank alone
@@ -149,9 +150,10 @@ def test_a_program_whose_output_cannot_be_written_ends_quietly(tiny, trained, tm
     if output == "full disk":
         os.close(writer)
         writer = os.open("/dev/full", os.O_WRONLY)
-    done = subprocess.run(
+    process = popen(
         python(*make(tiny, trained, tmp_path / "new")),
-        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=cpu_environment(), timeout=SECONDS,
+        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=cpu_environment(), start_new_session=True,
     )  # fmt: skip
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = finish(process, SECONDS)
+    assert (done.status, done.err) == (0, "")

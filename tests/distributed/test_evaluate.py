@@ -16,7 +16,7 @@ from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.data.shards.index import iterate_samples
 from tests.distributed.ranks import REPOSITORY, free_port, try_ranks
 from tests.support.reports import Page
-from tests.support.runs import TRAIN, finish, python, start
+from tests.support.runs import SHOWS_SAMPLES, TRAIN, finish, python, start
 from tests.support.tars import write_index, write_tar
 
 EVALUATE = REPOSITORY / "launch" / "evaluate.py"
@@ -29,7 +29,7 @@ def run(tiny):
     """A run that has learned all tasks, if little."""
     run = tiny.folder / "runs" / "all_tasks"
     steps = ["run.steps=2", "run.checkpoint_every=2", "run.evaluate_every=2", "data.pack_length=512"]
-    result = finish(start(python(TRAIN, *tiny.arguments(run, *steps, *TASKS))))
+    result = finish(start(python(TRAIN, *tiny.arguments(run, *steps, SHOWS_SAMPLES, *TASKS))))
     assert result.status == 0, result.out + result.err
     return run
 

@@ -4,6 +4,7 @@ if nothing had been. Shards and folders that disappear."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from dsmoe_vl.checkpoint.store import newest_complete
-from tests.support.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import REPOSITORY, TRAIN, curve, deepspeed_command, finish, metrics, python, start
 
 # Ends the process at a call of os.fsync, which follows every file of a checkpoint.
 _SITE = """
@@ -35,7 +36,7 @@ def counted(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     (folder / "sitecustomize.py").write_text(_SITE)
     run = folder / "whole"
-    environment = {"PYTHONPATH": str(folder), "KILL_AT": "0", "CALLS": str(folder / "calls")}
+    environment = {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}", "KILL_AT": "0", "CALLS": str(folder / "calls")}
     result = finish(start(python(TRAIN, *tiny.arguments(run, *PLAIN)), **environment))
     assert result.status == 0, result.err
     return run, int((folder / "calls").read_text()), folder
@@ -46,7 +47,8 @@ def test_a_kill_while_a_checkpoint_is_written(tiny, tmp_path, counted, part):
     """Of three checkpoints, in the second or third."""
     whole, calls, folder = counted
     run = tmp_path / "run"
-    environment = {"PYTHONPATH": str(folder), "KILL_AT": str(int(part * calls)), "CALLS": str(tmp_path / "calls")}
+    environment = {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}", "CALLS": str(tmp_path / "calls")}
+    environment["KILL_AT"] = str(int(part * calls))
     command = python(TRAIN, *tiny.arguments(run, *PLAIN))
     assert finish(start(command, **environment)).status == -signal.SIGKILL
     found = newest_complete(run / "checkpoints")

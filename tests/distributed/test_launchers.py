@@ -39,7 +39,7 @@ def test_two_ranks_train_as_under_deepspeed(launcher, tiny, trained):
     run = tiny.folder / "runs" / launcher.__name__
     port = free_port()
     environment = {"MASTER_PORT": str(port)} if launcher is mpirun else {}
-    result = finish(start(launcher(port, *tiny.arguments(run)), **environment))
+    result = finish(start(launcher(port, *tiny.arguments(run)), cold=True, **environment))
     assert result.status == 0, result.out + result.err
     assert curve(run) == curve(trained)
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # the memory that DeepSpeed leaves behind
@@ -48,7 +48,7 @@ def test_two_ranks_train_as_under_deepspeed(launcher, tiny, trained):
 def test_one_process_trains_without_a_launcher(tiny):
     """Expert parallelism falls back to one rank, with a note."""
     run = tiny.folder / "runs" / "alone"
-    result = finish(start(python(TRAIN, *tiny.arguments(run, "run.steps=6"))))
+    result = finish(start(python(TRAIN, *tiny.arguments(run, "run.steps=6")), cold=True))
     assert result.status == 0, result.out + result.err
     assert "note: expert_parallel.autoep_size = 2" in result.out and "using 1" in result.out
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5, 6, 6]

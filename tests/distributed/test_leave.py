@@ -37,6 +37,6 @@ leave(0)
 def test_a_thread_of_gloo_cannot_abort_it():
     """With sys.exit rank 1 ends by SIGABRT, with Python 3.11 and torch 2.13."""
     port = str(free_port())
-    ranks = [start([sys.executable, "-c", _RANK, str(rank), port]) for rank in (0, 1)]
+    ranks = [start([sys.executable, "-c", _RANK, str(rank), port], cold=True) for rank in (0, 1)]
     results = [finish(process) for process in ranks]
     assert [result.status for result in results] == [0, 0], results

@@ -13,6 +13,7 @@ import pytest
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.parallel.rendezvous import own_address
 from tests.distributed.ranks import REPOSITORY, cpu_environment, free_port, try_ranks
+from tests.support.warm import popen
 
 SCRIPT = Path(__file__).with_name("meeting.py")
 
@@ -40,7 +41,7 @@ def test_different_numbers_of_ranks_are_refused():
             RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=str(REPOSITORY)
         )
         command = [sys.executable, str(SCRIPT), "meeting", "-1", "2"]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        started.append(popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     for process in started:
         out = process.communicate(timeout=120)[0]
         assert out.startswith(f"ConfigError: rank 0 was started for 2 ranks, but {socket.gethostname()} (rank 1, "), out

@@ -64,9 +64,9 @@ def by_torchrun_itself(*arguments):
 
 def two_processes(*arguments):
     """Without a launcher, as a cluster that starts one container a rank."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = python(TRAIN, *arguments, "--max-restarts", "1")
-    return [start(command, **common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE="2") for rank in (0, 1)]
+    return [start(command, cold=True, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_crash_loop_ends_with_its_reason(tiny, tmp_path):
 
 def test_a_request_to_stop_is_none_to_start_again(tiny, tmp_path):
     run = tmp_path / "run"
-    process = start(python(TRAIN, *tiny.arguments(run, "run.steps=100000"), "--max-restarts", "3"))
+    process = start(python(TRAIN, *tiny.arguments(run, "run.steps=100000"), "--max-restarts", "3"), cold=True)
     wait_for(lambda: steps_of(run) >= 2, process)
     os.kill(process.pid, signal.SIGTERM)  # the supervisor alone
     result = finish(process, 60)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.support.runs import STEPS, TRAIN, curve, deepspeed_command, finish, metrics, start
+from tests.support.runs import SHOWS_SAMPLES, STEPS, TRAIN, curve, deepspeed_command, finish, metrics, start
 
 
 def interrupt(command, run, number, after_step, send=os.killpg):
@@ -105,6 +105,6 @@ def test_resume_with_other_zero_stages(tiny, stage):
 def test_a_finished_run_has_nothing_to_train_on_any_topology(tiny, trained, stage):
     """So the plain command works after the quickstart, which trains on two ranks."""
     before = {path: path.read_bytes() for path in trained.rglob("*.json")}
-    output = run_ranks(TRAIN, tiny.arguments(trained, stage=stage), world_size=1)
+    output = run_ranks(TRAIN, tiny.arguments(trained, SHOWS_SAMPLES, stage=stage), world_size=1)
     assert f"trained to step {STEPS} of {STEPS} already: raise run.steps" in output
     assert {path: path.read_bytes() for path in trained.rglob("*.json")} == before

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_vl.checkpoint.store import newest_complete
-from tests.distributed.ranks import REPOSITORY
-from tests.support.runs import TRAIN, curve, deepspeed_command, finish, start
+from tests.support.runs import curve, two_ranks
 
 SCRIPT = Path(__file__).with_name("train_with_fault.py")
 PLAIN = ("run.samples_every=0", "run.evaluate_every=0", "run.steps=12", "run.checkpoint_every=4")
@@ -16,11 +15,8 @@ PLAIN = ("run.samples_every=0", "run.evaluate_every=0", "run.steps=12", "run.che
 
 def train(tiny, run, fault=""):
     """What a run of two ranks came to, with a fault of rank 1."""
-    command = deepspeed_command(tiny.arguments(run, *PLAIN, stage=3))
-    if not fault:
-        return finish(start(command))
-    faulty = [str(SCRIPT) if part == str(TRAIN) else part for part in command]
-    return finish(start(faulty, FAULT=fault, PYTHONPATH=str(REPOSITORY)))
+    arguments = tiny.arguments(run, *PLAIN, stage=3)
+    return two_ranks(arguments, script=SCRIPT, FAULT=fault) if fault else two_ranks(arguments)
 
 
 @pytest.fixture(scope="module")

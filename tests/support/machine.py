@@ -13,22 +13,21 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import REPOSITORY, Finished, cpu_environment
+from tests.support.warm import popen
 
 NOBODY = 65534
 
 
-def limited(command: list[object], before: Callable[[], object] = lambda: None, seconds: float = 120) -> Finished:
+def limited(command: list[object], before: Callable[[], object] | None = None, seconds: float = 120) -> Finished:
     """A command that has ended; `before` is called in its process first. Fails after `seconds`."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=cpu_environment(),
-        timeout=seconds,
-        preexec_fn=before,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
+    process = popen(command, env=cpu_environment(), **options, **({"preexec_fn": before} if before else {}))
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except BaseException:
+        process.kill()
+        raise
+    return Finished(process.returncode, out, err)
 
 
 def file_size(limit: int) -> Callable[[], None]:

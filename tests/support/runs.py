@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.synthetic.generate import generate
 from data_tools.tokenizer.train import train as train_tokenizer
-from tests.distributed.ranks import REPOSITORY, Finished, cpu_environment, free_port
+from tests.distributed.ranks import REPOSITORY, Finished, cpu_environment, free_port, try_ranks
+from tests.support.warm import popen
 
 TRAIN = REPOSITORY / "launch" / "train.py"
 STEPS = 24
@@ -80,7 +82,9 @@ evaluate_every = 12
 evaluate_packs = 8
 checkpoint_every = 8
 keep_checkpoints = 3
+samples_every = 0
 """
+SHOWS_SAMPLES = "run.samples_every=500"  # at the end of any run: as long as the training, so only where it is asked for
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,12 @@ def write_project(folder: Path) -> TinyProject:
     return project
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    """A command in a session of its own, whose group can be signalled like a terminal's."""
-    return subprocess.Popen(
-        [str(part) for part in command],
+def start(command: Sequence[object], cold: bool = False, **environment: str) -> subprocess.Popen[str]:
+    """A command in a session of its own, whose group can be signalled like a terminal's. `cold`: of tests.support.warm,
+    for what the start of Python is a part of."""
+    return popen(
+        command,
+        cold,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -158,6 +164,13 @@ def finish(process: subprocess.Popen[str], timeout_seconds: float = 120) -> Fini
             f"{process.args} did not end in {timeout_seconds} s\n{out[-3000:]}\n{err[-6000:]}"
         ) from None
     return Finished(process.returncode, out, err)
+
+
+def two_ranks(arguments: list[str], timeout_seconds: int = 150, script: Path = TRAIN, **environment: str) -> Finished:
+    """Two ranks without a launcher: the first status that is not 0, and what they wrote, one after the other."""
+    ranks = try_ranks(script, arguments, 2, timeout_seconds, **environment)
+    status = next((rank.status for rank in ranks if rank.status), 0)
+    return Finished(status, "".join(rank.out for rank in ranks), "".join(rank.err for rank in ranks))
 
 
 def deepspeed_command(arguments: list[str]) -> list[str]:
