@@ -13,7 +13,7 @@ import pytest
 from dsmoe_vl.checkpoint.store import newest_complete
 from tests.distributed.ranks import free_port
 from tests.distributed.test_launchers import BIN, mpirun
-from tests.support.runs import TRAIN, curve, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import REPOSITORY, TRAIN, curve, deepspeed_command, finish, metrics, python, start
 
 KEPT = ("run.samples_every=0",)
 
@@ -122,7 +122,7 @@ def test_a_crash_loop_ends_with_its_reason(tiny, tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = deepspeed_command([*tiny.arguments(tmp_path / "run"), "--max-restarts", "1"])
-    result = finish(start(command, PYTHONPATH=str(tmp_path)), 150)
+    result = finish(start(command, PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}"), 150)
     assert result.status != 0
     assert result.out.count("restart 1 of 1 since step 0: rank 1 on ") == 1
     assert "was ended by SIGKILL, after 1 restarts without a new checkpoint (--max-restarts 1)" in result.out
