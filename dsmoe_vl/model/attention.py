@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_vl.model.cache import LayerCache
-from dsmoe_vl.model.layers import NormOverHeads, RMSNorm, rotate
+from dsmoe_vl.model.layers import NormOverHeads, RMSNorm
+from dsmoe_vl.model.rotation import rotate
 
 
 @dataclass(frozen=True)

@@ -136,12 +136,6 @@ def rotary_2d(positions: Tensor, head_width: int, base: float = 100.0) -> Tensor
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of features. x [T, H, d], rotation complex64 [T, 1, d / 2] -> [T, H, d]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
-
-
 def frequencies(count: int, base: float, device: torch.device) -> Tensor:
     """Radians a position of each pair of features, from one on: float32 [count]."""
     return base ** (-torch.arange(count, dtype=torch.float32, device=device) / count)

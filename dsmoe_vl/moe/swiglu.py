@@ -9,29 +9,16 @@ Shapes: R rows, F width. gate, up, grad [R, F] of one type; scale float32 [R].
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from functools import cache
-
 import torch
 from torch import Tensor
 
-
-@cache
-def has_kernels() -> bool:
-    """Whether Triton is installed, as with PyTorch for CUDA on Linux; if not, says so once. Asked on a GPU only."""
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn(
-            "Triton is not installed: SwiGLU of experts runs as plain operators, with more traffic", stacklevel=2
-        )
-    return found
+from dsmoe_vl.parallel.device import has_triton
 
 
 @torch.library.custom_op("dsmoe_vl::swiglu", mutates_args=())
 def swiglu(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """-> [R, F] of the type of gate."""
-    if gate.is_cuda and has_kernels():
+    if gate.is_cuda and has_triton():
         from dsmoe_vl.moe.swiglu_kernels import forward
 
         return forward(gate.contiguous(), up.contiguous(), scale)
@@ -42,7 +29,7 @@ def swiglu(gate: Tensor, up: Tensor, scale: Tensor) -> Tensor:
 def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradient of the output: the output itself, which costs no read more, and the gradients of gate and up
     [R, F] and of scale, float32 [R]."""
-    if gate.is_cuda and has_kernels():
+    if gate.is_cuda and has_triton():
         from dsmoe_vl.moe.swiglu_kernels import backward
 
         return backward(grad.contiguous(), gate.contiguous(), up.contiguous(), scale)

@@ -6,9 +6,12 @@ everything else of a plan.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +59,18 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed, as with PyTorch for CUDA on Linux; if not, says so once. Asked on a GPU only."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn(
+            "Triton is not installed: rotations and the SwiGLU of experts run as plain operators, with more traffic",
+            stacklevel=2,
+        )
+    return found
 
 
 def has_bf16_unit(device: str) -> bool:

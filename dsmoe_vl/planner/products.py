@@ -13,9 +13,8 @@ from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers
 
-_ROTATION = (
-    10  # times an element of queries and keys is read or written, in fp32 and back, in `model/layers.py: rotate`
-)
+# Times that `model/rotation.py` reads or writes an element of queries and keys: by its kernel; as complex numbers.
+_ROTATION, _ROTATION_ON_CPU = 2, 10
 _ROUTER_PASSES = 24  # fp32 numbers moved for each of E scores: softmax, choice, statistics, balancing
 # Of a pack's patches, those that are used, and their standard deviation over it: the packer of `data/pack.py` on images
 # and videos of many sizes, four to one, for the recipes base and large (docs/scaling.md). Tokens are 99 % used.
@@ -133,14 +132,15 @@ def traffic(
     width, inner = model.width, (model.heads + 2 * model.kv_heads) * model.width_of_head
     # The result; on a CPU also keys and values for each query head.
     repeated = (1 if cuda else 3) * model.heads * model.width_of_head
-    attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * _ROTATION + 2 * repeated
+    turns = _ROTATION if cuda else _ROTATION_ON_CPU
+    attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * turns + 2 * repeated
     token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * 5 * model.ffn_width
     copies = 3 if shape.ep_size > 1 else 1
     sparse = moe.top_k * ((2 * copies + 1) * width + 5 * moe.ffn_width) + width + 5 * moe.shared_ffn_width
     sparse += (5 * moe.ffn_width + 4 * width) * moe.residual
     layers = experts_of_layers(recipe)
     patch_inner = 3 * vision.width
-    patch = patch_inner * 2 + 2 * vision.width * _ROTATION + 2 * patch_inner + 10 * vision.width
+    patch = patch_inner * 2 + 2 * vision.width * turns + 2 * patch_inner + 10 * vision.width
     patch += (5 if vision.ffn == "swiglu" else 2) * vision.ffn_width
     of_experts = len(layers) * _OF_SPARSE
     if not cuda:  # a product for each expert

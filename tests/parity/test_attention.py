@@ -7,8 +7,9 @@ import torch
 
 from dsmoe_vl.config.model import ModelConfig
 from dsmoe_vl.model.attention import SegmentLayout, segment_attention
-from dsmoe_vl.model.layers import RMSNorm, rotate
+from dsmoe_vl.model.layers import RMSNorm
 from dsmoe_vl.model.rotary import Rotary
+from dsmoe_vl.model.rotation import rotate
 
 
 def _reference(q, k, v, lengths, causal):

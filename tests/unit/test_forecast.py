@@ -140,7 +140,8 @@ def test_faster_hardware_is_never_slower(name, stage):
 
 
 def test_ranks_wait_for_the_fullest_pack():
-    alone, cluster = {"enabled": True, "autoep_size": 1}, cluster_of("h200")
+    alone = {"enabled": True, "autoep_size": 1}
+    cluster = replace(cluster_of("h200"), operator_seconds=0.0)  # else the host is slower than the fullest pack
     waits = [step_time(plan(named("base"), ranks, expert_parallel=alone), cluster).pack_imbalance
              for ranks in (1, 8, 64, 4096)]  # fmt: skip
     assert waits[0] == 0 < waits[1] <= waits[2] <= waits[3]
