@@ -22,6 +22,7 @@ from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import require_regular
 
 CHECKED_FRAMES = 16  # of a video are decoded to check it
+_ODD_RATE = 5  # times the measured frames per second: a stated rate that is not believed
 QUALITY = 92  # of a JPEG that is scaled down, by default
 # Notes on samples that are used.
 DAMAGED_METADATA = "damaged metadata ignored"
@@ -166,7 +167,7 @@ Facts = tuple[bytes, str, dict[str, Any], tuple[str, ...]]
 
 def image_facts(data: bytes, reencoding: Reencoding) -> Facts:
     """With width and height of the upright picture. Raises DataError if the image cannot be decoded."""
-    data, media_type, note = stored(data)
+    data, media_type, note, damaged_metadata = stored(data)
     # At an eighth of its sides a JPEG is still read to its end, in half the time.
     read = read_image(data, enough_pixels=1)
     width, height = read.width, read.height
@@ -179,7 +180,7 @@ def image_facts(data: bytes, reencoding: Reencoding) -> Facts:
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=reencoding.quality or QUALITY)
         data, media_type, (width, height) = file.getvalue(), "jpg", picture.size
-    notes = {note: bool(note), DAMAGED_METADATA: read.damaged_metadata}
+    notes = {note: bool(note), DAMAGED_METADATA: damaged_metadata or read.damaged_metadata}
     notes[TOO_LARGE] = width * height > DataConfig().max_megapixels * 1e6
     return data, media_type, {"width": width, "height": height}, _true(notes)
 
@@ -189,15 +190,17 @@ def video_facts(data: bytes, _: Reencoding) -> Facts:
 
     The times come from the packets, because several containers have no frame count and duration in their headers.
     """
-    data, media_type, note = stored(data)
+    data, media_type, note, *_ = stored(data)
     with open_video(data, MAX_PIXELS) as video:
         frames = list(video.frames(CHECKED_FRAMES, "uniform", 1.0))
         times = video.times()
-        rate = float(video.stream.average_rate or 0)
+        stated = float(video.stream.average_rate or 0)
         notes = {note: bool(note), CUT: video.is_cut, DAMAGED_FRAMES: video.damaged > 0}
     height, width = frames[0][1].shape[:2]
     span = times[-1] - times[0]
-    rate = rate or ((len(times) - 1) / span if span else 0.0)
+    measured = (len(times) - 1) / span if span else 0.0
+    # An AVI with times in milliseconds states a rate of 1000.
+    rate = stated if stated and (not measured or stated < _ODD_RATE * measured) else measured
     facts = {
         "width": width,
         "height": height,
