@@ -14,6 +14,7 @@ from data_tools.recordings import recording_facts
 from data_tools.schema import curves_problem
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.contents import text_of
 from dsmoe_vl.data.decode import MAX_PIXELS, decode_image, read_image
 from dsmoe_vl.data.foreign_media import stored
 from dsmoe_vl.data.media_kind import HEAD, media_kind
@@ -82,8 +83,9 @@ def _checked(record: Record, source: str, reencoding: Reencoding) -> Checked:
         raise _Unusable.of(record.problem)
     captions = [_clean(caption) for caption in record.captions if isinstance(caption, str)]
     captions = [caption for caption in captions if caption]
-    if isinstance(transcript := record.meta.get("transcript"), str):
-        record = replace(record, meta={**record.meta, "transcript": _clean(transcript) or None})
+    for name, clean in (("transcript", _clean), ("summary", text_of)):
+        if isinstance(text := record.meta.get(name), str):
+            record = replace(record, meta={**record.meta, name: clean(text) or None})
     if not tasks_of(record, captions):
         raise _without_text(record, captions)
     if problem := curves_problem(record.meta):
@@ -158,7 +160,8 @@ def _read(file: Path | Stored | Rendered, kind: str) -> bytes:
 
 
 def _clean(text: str) -> str:
-    return " ".join(text.split())
+    """A text in one line, "" if training would take it for none."""
+    return " ".join(text_of(text).split())
 
 
 # The bytes to store, their extension by content, what is known of them for KEY.json, and notes.

@@ -46,7 +46,7 @@ def test_sound_ones_are_used(tags, options):
     ids=["a preview with pictures inside it", "DNG", "CR2"],
 )
 def test_raw_photos_are_refused(raw):
-    with pytest.raises(DataError, match="^image cannot be decoded: a raw photo is not supported; save it as a JPEG$"):
+    with pytest.raises(DataError, match=r"^image cannot be decoded: a raw photo is not supported; save it as a JPEG$"):
         stored(raw)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from fractions import Fraction
 
 import av
@@ -55,20 +56,15 @@ def film(form: str, codec: str, times: list[float] | None = None) -> bytes:
 def sound(kind: str, tag: bytes) -> bytes:
     """A recording with a title in its own kind of metadata."""
     data = recording(kind)
-    if kind == "mp3":  # ID3v2.3 whose title says that it is UTF-16 or Latin-1
-        frames = b"".join(
-            b"TIT2" + (len(tag) + 1).to_bytes(4, "big") + b"\0\0" + bytes([mark]) + tag for mark in (0, 1, 3)
-        )
+    if kind == "mp3":  # ID3v2.3, the same title as Latin-1, UTF-16 and UTF-8
+        size = (len(tag) + 1).to_bytes(4, "big")
+        frames = b"".join(b"TIT2" + size + b"\0\0" + bytes([encoding]) + tag for encoding in (0, 1, 3))
         return b"ID3\3\0\0" + bytes([0, 0, len(frames) >> 7, len(frames) & 127]) + frames + data
     if kind == "wav":
-        odd = tag + bytes(len(tag) % 2)
-        chunk = b"INFOINAM" + len(odd).to_bytes(4, "little") + odd
-        return data + b"LIST" + len(chunk).to_bytes(4, "little") + chunk
-    comment = b"TITLE=" + tag
-    body = (
-        (4).to_bytes(4, "little") + b"self" + (1).to_bytes(4, "little") + len(comment).to_bytes(4, "little") + comment
-    )
-    first = 42  # where the first block of a FLAC ends
+        chunk = b"INFOINAM" + struct.pack("<I", len(tag)) + tag
+        return data + b"LIST" + struct.pack("<I", len(chunk)) + chunk
+    first, comment = 42, b"TITLE=" + tag  # where the first block of a FLAC ends
+    body = struct.pack("<I4sII", 4, b"self", 1, len(comment)) + comment
     return data[:first] + bytes([4]) + len(body).to_bytes(3, "big") + body + data[first:]
 
 
