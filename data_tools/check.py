@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from data_tools.recordings import recording_facts
 from data_tools.schema import curves_problem
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.budget import check_bytes
 from dsmoe_vl.data.contents import text_of
 from dsmoe_vl.data.decode import MAX_PIXELS, decode_image, read_image
 from dsmoe_vl.data.foreign_media import stored
 from dsmoe_vl.data.media_kind import HEAD, media_kind
+from dsmoe_vl.data.sample import TEXT_EXTENSIONS
 from dsmoe_vl.data.video_file import LEAST_SHARE, open_video
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import require_regular
@@ -28,6 +31,10 @@ QUALITY = 92  # of a JPEG that is scaled down, by default
 # Notes on samples that are used.
 DAMAGED_METADATA = "damaged metadata ignored"
 TOO_LARGE = "larger than data.max_megapixels, by default not trained on: use --max-side"
+TOO_MANY_BYTES = (
+    "larger than data.max_media_mib, by default not trained on: make the file smaller, or raise the limit in the recipe",
+    "texts larger than data.max_text_mib, by default not trained on: shorten them, or raise the limit in the recipe",
+)
 DAMAGED_FRAMES = "damaged frames, replaced by the next ones that can be decoded"
 CUT = f"cut short, but at least {LEAST_SHARE:.0%} is there".replace("%", " %")
 
@@ -211,6 +218,17 @@ def video_facts(data: bytes, _: Reencoding) -> Facts:
         "duration_seconds": round(span + 1 / rate, 3) if rate else None,
     }
     return data, media_type, facts, _true(notes)
+
+
+def size_notes(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Notes on a sample whose files training refuses by default, from their bytes by extension."""
+    refused = []
+    for extension, size in sizes.items():
+        try:
+            check_bytes("", extension, size, DataConfig())
+        except DataError:
+            refused.append(TOO_MANY_BYTES[extension in TEXT_EXTENSIONS])
+    return tuple(dict.fromkeys(refused))
 
 
 def _true(notes: dict[str, bool]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.recording import SAMPLE_RATE, decode_recording
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars
+from dsmoe_vl.data.shards.habits import NAME_RULE, tars_missing
 from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
 from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def _scan(folder: Path, report: Report) -> ShardIndex:
             report.problems["no samples"].append(f"{path.name}: {scan.ignored} belongs to none; {NAME_RULE}")
         shards.append(Shard(path.name, scan.samples, path.stat().st_size, _file_sha256(path)))
     if not shards:
-        raise DataError(f"{folder}: no such folder, or no *.tar in it{compressed_tars(folder)}")
+        raise DataError(tars_missing(folder))
     report.shards, report.total_bytes = len(shards), sum(shard.bytes for shard in shards)
     return ShardIndex(folder, "", tuple(shards))
 

@@ -75,6 +75,7 @@ class Record:
     picture. `meta` goes to KEY.json: url, licence, segments, saliency, summary, transcript, content, ... `tasks` in it
     replaces the tasks that follow from the annotations. `recording`: of speech, beside `media` or instead of them;
     without media the `kind` means nothing.
+    `notes`: what the annotations lack and a user should know, if the record is used, each as `kind: detail`.
     `problem`: why the annotations make the record unusable, as `reason: detail` ("reversed timestamps: 12.5 to 3.0 s");
     it is rejected with this reason.
     """
@@ -86,6 +87,7 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
     recording: Path | Stored | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def has(self) -> tuple[str, ...]:

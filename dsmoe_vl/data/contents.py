@@ -128,11 +128,16 @@ def _missing(
     count: it may have been read without its media."""
     names = [name for name in sample.names if split_name(name)[1] in extensions]
     if len(names) > 1:
-        return "", (f"several {what.replace(' or ', 's or ')}s: {named(names)}; only {names[0]} is used",)
+        return "", (several(what, names),)
     if found is not None or names:
         return "", ()
     looked_for = f": none of {', '.join(f'KEY.{extension}' for extension in extensions)}{_files(sample)}"
     return f"no {what}{looked_for if sample.names else ''}", ()
+
+
+def several(what: str, names: list[str]) -> str:
+    """The flaw of a sample with several files of one kind, such as "image or video"."""
+    return f"several {what.replace(' or ', 's or ')}s: {named(names)}; only {names[0]} is used"
 
 
 def _no_place(sample: Sample) -> str:
