@@ -32,7 +32,7 @@ QUALITY = 92  # of a JPEG that is scaled down, by default
 DAMAGED_METADATA = "damaged metadata ignored"
 TOO_LARGE = "larger than data.max_megapixels, by default not trained on: use --max-side"
 TOO_MANY_BYTES = (
-    "larger than data.max_media_mib, by default not trained on: make the file smaller, or raise the limit in the recipe",
+    "file larger than data.max_media_mib, by default not trained on: make it smaller, or raise the limit in the recipe",
     "texts larger than data.max_text_mib, by default not trained on: shorten them, or raise the limit in the recipe",
 )
 DAMAGED_FRAMES = "damaged frames, replaced by the next ones that can be decoded"

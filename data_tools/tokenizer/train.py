@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dsmoe_vl.command import run
 from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS
 from dsmoe_vl.config.recipe import SourceConfig
-from dsmoe_vl.console import printable
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import attempted_samples
@@ -60,7 +60,7 @@ def train(
         reasons = "; ".join(left_out.describe())
         raise DataError(f"no captions in {', '.join(map(str, data))}: a tokenizer needs text ({reasons})")
     for line in left_out.describe():
-        print(f"not used: {printable(line)}")
+        tell(f"not used: {line}")
     if len(chosen) < total:
         print(f"training on {len(chosen)} of {total} texts, drawn with seed {seed} (--max-samples)")
     model = _fit(chosen, vocab_size)
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         tokenizer = train(given.data, given.output, given.vocab_size, given.max_samples, given.seed)
-        print(f"wrote {given.output}: {tokenizer.size} pieces, sha256 {tokenizer.sha256}")
+        tell(f"wrote {given.output}: {tokenizer.size} pieces, sha256 {tokenizer.sha256}")
         return 0
 
     return run(command)

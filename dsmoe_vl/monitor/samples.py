@@ -25,6 +25,7 @@ from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import attempted_samples
+from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
@@ -88,7 +89,7 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
     lines = [json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers]
     write_atomically(folder / f"step_{step:08d}.jsonl", "".join(lines))
     picture = draw(f"held-out samples at step {step}", [_row(answer) for answer in answers])
-    picture.save(folder / f"step_{step:08d}.png")
+    save_picture(picture, folder / f"step_{step:08d}.png")
     return picture
 
 
