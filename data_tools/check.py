@@ -200,12 +200,12 @@ def video_facts(data: bytes, _: Reencoding) -> Facts:
 
     The times come from the packets, because several containers have no frame count and duration in their headers.
     """
-    data, media_type, note, *_ = stored(data)
-    with open_video(data, MAX_PIXELS) as video:
+    made = stored(data)
+    with open_video(made.data, MAX_PIXELS) as video:
         frames = list(video.frames(CHECKED_FRAMES, "uniform", 1.0))
         times = video.times()
         stated = float(video.stream.average_rate or 0)
-        notes = {note: bool(note), CUT: video.is_cut, DAMAGED_FRAMES: video.damaged > 0}
+        notes = {made.note: bool(made.note), CUT: video.is_cut, DAMAGED_FRAMES: video.damaged > 0}
     height, width = frames[0][1].shape[:2]
     span = times[-1] - times[0]
     measured = (len(times) - 1) / span if span else 0.0
@@ -217,7 +217,7 @@ def video_facts(data: bytes, _: Reencoding) -> Facts:
         "fps": round(rate, 3) or None,
         "duration_seconds": round(span + 1 / rate, 3) if rate else None,
     }
-    return data, media_type, facts, _true(notes)
+    return made.data, made.extension, facts, _true(notes)
 
 
 def size_notes(sizes: Mapping[str, int]) -> tuple[str, ...]:
