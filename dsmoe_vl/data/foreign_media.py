@@ -72,7 +72,7 @@ def _as_png(data: bytes, name: str) -> Stored:
     except DataError:
         raise
     except UnidentifiedImageError:  # its message is the address of a buffer
-        reason = f"it begins as a {name}, and the rest is none; copy it again, or save it as a JPEG"
+        reason = f"it begins as a {name}, but is no whole one; copy it again, or save it as a JPEG"
         raise DataError(f"image cannot be decoded: {reason}") from None
     except Exception as error:  # decoders raise anything for malformed bytes
         raise DataError(f"image cannot be decoded: {error}") from error
