@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,26 @@ from data_tools.recordings import recording_facts
 from data_tools.schema import curves_problem
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.data.budget import check_bytes
+from dsmoe_vl.data.contents import text_of
 from dsmoe_vl.data.decode import MAX_PIXELS, decode_image, read_image
 from dsmoe_vl.data.foreign_media import stored
 from dsmoe_vl.data.media_kind import HEAD, media_kind
+from dsmoe_vl.data.sample import TEXT_EXTENSIONS
 from dsmoe_vl.data.video_file import LEAST_SHARE, open_video
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import require_regular
 
 CHECKED_FRAMES = 16  # of a video are decoded to check it
+_ODD_RATE = 5  # times the measured frames per second: a stated rate that is not believed
 QUALITY = 92  # of a JPEG that is scaled down, by default
 # Notes on samples that are used.
 DAMAGED_METADATA = "damaged metadata ignored"
 TOO_LARGE = "larger than data.max_megapixels, by default not trained on: use --max-side"
+TOO_MANY_BYTES = (
+    "file larger than data.max_media_mib, by default not trained on: make it smaller, or raise the limit in the recipe",
+    "texts larger than data.max_text_mib, by default not trained on: shorten them, or raise the limit in the recipe",
+)
 DAMAGED_FRAMES = "damaged frames, replaced by the next ones that can be decoded"
 CUT = f"cut short, but at least {LEAST_SHARE:.0%} is there".replace("%", " %")
 
@@ -81,8 +90,9 @@ def _checked(record: Record, source: str, reencoding: Reencoding) -> Checked:
         raise _Unusable.of(record.problem)
     captions = [_clean(caption) for caption in record.captions if isinstance(caption, str)]
     captions = [caption for caption in captions if caption]
-    if isinstance(transcript := record.meta.get("transcript"), str):
-        record = replace(record, meta={**record.meta, "transcript": _clean(transcript) or None})
+    for name, clean in (("transcript", _clean), ("summary", text_of)):
+        if isinstance(text := record.meta.get(name), str):
+            record = replace(record, meta={**record.meta, name: clean(text) or None})
     if not tasks_of(record, captions):
         raise _without_text(record, captions)
     if problem := curves_problem(record.meta):
@@ -157,7 +167,8 @@ def _read(file: Path | Stored | Rendered, kind: str) -> bytes:
 
 
 def _clean(text: str) -> str:
-    return " ".join(text.split())
+    """A text in one line, "" if training would take it for none."""
+    return " ".join(text_of(text).split())
 
 
 # The bytes to store, their extension by content, what is known of them for KEY.json, and notes.
@@ -166,7 +177,7 @@ Facts = tuple[bytes, str, dict[str, Any], tuple[str, ...]]
 
 def image_facts(data: bytes, reencoding: Reencoding) -> Facts:
     """With width and height of the upright picture. Raises DataError if the image cannot be decoded."""
-    data, media_type, note = stored(data)
+    data, media_type, note, damaged_metadata = stored(data)
     # At an eighth of its sides a JPEG is still read to its end, in half the time.
     read = read_image(data, enough_pixels=1)
     width, height = read.width, read.height
@@ -179,7 +190,7 @@ def image_facts(data: bytes, reencoding: Reencoding) -> Facts:
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=reencoding.quality or QUALITY)
         data, media_type, (width, height) = file.getvalue(), "jpg", picture.size
-    notes = {note: bool(note), DAMAGED_METADATA: read.damaged_metadata}
+    notes = {note: bool(note), DAMAGED_METADATA: damaged_metadata or read.damaged_metadata}
     notes[TOO_LARGE] = width * height > DataConfig().max_megapixels * 1e6
     return data, media_type, {"width": width, "height": height}, _true(notes)
 
@@ -189,22 +200,35 @@ def video_facts(data: bytes, _: Reencoding) -> Facts:
 
     The times come from the packets, because several containers have no frame count and duration in their headers.
     """
-    data, media_type, note = stored(data)
-    with open_video(data, MAX_PIXELS) as video:
+    made = stored(data)
+    with open_video(made.data, MAX_PIXELS) as video:
         frames = list(video.frames(CHECKED_FRAMES, "uniform", 1.0))
         times = video.times()
-        rate = float(video.stream.average_rate or 0)
-        notes = {note: bool(note), CUT: video.is_cut, DAMAGED_FRAMES: video.damaged > 0}
+        stated = float(video.stream.average_rate or 0)
+        notes = {made.note: bool(made.note), CUT: video.is_cut, DAMAGED_FRAMES: video.damaged > 0}
     height, width = frames[0][1].shape[:2]
     span = times[-1] - times[0]
-    rate = rate or ((len(times) - 1) / span if span else 0.0)
+    measured = (len(times) - 1) / span if span else 0.0
+    # An AVI with times in milliseconds states a rate of 1000.
+    rate = stated if stated and (not measured or stated < _ODD_RATE * measured) else measured
     facts = {
         "width": width,
         "height": height,
         "fps": round(rate, 3) or None,
         "duration_seconds": round(span + 1 / rate, 3) if rate else None,
     }
-    return data, media_type, facts, _true(notes)
+    return made.data, made.extension, facts, _true(notes)
+
+
+def size_notes(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Notes on a sample whose files training refuses by default, from their bytes by extension."""
+    refused = []
+    for extension, size in sizes.items():
+        try:
+            check_bytes("", extension, size, DataConfig())
+        except DataError:
+            refused.append(TOO_MANY_BYTES[extension in TEXT_EXTENSIONS])
+    return tuple(dict.fromkeys(refused))
 
 
 def _true(notes: dict[str, bool]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ from data_tools.parallel import default_workers
 from data_tools.parts import Outcome, Parts, Settings, make_part
 from data_tools.workforce import Hosts, work
 from dsmoe_vl.command import run
-from dsmoe_vl.console import printable
+from dsmoe_vl.console import printable, tell
 from dsmoe_vl.errors import DataError
 
 FORMATS = (
@@ -77,7 +77,7 @@ def convert(
     parts = Parts(output, settings)
     missing = hosts.share(hosts.once(lambda: parts.open(records)))
     total, quiet = sum(part.size for part in missing), True if hosts.rank else None
-    with hosts.together(), tqdm(total=total, desc=str(output), unit="record", disable=quiet) as bar:
+    with hosts.together(), tqdm(total=total, desc=printable(str(output)), unit="record", disable=quiet) as bar:
         work(make_part, [(part, settings) for part in missing], workers, bar.update)
     return hosts.once(partial(parts.publish, max_rejected))
 
@@ -112,13 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
         workers = given.workers or (default_workers() if hosts.count == 1 else 1)
         outcome = convert(given.records(given), given.output, settings, given.max_rejected, workers, hosts)
         if hosts.rank == 0:
-            print(f"wrote {outcome.written} samples to {given.output}; rejected: {printable(outcome.summary())}")
+            tell(f"wrote {outcome.written} samples to {given.output}; rejected: {outcome.summary()}")
             if outcome.reasons:
-                print(f"rejected records are listed in {outcome.listing}")
+                tell(f"rejected records are listed in {outcome.listing}")
             if unused := given.unused(given):
-                print(f"not used: {unused}")
+                tell(f"not used: {unused}")
             if outcome.notes:
-                print(f"notes: {outcome.notes_summary()}; listed in {outcome.noted}")
+                tell(f"notes: {outcome.notes_summary()}; listed in {outcome.noted}")
         return 0
 
     return run(command)

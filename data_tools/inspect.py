@@ -21,18 +21,19 @@ from tqdm import tqdm
 from data_tools.parallel import default_workers, ordered_map
 from data_tools.schema import is_own, problems
 from dsmoe_vl.command import run
-from dsmoe_vl.console import printable
+from dsmoe_vl.console import printable, tell
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.recording import SAMPLE_RATE, decode_recording
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars
+from dsmoe_vl.data.shards.habits import NAME_RULE, tars_missing
 from dsmoe_vl.data.shards.index import INDEX_NAME, Shard, ShardIndex, read_sample
 from dsmoe_vl.data.shards.tar import scan_shard
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
+from dsmoe_vl.drawing.picture_file import format_of, save_picture
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.files import require_regular, writing
+from dsmoe_vl.files import require_regular
 
 FRAMES = 6  # of a video that are decoded and shown
 SHEET_CELLS = 48
@@ -91,7 +92,8 @@ def inspect(folder: Path, limit: int | None = None, tokenizer: Tokenizer | None 
     sheet_every = -(-len(places) // SHEET_CELLS)
     seen: set[str] = set()
     looks = ordered_map(lambda place: _look(index, *place), places, default_workers())
-    for number, look in enumerate(tqdm(looks, total=len(places), desc=str(folder), unit="sample", disable=None)):
+    shown = tqdm(looks, total=len(places), desc=printable(str(folder)), unit="sample", disable=None)
+    for number, look in enumerate(shown):
         for where, error in look.errors:
             report.add_error(error, where)
         if look.sample is None:
@@ -132,7 +134,7 @@ def _scan(folder: Path, report: Report) -> ShardIndex:
             report.problems["no samples"].append(f"{path.name}: {scan.ignored} belongs to none; {NAME_RULE}")
         shards.append(Shard(path.name, scan.samples, path.stat().st_size, _file_sha256(path)))
     if not shards:
-        raise DataError(f"{folder}: no such folder, or no *.tar in it{compressed_tars(folder)}")
+        raise DataError(tars_missing(folder))
     report.shards, report.total_bytes = len(shards), sum(shard.bytes for shard in shards)
     return ShardIndex(folder, "", tuple(shards))
 
@@ -241,16 +243,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def command() -> int:
-        if given.contact_sheet and given.contact_sheet.suffix.lower() not in (".png", ".jpg"):
-            raise DataError(f"--contact-sheet {given.contact_sheet}: the name must end in .png or .jpg")
+        sheet: Path | None = given.contact_sheet
+        form = format_of(sheet, "--contact-sheet") if sheet else ""
         tokenizer = Tokenizer(given.tokenizer) if given.tokenizer else None
         report = inspect(given.shards, given.limit, tokenizer)
         print(*map(printable, describe(report)), sep="\n")
-        if given.contact_sheet and report.cells:
-            given.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
-            with writing(given.contact_sheet):
-                contact_sheet(report.cells).save(given.contact_sheet)
-            print(f"wrote {given.contact_sheet}: {len(report.cells)} samples")
+        if sheet and report.cells:
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(contact_sheet(report.cells), sheet, form)
+            tell(f"wrote {sheet}: {len(report.cells)} samples")
         return 1 if report.problems else 0
 
     return run(command)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.check import Checked, Reencoding, check
+from data_tools.check import Checked, Reencoding, check, size_notes
 from data_tools.formats import Record
 from data_tools.record_files import RecordFiles, read_records
 from data_tools.writer import ShardWriter, check_split, write_index
@@ -199,7 +199,7 @@ def make_part(part: Part, settings: Settings, progress: Callable[[int], Any]) ->
         for record in records:
             found = check(record, settings.source, settings.reencoding)
             if isinstance(found, Checked):
-                writer.write(
+                sizes = writer.write(
                     found.identifier,
                     found.media,
                     found.media_type,
@@ -208,7 +208,10 @@ def make_part(part: Part, settings: Settings, progress: Callable[[int], Any]) ->
                     recording=found.recording,
                     recording_type=found.recording_type,
                 )
-                notes += ({"id": found.identifier, "note": note} for note in found.notes)
+                notes += ({"id": found.identifier, "note": note} for note in (*found.notes, *size_notes(sizes)))
+                for note in record.notes:
+                    kind, _, detail = note.partition(": ")
+                    notes.append({"id": found.identifier, "note": kind, "detail": detail})
             else:
                 rejected.append({"id": found.identifier, "reason": found.reason, "detail": found.detail})
             progress(1)

@@ -10,6 +10,7 @@ from dsmoe_vl.data.media_kind import HEAD, container, image_format
 from dsmoe_vl.data.recording import container_of_recording, seconds_of_recording
 from dsmoe_vl.data.sample import SPEECH_EXTENSIONS
 from dsmoe_vl.errors import DataError
+from dsmoe_vl.files import require_regular
 
 LIMIT = DataConfig().speech_max_seconds
 TOO_LONG = f"recording longer than data.speech_max_seconds = {LIMIT:g}, by default not trained on: cut it into parts"
@@ -37,7 +38,7 @@ def is_recording(path: Path) -> bool:
     if path.suffix.lower().removeprefix(".") in SPEECH_EXTENSIONS:
         return True
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             head = file.read(HEAD)
     except (OSError, ValueError):  # ValueError: an impossible file name
         return False

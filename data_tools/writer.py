@@ -81,9 +81,9 @@ class ShardWriter:
         *,
         recording: bytes | None = None,
         recording_type: str = "",
-    ) -> None:
+    ) -> dict[str, int]:
         """Append one sample: KEY.`media_type`, KEY.`recording_type`, KEY.txt, and KEY.json with `meta`, schema_version,
-        split, sha256 of the media and recording_sha256.
+        split, sha256 of the media and recording_sha256. Returns the bytes of each file, by extension.
 
         Args:
             key: changed by `sample_key` if necessary. Raises DataError if it was written before.
@@ -118,6 +118,7 @@ class ShardWriter:
         self.samples += 1
         if self._tar_samples >= self.samples_per_shard or self._tar_bytes >= self.bytes_per_shard:
             self._finish_shard()
+        return {name: len(data) for name, data in sample.items() if name != "__key__"}
 
     def close(self) -> None:
         """Give the shards their final names, then write `index.json`."""

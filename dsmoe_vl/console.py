@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TextIO
 
 # Control characters (C0, DEL, C1), characters that turn the direction of what follows, line separators, and lone
 # surrogates, which cannot be encoded.
@@ -19,6 +20,11 @@ def printable(text: str, keep: str = "") -> str:
         return f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
 
     return _UNPRINTABLE.sub(escaped, text)
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print lines that may have names of files or other text from data; `stream`: standard output by default."""
+    print(printable(text, keep="\n\t"), file=stream, flush=True)
 
 
 def one_line(text: str) -> str:

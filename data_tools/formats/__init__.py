@@ -15,6 +15,8 @@ what a format itself keeps of all is its own. A new format is added to `convert.
 
 from __future__ import annotations
 
+import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os.path import isfile
@@ -23,6 +25,8 @@ from typing import Any, Literal
 
 from dsmoe_vl.data.media_kind import kind_of_file
 from dsmoe_vl.data.sample import VIDEO_EXTENSIONS
+
+IsMeant = Callable[[Path], object]  # whether a file is of the kind that is looked for
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Record:
     picture. `meta` goes to KEY.json: url, licence, segments, saliency, summary, transcript, content, ... `tasks` in it
     replaces the tasks that follow from the annotations. `recording`: of speech, beside `media` or instead of them;
     without media the `kind` means nothing.
+    `notes`: what the annotations lack and a user should know, if the record is used, each as `kind: detail`.
     `problem`: why the annotations make the record unusable, as `reason: detail` ("reversed timestamps: 12.5 to 3.0 s");
     it is rejected with this reason.
     """
@@ -86,6 +91,7 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
     recording: Path | Stored | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def has(self) -> tuple[str, ...]:
@@ -96,9 +102,20 @@ class Record:
 
 def video_path(folder: Path, name: str) -> Path:
     """The video `name` in a folder, with any extension; if missing, the path `name`.mp4, to be reported."""
-    candidates = [folder / f"{name}.{extension}" for extension in VIDEO_EXTENSIONS]
-    found = next((path for path in candidates if isfile(path)), None)  # False for an impossible name
-    return found or _unusual_videos(folder, _changed(folder)).get(name, candidates[0])
+    return with_ending(folder, name, VIDEO_EXTENSIONS) or folder / f"{name}.{VIDEO_EXTENSIONS[0]}"
+
+
+def with_ending(folder: Path, name: str, usual: tuple[str, ...], is_meant: IsMeant = kind_of_file) -> Path | None:
+    """The file in a folder whose name without its extension, or with it, is `name`; None if there is none.
+
+    Files with one of the `usual` extensions come first, in their order. Of the others, `is_meant` says whether a file
+    may be used at all: by default, if it is an image or video.
+    """
+    candidates = (folder / f"{name}.{extension}" for extension in usual)
+    if found := next((path for path in candidates if isfile(path)), None):  # False for an impossible name
+        return found
+    place = (folder / name).parent
+    return _unusual_names(place, _changed(place), usual, is_meant).get(posixpath.basename(name))
 
 
 def _changed(folder: Path) -> int:
@@ -109,15 +126,15 @@ def _changed(folder: Path) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _unusual_videos(folder: Path, _changed: int) -> dict[str, Path]:
-    """The images and videos in a folder that `video_path` does not find by their extensions, by name without it."""
+def _unusual_names(folder: Path, _changed: int, usual: tuple[str, ...], is_meant: IsMeant) -> dict[str, Path]:
+    """The files in a folder that `with_ending` does not find by usual extensions: by their names, also without them."""
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.removeprefix(".") not in VIDEO_EXTENSIONS)
+        paths = sorted(path for path in folder.iterdir() if path.suffix.removeprefix(".") not in usual)
     except (OSError, ValueError):
         return {}
     found: dict[str, Path] = {}
     for path in paths:
-        if isfile(path) and kind_of_file(path):
+        if isfile(path) and is_meant(path):
             found.setdefault(path.stem, path)
             found.setdefault(path.name, path)
     return found

@@ -10,7 +10,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats import Record
+from data_tools.formats import IsMeant, Record, with_ending
 from data_tools.formats.filters import Filters, add_filter_argument
 from data_tools.formats.identifiers import identifier, identifier_text
 from data_tools.formats.tables import existing_folder, read_rows, require_columns
@@ -159,7 +159,8 @@ def _record(
     meta = {column: _as_json(row.get(column)) for column in keep}
     meta |= {field: value for field, value in values.items() if field in ("url", "licence", *LABELS)}
     kind, problem = None, ""
-    path, spoken = _file(folder, name, MEDIA_EXTENSIONS), _file(folder, recording, SPEECH_EXTENSIONS)
+    path = _file(folder, name, MEDIA_EXTENSIONS, kind_of_file)
+    spoken = _file(folder, recording, SPEECH_EXTENSIONS, is_recording)
     for one in filter(None, (name, recording)):
         if one.startswith(("/", "../")) or one in (".", ".."):
             problem = f"outside of the folder: {one} is not in {folder}"
@@ -183,12 +184,12 @@ def _record(
     return Record(own, kind or "image", path, [], meta, problem, spoken)
 
 
-def _file(folder: Path, name: str, endings: tuple[str, ...]) -> Path | None:
+def _file(folder: Path, name: str, endings: tuple[str, ...], is_meant: IsMeant) -> Path | None:
     """The file `name` in a folder; if it is missing, one with an ending more, if there is one. None without a name."""
+    if not name:
+        return None
     path = folder / name
-    if not name or isfile(path):  # False for an impossible name
-        return path if name else None
-    return next((longer for ending in endings if isfile(longer := folder / f"{name}.{ending}")), path)
+    return path if isfile(path) else with_ending(folder, name, endings, is_meant) or path  # False: an impossible name
 
 
 def _kind(path: Path) -> Kind | None:

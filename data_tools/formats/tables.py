@@ -128,7 +128,7 @@ def _parquet_rows(path: Path, option: str) -> Iterator[Row]:
     except ImportError as error:
         raise DataError(f"{option} {path}: reading Parquet needs pyarrow: pip install 'dsmoe-vl[parquet]'") from error
     try:
-        table = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(require_regular(path))
         rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
         yield from enumerate(rows, 1)
     except OSError as error:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from dsmoe_vl.command import run
 from dsmoe_vl.config.control_symbols import CONTROL_SYMBOLS
 from dsmoe_vl.config.recipe import SourceConfig
-from dsmoe_vl.console import printable
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.data.shards.index import attempted_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
@@ -45,21 +45,22 @@ def train(
         max_samples: texts at most; of more, a uniform sample is drawn with `seed`.
 
     Raises:
-        DataError: no text, shards that cannot be read, a vocabulary too small, or an `output` that exists.
+        DataError: no text, folders without shards, a vocabulary too small, or an `output` that exists. Samples that
+            cannot be read are counted and printed.
     """
     if output.exists():
         raise DataError(f"{output} exists, and runs may depend on it: delete it first, or choose another --output")
     if max_samples < 1:
         raise DataError(f"--max-samples {max_samples}: must be positive")
-    samples = (sample for folder in data for sample in iterate_samples(SourceConfig.at(folder), media=False))
+    samples = (sample for folder in data for sample in attempted_samples(SourceConfig.at(folder), media=False))
     left_out = LeftOut()
     texts = left_out.watch(tqdm(samples, desc="reading", unit="sample", disable=None))
     chosen, total = reservoir(texts, max_samples, random.Random(seed))
-    if not chosen:
+    if not any(_lines(chosen)):
         reasons = "; ".join(left_out.describe())
         raise DataError(f"no captions in {', '.join(map(str, data))}: a tokenizer needs text ({reasons})")
     for line in left_out.describe():
-        print(f"not used: {printable(line)}")
+        tell(f"not used: {line}")
     if len(chosen) < total:
         print(f"training on {len(chosen)} of {total} texts, drawn with seed {seed} (--max-samples)")
     model = _fit(chosen, vocab_size)
@@ -69,21 +70,28 @@ def train(
 
 
 class LeftOut:
-    """Counts the samples without a text, and those with entries that are no text."""
+    """Counts the samples that cannot be read or have no text, and those with entries that are no text."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()  # by kind of problem
         self._first: dict[str, str] = {}
 
-    def watch(self, samples: Iterable[Sample]) -> Iterator[str]:
-        """All texts of the samples."""
+    def watch(self, samples: Iterable[Sample | DataError]) -> Iterator[str]:
+        """All texts of the samples that could be read."""
         for sample in samples:
+            if isinstance(sample, DataError):
+                kind, _, detail = str(sample).partition(": ")
+                self._add(kind, detail)
+                continue
             contents = contents_of(sample)
             yield from contents.texts
             for problem in contents.flaws if contents.texts else (contents.no_caption,):
                 kind, _, detail = problem.partition(": ")
-                self._counts[kind] += 1
-                self._first.setdefault(kind, f"{sample.key}: {detail}")
+                self._add(kind, f"{sample.key}: {detail}")
+
+    def _add(self, kind: str, place: str) -> None:
+        self._counts[kind] += 1
+        self._first.setdefault(kind, place)
 
     def describe(self) -> list[str]:
         """A line per kind of problem, with its first place."""
@@ -167,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         tokenizer = train(given.data, given.output, given.vocab_size, given.max_samples, given.seed)
-        print(f"wrote {given.output}: {tokenizer.size} pieces, sha256 {tokenizer.sha256}")
+        tell(f"wrote {given.output}: {tokenizer.size} pieces, sha256 {tokenizer.sha256}")
         return 0
 
     return run(command)

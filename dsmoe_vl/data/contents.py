@@ -5,6 +5,7 @@ Training, evaluation, the tokenizer and `data_tools` read samples through `conte
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,17 @@ from dsmoe_vl.data.shards.habits import named
 from dsmoe_vl.errors import DataError
 
 _PLACES = ("captions", "caption")  # of captions in KEY.json, by priority; KEY.txt is the last
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of control and format characters and of white space
 
 
 @dataclass(frozen=True)
 class Contents:
     """The usable contents of a sample.
 
-    `captions`, `summary`, `transcript`: without white space around them, never blank; () and "" for none. A transcript
-    has the words of the recording; without `transcript` in KEY.json they are those of the only caption.
+    `captions`, `summary`, `transcript`: as `text_of` makes them, never blank; () and "" for none. A transcript has the
+    words of the recording; without `transcript` in KEY.json they are those of the only caption.
     `tasks`: names of the tasks that may use the sample and can.
+    `no_task`: why `tasks` of KEY.json leaves none, "" if it does not.
     `no_media`, `no_recording`, `no_caption`, `no_summary`, `no_transcript`: the reason, "" if the sample has one.
     `flaws`: entries that are left out of a sample that is usable without them.
     Reasons and flaws are texts of the form `kind: detail`.
@@ -32,6 +35,7 @@ class Contents:
     summary: str
     transcript: str
     tasks: tuple[str, ...]
+    no_task: str
     no_media: str
     no_recording: str
     no_caption: str
@@ -50,7 +54,8 @@ class Contents:
         has_use = self.tasks or self.summary
         no_media = self.no_media if self.no_recording else ""
         no_words = "" if self.no_recording else self.no_transcript
-        return tuple(filter(None, (no_media, "" if has_use else self.no_caption or no_words, *self.flaws)))
+        no_text = "" if has_use else self.no_caption or no_words
+        return tuple(filter(None, (no_media, no_text, self.no_task, *self.flaws)))
 
 
 def contents_of(sample: Sample) -> Contents:
@@ -69,11 +74,14 @@ def contents_of(sample: Sample) -> Contents:
     no_recording, several_recordings = _missing(sample, sample.recording, "recording", SPEECH_EXTENSIONS)
     has = (*(() if no_media else ("video" if sample.is_video else "image",)), *(() if no_recording else ("speech",)))
     transcript, no_transcript = _transcript(sample, captions)
+    tasks, unknown = _tasks(sample, has, captions, summary, transcript)
+    flaws += [unknown] if unknown and tasks else []
     return Contents(
         captions,
         summary,
         "" if no_recording else transcript,
-        _tasks(sample, has, captions, summary, transcript),
+        tasks,
+        "" if tasks else unknown,
         no_media,
         no_recording,
         no_caption,
@@ -97,10 +105,20 @@ def recording_of(sample: Sample) -> bytes:
     return sample.recording
 
 
-def offered_tasks(sample: Sample) -> list[Any] | None:
-    """The `tasks` of KEY.json; None if every task may use the sample."""
-    offered = sample.meta.get("tasks")
-    return offered if isinstance(offered, list) else None
+def offered_tasks(sample: Sample) -> tuple[str, ...] | None:
+    """The known names in `tasks` of KEY.json, a list of names or one name; None without `tasks`: every task may use the
+    sample."""
+    value = sample.meta.get("tasks")
+    return None if value is None else tuple(spec.name for spec in TASKS if spec.name in _entries(value))
+
+
+def text_of(value: Any) -> str:
+    """A value as a text, without byte-order marks, and without white space around it; "" if it is none, or if nothing
+    of it could be seen."""
+    if not isinstance(value, str):
+        return ""
+    text = value.replace("\ufeff", "").strip()
+    return text if any(unicodedata.category(character) not in _UNSEEN for character in text) else ""
 
 
 def _missing(
@@ -110,11 +128,16 @@ def _missing(
     count: it may have been read without its media."""
     names = [name for name in sample.names if split_name(name)[1] in extensions]
     if len(names) > 1:
-        return "", (f"several {what.replace(' or ', 's or ')}s: {named(names)}; only {names[0]} is used",)
+        return "", (several(what, names),)
     if found is not None or names:
         return "", ()
     looked_for = f": none of {', '.join(f'KEY.{extension}' for extension in extensions)}{_files(sample)}"
     return f"no {what}{looked_for if sample.names else ''}", ()
+
+
+def several(what: str, names: list[str]) -> str:
+    """The flaw of a sample with several files of one kind, such as "image or video"."""
+    return f"several {what.replace(' or ', 's or ')}s: {named(names)}; only {names[0]} is used"
 
 
 def _no_place(sample: Sample) -> str:
@@ -134,22 +157,21 @@ def _captions(sample: Sample) -> tuple[tuple[str, ...], list[str]]:
     """The captions, and a description of the entries of KEY.json that were looked at and have no text."""
     no_text = []
     for place in _PLACES:
-        value = sample.meta.get(place)
-        entries = value if isinstance(value, list) else [] if value is None else [value]
-        texts = tuple(text for entry in entries if (text := _text(entry)))
-        if others := [entry for entry in entries if not _text(entry)]:
+        entries = _entries(sample.meta.get(place))
+        texts = tuple(text for entry in entries if (text := text_of(entry)))
+        if others := [entry for entry in entries if not text_of(entry)]:
             count = f"{len(others)} of {len(entries)} entries of `{place}`"
             no_text.append(f"{count} in KEY.json have no text, such as {_shown(others[0])}")
         if texts:
             return texts, no_text
-    text = sample.text.strip()
+    text = text_of(sample.text)
     return ((text,) if text else ()), no_text
 
 
 def _summary(sample: Sample) -> tuple[str, str]:
     """The summary, and the reason if there is none."""
     value = sample.meta.get("summary")
-    if text := _text(value):
+    if text := text_of(value):
         return text, ""
     detail = "no `summary` in KEY.json" if value is None else f"`summary` in KEY.json is {_shown(value)}"
     return "", f"no summary: {detail}"
@@ -158,7 +180,7 @@ def _summary(sample: Sample) -> tuple[str, str]:
 def _transcript(sample: Sample, captions: tuple[str, ...]) -> tuple[str, str]:
     """The words of a recording, and the reason if they are not known."""
     value = sample.meta.get("transcript")
-    if text := _text(value):
+    if text := text_of(value):
         return text, ""
     if len(captions) == 1:
         return captions[0], ""
@@ -168,16 +190,25 @@ def _transcript(sample: Sample, captions: tuple[str, ...]) -> tuple[str, str]:
 
 def _tasks(
     sample: Sample, has: tuple[str, ...], captions: tuple[str, ...], summary: str, transcript: str
-) -> tuple[str, ...]:
-    offered, meta = offered_tasks(sample), {**sample.meta, "summary": summary, "transcript": transcript}
-    return tuple(
-        spec.name for spec in TASKS if (offered is None or spec.name in offered) and spec.qualifies(has, captions, meta)
-    )
+) -> tuple[tuple[str, ...], str]:
+    """The tasks that may use the sample and can, and what is wrong with `tasks` of KEY.json."""
+    meta = {**sample.meta, "summary": summary, "transcript": transcript}
+    able = tuple(spec.name for spec in TASKS if spec.qualifies(has, captions, meta))
+    offered, names = offered_tasks(sample), [spec.name for spec in TASKS]
+    if offered is None:
+        return able, ""
+    found, entries = tuple(name for name in able if name in offered), _entries(sample.meta["tasks"])
+    if unknown := [entry for entry in entries if entry not in names]:
+        return found, f"unknown task: {_shown(unknown[0])} in `tasks` of KEY.json; the tasks are {', '.join(names)}"
+    if able and not found:
+        only = ", ".join(offered) or "no task"
+        return found, f"no task: `tasks` of KEY.json names {only}, and the sample can be used for {', '.join(able)}"
+    return found, ""
 
 
-def _text(value: Any) -> str:
-    """A value of KEY.json as a text; "" if it is none or blank."""
-    return value.strip() if isinstance(value, str) else ""
+def _entries(value: Any) -> list[Any]:
+    """Where KEY.json may have a list or one value: a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dsmoe_vl.console import tell
 from dsmoe_vl.errors import DataError
 
 _MIN_SAMPLES = 100  # the error budget of a source is computed for at least so many samples
@@ -123,7 +124,7 @@ class ReadReport:
         except OSError as error:
             if not self._has_warned:
                 place = f"warning: {quarantine} cannot be written: {error.strerror}"
-                print(f"{place}; the run continues without its list of bad samples", file=sys.stderr, flush=True)
+                tell(f"{place}; the run continues without its list of bad samples", sys.stderr)
             self._has_warned = True
         else:
             self._unlisted = ""

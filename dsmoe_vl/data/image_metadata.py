@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from zlib import crc32
 
 import numpy as np
 from PIL import Image
+
+# Pillow warns of damaged metadata, which cost no pixels. Not in a `with` block: several threads read images.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
 # How to turn a picture upright, by its EXIF orientation.

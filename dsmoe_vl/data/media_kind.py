@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from dsmoe_vl.data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from dsmoe_vl.files import require_regular
 
 Kind = Literal["image", "video"]
 
@@ -20,6 +21,8 @@ _IMAGES = {
     b"GIF89a": "GIF",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",  # BigTIFF
+    b"MM\0+": "TIFF",
     b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000",
 }
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # their sizes; "BM" alone also begins texts
@@ -51,7 +54,7 @@ def kind_of_file(path: Path) -> Kind | None:
     if extension == TEXT_EXTENSION:
         return None
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             return media_kind(file.read(HEAD))
     except (OSError, ValueError):  # ValueError: an impossible file name
         return "image"

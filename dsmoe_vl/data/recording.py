@@ -5,7 +5,6 @@ Shapes: n samples at SAMPLE_RATE, f frames of 10 ms, M mel bands.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
@@ -14,6 +13,7 @@ import av
 import numpy as np
 
 from dsmoe_vl.config.model import FRAMES_OF_STATE
+from dsmoe_vl.data.container_file import reading
 from dsmoe_vl.data.cut_recording import is_cut
 from dsmoe_vl.errors import DataError
 
@@ -71,31 +71,26 @@ def _decoded(data: bytes) -> Iterator[np.ndarray]:
     if container is None:
         raise DataError("recording cannot be decoded: not a FLAC, WAV, MP3 or Opus file")
     length, stated = 0, 0.0
-    try:
-        with av.open(io.BytesIO(data), "r", format=container) as file:
-            if not file.streams.audio:
-                raise DataError("recording cannot be decoded: it has no sound")
-            stream = file.streams.audio[0]
-            if stream.duration is not None and stream.time_base is not None:
-                stated = float(stream.duration * stream.time_base)
-            # The channels stay: FFmpeg's own mix of two would be 1.4 times as loud as their mean. And they stay
-            # interleaved: reading eight or more planes ends the process.
-            resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE)
-            # None at the end: what the resampler still has.
-            for frame in chain(file.decode(stream), [None]):
-                if frame is not None and not _RATES[0] <= frame.sample_rate <= _RATES[1]:
-                    raise DataError(f"recording cannot be decoded: {frame.sample_rate} samples a second")
-                for resampled in resampler.resample(frame):
-                    channels = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels)
-                    part = channels.mean(axis=1, dtype=np.float32)
-                    if not np.isfinite(part).all():
-                        raise DataError("recording cannot be decoded: it has values that are not finite")
-                    length += len(part)
-                    yield part
-    except DataError:
-        raise
-    except Exception as error:  # FFmpeg raises anything for malformed bytes
-        raise DataError(f"recording cannot be decoded: {error}") from error
+    with reading(data, container, "recording") as file:
+        if not file.streams.audio:
+            raise DataError("recording cannot be decoded: it has no sound")
+        stream = file.streams.audio[0]
+        if stream.duration is not None and stream.time_base is not None:
+            stated = float(stream.duration * stream.time_base)
+        # The channels stay: FFmpeg's own mix of two would be 1.4 times as loud as their mean. And they stay
+        # interleaved: reading eight or more planes ends the process.
+        resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE)
+        # None at the end: what the resampler still has.
+        for frame in chain(file.decode(stream), [None]):
+            if frame is not None and not _RATES[0] <= frame.sample_rate <= _RATES[1]:
+                raise DataError(f"recording cannot be decoded: {frame.sample_rate} samples a second")
+            for resampled in resampler.resample(frame):
+                channels = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels)
+                part = channels.mean(axis=1, dtype=np.float32)
+                if not np.isfinite(part).all():
+                    raise DataError("recording cannot be decoded: it has values that are not finite")
+                length += len(part)
+                yield part
     if not length:
         raise DataError("recording cannot be decoded: it is empty")
     if is_cut(data, container, length / SAMPLE_RATE, stated):

@@ -6,7 +6,6 @@ What is promised for every container is in docs/data.md.
 from __future__ import annotations
 
 import errno
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -17,6 +16,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from dsmoe_vl.data.container_file import reading
 from dsmoe_vl.data.media_kind import HEAD, container
 from dsmoe_vl.errors import DataError
 
@@ -25,6 +25,10 @@ LEAST_SHARE = 0.95  # of the bytes that a container states must be in the file
 _PICTURES = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
 # PyAV 17 starts one thread per core for every converter, and has a setting for it; before, it was one thread.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+_NO_INDEX = (
+    "the index of an MP4 (moov) is missing, as after an interrupted recording or copy: copy it again, or have a repair "
+    "program make a new index"
+)
 _WIDEST_PIXEL = 8  # greatest ratio of a pixel's sides; more is damage
 
 
@@ -156,17 +160,17 @@ def open_video(data: bytes, max_pixels: int) -> Iterator[VideoFile]:
     if len(data) < LEAST_SHARE * stated:
         raise DataError(f"video cannot be decoded: cut short, {len(data)} of {stated} bytes are there")
     try:
-        with av.open(io.BytesIO(data), "r", format=form) as opened:
+        with reading(data, form, "video") as opened:
             yield VideoFile(opened, len(data), len(data) < stated, max_pixels)
-    except DataError:
+    except DataError as error:
+        if form == "mov" and all(kind != b"moov" for kind, _ in _iso_boxes(data)):
+            raise DataError(f"video cannot be decoded: {_NO_INDEX}") from error
         raise
-    except Exception as error:  # FFmpeg raises anything for malformed bytes
-        raise DataError(f"video cannot be decoded: {error}") from error
 
 
 def frame_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a video's frames by its header, as they are coded. Raises DataError, and FFmpeg's errors."""
-    with av.open(io.BytesIO(data), "r", format=_safe_container(data)) as opened:
+    """Width and height of a video's frames by its header, as they are coded. Raises DataError."""
+    with reading(data, _safe_container(data), "video") as opened:
         codec = real_stream(opened).codec_context
         return codec.width, codec.height
 
@@ -209,19 +213,22 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return pixels[:: 1 if down >= 0 else -1, :: 1 if across >= 0 else -1]
 
 
-def _iso_size(data: bytes) -> int:
-    """The end of the last box, if it has frames or their index; trailers of other kinds are not looked at."""
+def _iso_boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """The outermost boxes of an MP4: their kinds, and where they end by their own statement."""
     at = 0
     while at + 16 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
         if size == 1:
             size = int.from_bytes(data[at + 8 : at + 16], "big")
-        if size < 8:  # 0: up to the end
-            break
-        if at + size > len(data) and data[at + 4 : at + 8] in (b"mdat", b"moov", b"moof"):
-            return at + size
-        at += size
-    return len(data)
+        end = at + size if size >= 8 else len(data)  # 0: up to the end
+        yield data[at + 4 : at + 8], end
+        at = end
+
+
+def _iso_size(data: bytes) -> int:
+    """The end of the last box, if it has frames or their index; trailers of other kinds are not looked at."""
+    ends = (end for kind, end in _iso_boxes(data) if kind in (b"mdat", b"moov", b"moof"))
+    return max(len(data), *ends, 0)
 
 
 def _matroska_size(data: bytes) -> int:

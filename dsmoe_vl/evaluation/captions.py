@@ -8,15 +8,16 @@ from functools import partial
 
 from PIL import Image
 
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
+from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
 from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text, written
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
-from dsmoe_vl.files import writing
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.report import TEMPLATES
@@ -70,9 +71,8 @@ class CaptionEvaluation:
                 )
                 for result in self.shown
             ]
-            with writing(sheet):
-                contact_sheet(cells).save(sheet)
-            print(f"wrote {sheet}")
+            save_picture(contact_sheet(cells), sheet)
+            tell(f"wrote {sheet}")
 
     def scores(self, results: list[Captioned]) -> Scores:
         """Print the first results, and compute the scores."""

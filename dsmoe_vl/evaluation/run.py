@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dsmoe_vl.checkpoint.store import PLAN_NAME, read_manifest
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig, learned_tasks
 from dsmoe_vl.config.task_table import TaskSpec, import_class
+from dsmoe_vl.console import tell
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Counts
@@ -89,10 +90,10 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
     parts = {spec.name: _part(spec, evaluations[spec.name], evaluated) for spec in wanted}
     report = Report(options.run.resolve().name, manifest.step, evaluated.scores, parts, load, plan)
     write_atomically(options.run / "report.html", render(report))
-    print(f"wrote {options.run / 'eval.json'} and {options.run / 'report.html'}")
+    tell(f"wrote {options.run / 'eval.json'} and {options.run / 'report.html'}")
     if options.lmms:
         labels = {name: evaluation.labels for name, evaluation in evaluations.items()}
-        print(f"wrote {write_results(options, manifest.step, evaluated.scores, evaluated.answers, labels)}")
+        tell(f"wrote {write_results(options, manifest.step, evaluated.scores, evaluated.answers, labels)}")
 
 
 def wanted_tasks(options: Options, trained: TrainedModel) -> Sequence[TaskSpec]:
@@ -111,7 +112,7 @@ def evaluate_folders(
     sources = held_out_sources(options.folders, trained.recipe.data)
     # The run's cache settings. Its plan may come from somebody else: only commands given on the command line are run.
     data = replace(trained.recipe.data, allow_pipe=bool(options.folders))
-    print(f"{trained.checkpoint}")
+    tell(f"{trained.checkpoint}")
     evaluated = Evaluated({}, {}, {})
     for source in sources:
         path, counts = source.path, Counts.of(len(sources))
@@ -122,7 +123,7 @@ def evaluate_folders(
         evaluated.answers[path] = {name: folder.answers for name, folder in folders.items()}
         for name, (scores, _) in results.items():
             values = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
-            print(f"{path}: {name}: {values or 'no sample of this task'}")
+            tell(f"{path}: {name}: {values or 'no sample of this task'}")
     return evaluated
 
 

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from dsmoe_vl.command import has_lost_reader
-from dsmoe_vl.console import one_line, printable
+from dsmoe_vl.console import one_line, printable, tell
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.drawing.pages import Tile, page
+from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.errors import ConfigError, DataError
 from dsmoe_vl.files import distinct_names, write_json
 from dsmoe_vl.inference.embed import embed_media, embed_recordings, embed_texts
@@ -138,7 +139,7 @@ def retrieve(
         if old is None or embedded or index.rows != old.rows:
             index.save(index_file)
         again = "; the old index was made by another model" if old is not None and old.model != index.model else ""
-        print(f"index {index_file}: {len(index.rows)} files, {embedded} embedded now{again}", file=sys.stderr)
+        tell(f"index {index_file}: {len(index.rows)} files, {embedded} embedded now{again}", sys.stderr)
     outcome.answered = len(index.rows)
     hits = index.search(vector, top) if index.rows else []
     for hit in hits:
@@ -213,7 +214,7 @@ def _ask(trained: TrainedModel, question: Question) -> tuple[np.ndarray, Image.I
 def _save(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, "PNG")
+        save_picture(picture, path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file") from None
-    print(f"wrote {path}", file=sys.stderr)
+    tell(f"wrote {path}", sys.stderr)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.contents import media_of
 from dsmoe_vl.data.decode import decode_image, decode_video
 from dsmoe_vl.data.folder_walk import described, files_below
@@ -88,7 +89,7 @@ def open_media(folder: str, data: DataConfig) -> list[Media]:
         place = os.path.abspath(path)
         found.append(Media(place, facts.st_size, facts.st_mtime_ns, partial(read_file, path, kind, True)))
     if passed:
-        print(f"{folder}: not used: {described(passed, root)}", file=sys.stderr)
+        tell(f"{folder}: not used: {described(passed, root)}", sys.stderr)
     if not found:
         names = ", *.".join((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "tar"))
         raise DataError(f"{folder}: no pictures, videos or shards in it; name a folder with files such as *.{names}")

@@ -11,7 +11,9 @@ from PIL import Image
 from dsmoe_vl.data.decode import sampled_frames
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.drawing.pages import Tile, curve, page
+from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import write_atomically
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary
 
@@ -44,15 +46,15 @@ def write_summary(
         for old in folder.iterdir():
             if _KEY_FRAME.fullmatch(old.name):
                 old.unlink()
-        (folder / "summary.txt").write_text(summary.text + "\n", encoding="utf-8")
+        write_atomically(folder / "summary.txt", summary.text + "\n")
         written = []
         for rank, number in enumerate(keys, 1):
             written.append(folder / f"key_{rank:02}_at_{summary.seconds[number]:.2f}s.jpg")
-            pictures[number].save(written[-1], quality=_JPEG_QUALITY, subsampling=0)
+            save_picture(pictures[number], written[-1], "JPEG", quality=_JPEG_QUALITY, subsampling=0)
         columns = min(math.ceil(len(tiles) ** 0.5), 8)
-        page(tiles, f"{name}: {summary.text}", columns=columns).save(folder / "storyboard.png")
+        save_picture(page(tiles, f"{name}: {summary.text}", columns=columns), folder / "storyboard.png")
         title = f"Importance of the frames of {name}"
-        curve(summary.seconds, summary.importance, keys, title).save(folder / "importance.png")
+        save_picture(curve(summary.seconds, summary.importance, keys, title), folder / "importance.png")
     except OSError as error:
         place = error.filename or folder
         raise ConfigError(f"{place} cannot be written: {error.strerror}; name another --output") from None

@@ -10,6 +10,7 @@ Overlaps depend more on the shots than on the scores, and random scores are near
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -73,7 +74,7 @@ def frames_of_parts(source: str, parts: int, annotated_frames: object) -> np.nda
 
     TVSum: frames from one kept score to the next, the last part may be shorter. SumMe: equal up to rounding.
     """
-    if not isinstance(annotated_frames, int) or annotated_frames < parts:
+    if not isinstance(annotated_frames, int) or not parts <= annotated_frames < 2**31:
         return np.ones(parts, dtype=np.int64)
     if source == "tvsum" and -(-annotated_frames // _TVSUM_STEP) == parts:
         return np.diff(np.minimum(np.arange(parts + 1) * _TVSUM_STEP, annotated_frames))
@@ -89,7 +90,7 @@ def times_of_parts(source: str, lengths: np.ndarray, duration: float, frames_a_s
     seconds = lengths * (duration / lengths.sum())
     if source == "tvsum":
         return np.cumsum(seconds) - seconds
-    is_known = isinstance(frames_a_second, int | float) and 0 < frames_a_second < float("inf")
+    is_known = isinstance(frames_a_second, int | float) and 0 < frames_a_second <= sys.float_info.max
     frames = np.maximum(seconds * frames_a_second, 1) if is_known else np.inf
     return np.cumsum(seconds) - seconds + seconds * (1 - 1 / frames) / 2
 

@@ -12,9 +12,10 @@ from PIL import Image
 from dsmoe_vl.checkpoint.store import PLAN_NAME
 from dsmoe_vl.command import run
 from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.segment import Modality
 from dsmoe_vl.drawing.heatmap import Panel, load_scale, rising_scale, sheet
-from dsmoe_vl.files import writing
+from dsmoe_vl.drawing.picture_file import format_of, save_picture
 from dsmoe_vl.monitor.router_series import FILE, RouterSeries
 
 _TIMES = 96  # columns of a panel over time, at most
@@ -102,12 +103,12 @@ def main() -> int:
 
 
 def _draw(run_dir: Path, output: Path) -> int:
+    form = format_of(output, "--output")
     series = RouterSeries.load_from(run_dir / FILE)
     first_layer = _first_layer(run_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output):
-        draw_run(series, first_layer).save(output)
-    print(output)
+    save_picture(draw_run(series, first_layer), output, form)
+    tell(str(output))
     return 0
 
 

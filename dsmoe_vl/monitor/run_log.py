@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
+from dsmoe_vl.console import printable
 from dsmoe_vl.monitor.board import Board, layer_tag, tag
 from dsmoe_vl.monitor.metrics_file import MetricsFile
 from dsmoe_vl.monitor.mirror import Mirror
@@ -51,9 +52,9 @@ class RunLog:
             self._mirror = Mirror(plan)
 
     def say(self, text: str) -> None:
-        """Print one line to standard output."""
+        """Print one line to standard output, with escapes for control characters of names."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text, keep="\n\t"), file=sys.stdout)
             sys.stdout.flush()
 
     def attempt(self, what: str, write: Callable[[], None]) -> bool:

@@ -24,7 +24,8 @@ from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.shards.index import iterate_samples
+from dsmoe_vl.data.shards.index import attempted_samples
+from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
@@ -88,7 +89,7 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
     lines = [json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in answers]
     write_atomically(folder / f"step_{step:08d}.jsonl", "".join(lines))
     picture = draw(f"held-out samples at step {step}", [_row(answer) for answer in answers])
-    picture.save(folder / f"step_{step:08d}.png")
+    save_picture(picture, folder / f"step_{step:08d}.png")
     return picture
 
 
@@ -122,15 +123,18 @@ def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
 
 
 def held_out(recipe: Recipe) -> Iterator[Sample]:
-    """Samples of all held-out sources in turn, always in the same order."""
+    """Samples of all held-out sources in turn, always in the same order, but for those that cannot be read."""
     data = recipe.data
-    streams = [iterate_samples(source, data=data) for source in data.evaluation]
+    streams = [attempted_samples(source, data=data) for source in data.evaluation]
     while streams:
         for stream in list(streams):
             try:
-                yield next(stream)
-            except (StopIteration, DataError):
+                sample = next(stream)
+            except (StopIteration, DataError):  # of a source whose shards cannot be read at all
                 streams.remove(stream)
+                continue
+            if not isinstance(sample, DataError):
+                yield sample
 
 
 def _with_caption(trained: TrainedModel, answer: Answer) -> Answer:

@@ -7,7 +7,7 @@ Bandwidths are those of one accelerator in one direction, unless their comment s
 
 from __future__ import annotations
 
-import math
+import sys
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,6 +132,6 @@ def _value(key: str, entry: Any, path: Path) -> Any:
     if not isinstance(entry, dict) or set(entry) != {"value", "source"} or not str(entry["source"]).strip():
         raise ConfigError(f'{key} in {path} must be {{ value = NUMBER, source = "where it is from" }}')
     value = entry["value"]
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{key} = {value!r} in {path} must be a number")
     return int(value) if key == "accelerators" else float(value)

@@ -6,7 +6,7 @@ from torch import nn
 
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.config.task_table import import_class
-from dsmoe_vl.data.contents import offered_tasks
+from dsmoe_vl.data.contents import contents_of, offered_tasks
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -62,5 +62,6 @@ class Encoder:
                     failure = failure or error  # no list asks for this task: try the others
         if not segments:
             names = ", ".join(wanted or [task.name for task in self.tasks])
-            raise failure or DataError(f"serves none of the tasks {names}")
+            own = "" if offered is None else f": `tasks` of KEY.json has {', '.join(offered)}"
+            raise failure or DataError(contents_of(sample).no_task or f"serves none of the tasks {names}{own}")
         return segments

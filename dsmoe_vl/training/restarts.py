@@ -28,6 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, newest_complete
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.errors import ConfigError, DsmoeVlError
 from dsmoe_vl.parallel.first_host import connect, find_first_host
@@ -283,7 +284,7 @@ class Supervisor:
         return found[1].step if found else 0
 
     def _tell(self, text: str) -> None:
-        print(f"supervisor of rank {self.ranks.rank}: {text}", flush=True)
+        tell(f"supervisor of rank {self.ranks.rank}: {text}")
 
 
 def _free_port() -> int:

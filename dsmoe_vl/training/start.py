@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsmoe_vl.config.deepspeed_json import load_deepspeed
 from dsmoe_vl.config.load import load_recipe
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.shards.download import is_remote
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.data.word_start import describe_word_start
@@ -146,7 +147,7 @@ def train(
         if stop.has_deepspeed_launcher and ranks.world_size > ranks.local_size:
             notes.append(_CTRL_C)
         for note in notes:
-            print(f"note: {note}", flush=True)
+            tell(f"note: {note}")
 
     from dsmoe_vl.training.trainer import Trainer
 
@@ -176,7 +177,7 @@ def _set_aside(run_dir: Path) -> None:
     while (kept := run_dir.with_name(f"{run_dir.name}.before_{number}")).exists():
         number += 1
     run_dir.rename(kept)
-    print(f"note: the run that was in {run_dir} is kept in {kept}", flush=True)
+    tell(f"note: the run that was in {run_dir} is kept in {kept}")
 
 
 def _quiet_deepspeed(rank: int) -> None:

@@ -11,6 +11,7 @@ from dsmoe_vl.checkpoint.store import CHECKPOINTS_NAME, prune, require_tokenizer
 from dsmoe_vl.checkpoint.training_state import Saver, data_states, optimizer_updates, restore, topology_of
 from dsmoe_vl.checkpoint.weights import require_same_model
 from dsmoe_vl.config.recipe import first_step
+from dsmoe_vl.console import tell
 from dsmoe_vl.data.error_log import merge_reports
 from dsmoe_vl.data.loader import Loader
 from dsmoe_vl.data.pack_shape import SpeechShape
@@ -87,7 +88,7 @@ class Trainer:
         warm_up()  # those that the engine and the saver have made
         said = check_probe(self.engine, plan, self.device) if found is None else None
         if said is not None and ranks.rank == 0:
-            print(f"note: starts from {recipe.model.init_from} as its makers' program computes it: {said}", flush=True)
+            tell(f"note: starts from {recipe.model.init_from} as its makers' program computes it: {said}")
         self.take_step = OptimizerStep(plan, ranks, self.engine, self.host, self.device)
         self.take_step.clock.entered = self.watchdog.enter
         self.take_step.before_update = self.saver.before_update
@@ -262,7 +263,7 @@ class Trainer:
         """The checkpoint to continue from, if any; sets the step and the position in the data. Collective."""
         found, notes = newest_sound(self.plan.run_dir / CHECKPOINTS_NAME, self.ranks, self.host)
         for note in notes if self.ranks.rank == 0 else ():
-            print(f"warning: {note}", flush=True)
+            tell(f"warning: {note}")
         if found is None:
             return None
         folder, manifest = found
@@ -273,10 +274,10 @@ class Trainer:
         require_tokenizer(folder, manifest, self.tokenizer.sha256)
         now = topology_of(self.plan)
         if manifest.topology != now and self.ranks.rank == 0:
-            print(f"note: {folder} was written with {manifest.topology}; it is read into {now}", flush=True)
+            tell(f"note: {folder} was written with {manifest.topology}; it is read into {now}")
         recipe = stage_after(self.plan, self.step)[1].recipe
         if (changed := changed_parts(recipe, optimizer_updates(folder))) and self.ranks.rank == 0:
-            print(f"note: since {folder.name}, {changed}", flush=True)
+            tell(f"note: since {folder.name}, {changed}")
         self.loader.load_state_dict(data_states(folder))
         return found
 

@@ -81,7 +81,10 @@ def test_inspect_fails_on_damage(world, tmp_path):
             "No such file",
         ),
         (["convert", "folder", "--media", "{tmp}", "--table", "{tmp}/a.txt", "--output", "{tmp}/s"], "must end in"),
-        (["tokenizer", "train", "--data", "{tmp}", "--output", "{tmp}/t.model"], "neither index.json nor *.tar"),
+        (
+            ["tokenizer", "train", "--data", "{tmp}", "--output", "{tmp}/t.model"],
+            "no *.tar in it; shards are made with",
+        ),
         (["inspect", "{tmp}/gone"], "no such folder"),
         (["inspect", "{tmp}", "--contact-sheet", "sheet.pdf"], "must end in .png"),
     ],

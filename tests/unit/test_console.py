@@ -8,19 +8,23 @@ import re
 import pytest
 
 from data_tools import inspect as inspect_tool
+from data_tools.convert import main as convert
 from dsmoe_vl.command import run
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.console import one_line, printable
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.download import TransientFailure
+from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.data.shards.remote import RemoteShards
+from dsmoe_vl.data.shards.verify import ShardVerifier
 from dsmoe_vl.errors import ConfigError, DataError, FetchError
 from dsmoe_vl.evaluation.task_evaluation import print_text
 from dsmoe_vl.inference.commands import Outcome, caption_media, print_error
 from dsmoe_vl.inference.load import load_run
-from dsmoe_vl.inference.media import media_files
+from dsmoe_vl.inference.media import media_files, open_media
 from dsmoe_vl.inference.token_search import GREEDY
-from tests.support.tars import encoded_as, picture, write_tar
+from dsmoe_vl.monitor.run_log import RunLog
+from tests.support.tars import encoded_as, picture, write_shards, write_tar
 from tests.support.trained import random_run
 
 ATTACKS = [
@@ -88,6 +92,38 @@ def test_inspection_and_the_original_in_json(tmp_path, capsys):
     write_tar(tmp_path / "a.tar", [(f"{key}.png", photo), (f"{key}.json", json.dumps({"captions": 3}).encode())])
     assert inspect_tool.main([str(tmp_path)]) == 1
     assert "k\\x1b[31m" in clean(capsys.readouterr().out)
+
+
+def test_names_of_files(tmp_path, capsys):
+    """What conversion and search pass over and reject, and where they write."""
+    media, odd = tmp_path / "m\x1b[31m", "\x1b[31m\u202e\x07"
+    media.mkdir()
+    for name, data in (("a", encoded_as(picture(), "JPEG")), ("b", b"no picture")):
+        (media / f"{name}{odd}.jpg").write_bytes(data)
+        (media / f"{name}{odd}.txt").write_text("a photo")
+    for name in (f".hidden{odd}", f"notes{odd}.html", f"alone{odd}.gif"):
+        (media / name).write_bytes(b"GIF89a" if name.endswith("gif") else b"<p>")
+    output = tmp_path / f"out{odd}"
+    arguments = ["folder", "--media", str(media), "--output", str(output), "--max-rejected", "0.5"]
+    assert convert(arguments) == 0
+    said = capsys.readouterr()
+    assert ".hidden\\x1b[31m\\u202e\\x07" in clean(said.out) and "alone\\x1b" in said.out and "out\\x1b" in said.out
+    clean(said.err.replace("\r", "").replace("\x1b[A", ""))
+    assert convert([*arguments[:4], str(output / "2"), "--max-rejected", "0"]) == 2
+    clean(capsys.readouterr().err.replace("\r", "").replace("\x1b[A", ""))
+    open_media(str(media), DataConfig())
+    assert "notes\\x1b[31m" in clean(capsys.readouterr().err)
+
+
+def test_warnings_about_shards(tmp_path, capsys):
+    write_shards(tmp_path, [1])
+    write_tar(tmp_path / "more\x1b[31m.tar", [])
+    findings = ShardVerifier({"photos": ShardIndex.load(tmp_path)}, 0).findings()
+    log = RunLog.__new__(RunLog)
+    log.enabled = True
+    for finding in findings:
+        log.say(f"warning: {finding}")
+    assert "more\\x1b[31m.tar" in clean(capsys.readouterr().out)
 
 
 def test_generation(tiny, tmp_path, capsys, monkeypatch):

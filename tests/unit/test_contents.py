@@ -74,6 +74,10 @@ def reason(action):
         ("a cat", {"captions": ["", " "]}, ["a cat"]),
         (None, {"captions": [None, f"{DOG} ", 3]}, [DOG]),
         (BOM.decode() + DOG, {}, [DOG]),
+        (2 * BOM.decode() + DOG, {}, [DOG]),
+        (None, {"captions": [BOM.decode() + DOG]}, [DOG]),
+        (None, {"caption": f"{BOM.decode()}a dog on {BOM.decode()}the grass "}, [DOG]),
+        ("a cat", {"captions": ["\0", "\u200b\u200b", "\ufeff", "\u202e \x1b\t"]}, ["a cat"]),
     ],
 )
 def test_every_reader_finds_the_same_captions(tmp_path, text, meta, captions):
@@ -208,7 +212,15 @@ def test_a_summary_that_is_no_text_is_no_reference():
     [
         ({"text": DOG}, ("caption", "retrieval"), []),
         ({"text": DOG, "tasks": ["retrieval"]}, ("retrieval",), []),
-        ({"text": DOG, "tasks": ["else"]}, (), []),
+        ({"text": DOG, "tasks": "retrieval"}, ("retrieval",), []),
+        ({"text": DOG, "tasks": None}, ("caption", "retrieval"), []),
+        ({"text": DOG, "tasks": ["else"]}, (), ["unknown task"]),
+        ({"text": DOG, "tasks": ["else", "caption"]}, ("caption",), ["unknown task"]),
+        ({"text": DOG, "tasks": "captions"}, (), ["unknown task"]),
+        ({"text": DOG, "tasks": {"caption": 1}}, (), ["unknown task"]),
+        ({"text": DOG, "tasks": [["caption"]]}, (), ["unknown task"]),
+        ({"text": DOG, "tasks": []}, (), ["no task"]),
+        ({"text": DOG, "tasks": ["summary"]}, (), ["no task"]),
         ({"text": DOG, "media": None}, (), ["no image or video"]),
         ({"media": None}, (), ["no image or video", "no caption"]),
         ({"media": None, "summary": "a film"}, (), ["no image or video"]),
@@ -265,7 +277,7 @@ def test_random_metadata(tmp_path):
         except DataError as error:
             assert str(error) == DataError(contents.no_caption).args[0] or "\\ud800" in str(error)
         place = next((name for name in ("captions", "caption") if contents.captions and meta.get(name) is not None
-                      and any(isinstance(x, str) and x.strip() for x in
+                      and any(isinstance(x, str) and x.strip("\ufeff \n") for x in
                               (meta[name] if isinstance(meta[name], list) else [meta[name]]))), None)  # fmt: skip
         if place is not None:
             entries = meta[place] if isinstance(meta[place], list) else [meta[place]]

@@ -8,13 +8,17 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_tools import convert as tool
+from data_tools.check import TOO_MANY_BYTES, Reencoding, check, size_notes
 from data_tools.convert import FORMATS
+from data_tools.formats import Record
+from data_tools.inspect import inspect
 from data_tools.parts import Settings
 from data_tools.synthetic.films import encode_mp4
 from dsmoe_vl.config.recipe import SourceConfig
@@ -149,6 +153,48 @@ def test_text_that_is_not_unicode(tmp_path):
     (sample,) = iterate_samples(SourceConfig.at(tmp_path / "shards"))
     assert sample.text == sample.meta["captions"][0] == "a half ? emoji"
     assert set(reasons(tmp_path / "shards").values()) == {"unreadable file"}
+
+
+def test_what_training_refuses_for_its_size_is_noted(tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    for name in "ab":
+        (media / f"{name}.png").write_bytes(picture(kind="PNG"))
+        (media / f"{name}.txt").write_text("a dog\n" * 1_600_000 if name == "b" else "a dog")
+    convert(records("folder", "--media", media), "folder", tmp_path / "s")
+    (row,) = map(json.loads, (tmp_path / "s" / "notes.jsonl").read_text().splitlines())
+    assert row == {"id": "b.png", "note": TOO_MANY_BYTES[1]}
+    (problem,) = inspect(tmp_path / "s").problems["file too large"]
+    assert "b_png" in problem and ".json: " in problem
+
+
+@pytest.mark.parametrize(
+    ("sizes", "notes"),
+    [
+        ({"jpg": 2**20, "txt": 9, "json": 9}, ()),
+        ({"jpg": 2**40, "txt": 9, "json": 9}, TOO_MANY_BYTES[:1]),
+        ({"flac": 2**40, "mp4": 2**40}, TOO_MANY_BYTES[:1]),
+        ({"mp4": 2**20, "txt": 2**24, "json": 2**24}, TOO_MANY_BYTES[1:]),
+        ({"mp4": 2**40, "json": 2**24}, TOO_MANY_BYTES),
+    ],
+)
+def test_notes_on_sizes(sizes, notes):
+    assert size_notes(sizes) == notes
+
+
+@pytest.mark.parametrize("text", ["\0", "\u200b", "\ufeff \n", "\u202e"])
+def test_texts_without_anything_to_see(tmp_path, text):
+    found = [
+        Record("a", "image", None, [text, f"\ufeff a\n{text}dog "]),
+        Record("b", "image", None, [text]),
+        Record("c", "video", None, [], {"summary": text}),
+        Record("d", "image", None, [], {"transcript": text}),
+    ]
+    path = tmp_path / "a.jpg"
+    path.write_bytes(picture())
+    first, *others = (check(replace(record, media=path), "test", Reencoding()) for record in found)
+    assert [one.reason for one in others] == ["empty caption"] * 3
+    assert len(first.meta["captions"]) == 1 and not first.text.startswith("\ufeff")
 
 
 def test_the_budget_of_rejects(tmp_path):

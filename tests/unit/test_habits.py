@@ -6,10 +6,12 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 
 import numpy as np
 import pytest
 
+from data_tools.formats import img2dataset
 from data_tools.inspect import inspect
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.contents import contents_of, media_of
@@ -18,6 +20,7 @@ from dsmoe_vl.data.sample import EXTENSIONS, split_name
 from dsmoe_vl.data.shards.index import ShardIndex, _cached_scan, iterate_samples, read_sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.tasks.caption import chosen_caption
+from tests.support.datasets import read as from_datasets
 from tests.support.loading import DATA, encode
 from tests.support.tars import encoded_as, picture, write_tar
 
@@ -115,12 +118,41 @@ def test_a_shard_that_is_no_plain_tar(tmp_path, packed, message):
     assert message in reason and message in end
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
-def test_a_folder_of_compressed_tars(tmp_path, name):
-    (tmp_path / name).touch()
-    for read in (ShardIndex.load, inspect):
-        with pytest.raises(DataError, match=rf"no[r]? \*\.tar.*; unpack {name} to plain tars"):
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        ([], ""),
+        (["a.tar.gz"], "; unpack a.tar.gz to plain tars"),
+        (["a.tgz", "b.TAR.ZST"], "; unpack a.tgz, b.TAR.ZST to plain tars"),
+        (["A.TAR", "B.Tar"], "; rename A.TAR, B.Tar to *.tar, in small letters"),
+        (["a.zip"], "; unpack a.zip and make shards of the files with `python -m data_tools.convert folder`"),
+        (["x/a.tar", "y/b.tar"], "; tars are in the folders x, y: name one of them, or move the tars together"),
+        (
+            ["A.TAR", "x/a.tar"],
+            "; rename A.TAR to *.tar, in small letters; tars are in the folders x: name one of them",
+        ),
+    ],
+)
+def test_a_folder_without_tars(tmp_path, names, hint):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for read in (ShardIndex.load, inspect, converted):
+        with pytest.raises(DataError, match=re.escape(f"{tmp_path}: no *.tar in it{hint}")):
             read(tmp_path)
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / "a.tar").touch()
+    for read in (inspect, converted):
+        with pytest.raises(DataError, match=r"a\.tar: (a file; name the folder|no such folder)"):
+            read(tmp_path / "a.tar")
+        with pytest.raises(DataError, match="gone: no such folder"):
+            read(tmp_path / "gone")
+
+
+def converted(folder):
+    return from_datasets(img2dataset, "--shards", folder)
 
 
 @pytest.mark.parametrize("names", [["1", "2"], ["images/1", ".hidden.jpg"]])

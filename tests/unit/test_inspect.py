@@ -132,19 +132,22 @@ def test_tars_of_others(tmp_path):
 
 
 def test_json_that_training_could_not_use(tmp_path):
-    good = {"captions": ["a"], "duration_seconds": 2.0, "saliency": [[0, 1], [0.5, 1]], "tasks": ["summary"]}
+    good = {"captions": ["a"], "duration_seconds": 2.0, "saliency": [[0, 1], [0.5, 1]], "tasks": ["caption"]}
     bad = {
         "no positive number": {"duration_seconds": 0},
         "malformed saliency": {"saliency": [[0, 2]]},
         "malformed importance": {"importance": []},
         "unknown task": {"tasks": ["captions"]},
     }
+    numbers = (10**400, -(10**400), True, "2", None, float("inf"), float("nan"), [1])  # json.loads reads all of them
+    more = [(f"n{at}", photo(), "png", "a", good | {"width": value}) for at, value in enumerate(numbers)]
     samples = [(name, photo(), "png", "a", good | change) for name, change in bad.items()]
+    samples += [one for one in more if one[4]["width"] is not None]
     folder = write(tmp_path, [("good", photo(), "png", "a", good), *samples])
-    assert problems(folder) == dict.fromkeys(bad, 1)
-    assert inspect(folder).problems["no positive number"] == [
+    assert problems(folder) == dict.fromkeys(bad, 1) | {"no positive number": len(numbers)}
+    assert inspect(folder).problems["no positive number"][0] == (
         "train-00000.tar, sample 1, no_positive_number-1330f8c9: duration_seconds is 0"
-    ]
+    )
 
 
 def test_curves_of_others_are_checked_where_training_uses_them(tmp_path):

@@ -63,16 +63,21 @@ def test_source_and_sample_limit_the_tasks(tasks, source, own, used):
 
 
 @pytest.mark.parametrize(
-    ("source", "own", "named"),
+    ("source", "own", "reason"),
     [
-        (("caption",), ["summary"], "caption"),
-        ((), [], "caption, retrieval, summary"),
-        ((), ["something else"], "caption, retrieval, summary"),
-        (("caption", "retrieval"), ["summary"], "caption, retrieval"),
+        (("caption",), ["summary"], "serves none of the tasks caption: `tasks` of KEY.json has summary"),
+        (("caption", "retrieval"), ["summary"],
+         "serves none of the tasks caption, retrieval: `tasks` of KEY.json has summary"),
+        ((), [],
+         "no task: `tasks` of KEY.json names no task, and the sample can be used for caption, retrieval, summary"),
+        ((), ["else"],
+         "unknown task: 'else' in `tasks` of KEY.json; the tasks are caption, retrieval, summary, transcript"),
+        (("caption",), ["captions"],
+         "unknown task: 'captions' in `tasks` of KEY.json; the tasks are caption, retrieval, summary, transcript"),
     ],
-)
-def test_a_sample_that_serves_no_task_is_bad(tasks, source, own, named):
-    with pytest.raises(DataError, match=f"^serves none of the tasks {named}$"):
+)  # fmt: skip
+def test_a_sample_that_serves_no_task_is_bad(tasks, source, own, reason):
+    with pytest.raises(DataError, match=f"^{reason}$"):
         Encoder(tasks)(limited("video", *own, source=SourceConfig("test", tasks=source)))
 
 

@@ -200,7 +200,7 @@ def test_malformed_manifest(tmp_path: Path, content: str, message: str) -> None:
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         ShardIndex.load(tmp_path / "none")
-    with pytest.raises(DataError, match=r"neither index\.json nor \*\.tar"):
+    with pytest.raises(DataError, match=r"no \*\.tar in it; shards are made with"):
         ShardIndex.load(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"")
     index = ShardIndex.load(tmp_path)

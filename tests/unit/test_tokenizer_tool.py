@@ -17,6 +17,7 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
+from tests.support.tars import write_tar
 
 
 def shards(folder, texts):
@@ -123,6 +124,30 @@ def test_max_samples_says_what_is_left_out(world, tmp_path, capsys):
     assert "training on 50 of 10" in capsys.readouterr().out
 
 
+def test_bad_samples_are_counted_and_the_others_used(tmp_path, capsys):
+    members = [member for i in range(200) for member in ((f"{i}.txt", b"a dog %d" % i), (f"{i}.json", b"{}"))]
+    bad = [
+        ("json.txt", b"x"), ("json.json", b"{bad"),
+        ("list.txt", b"x"), ("list.json", b"[]"),
+        ("latin.txt", b"caf\xe9"),
+        ("large.txt", b"word " * 2_000_000),
+        ("nul.txt", b"\0"), ("unseen.txt", "\u200b\ufeff".encode()),
+    ]  # fmt: skip
+    write_tar(tmp_path / "s" / "a.tar", [*members[:100], *bad, *members[100:]])
+    damaged = write_tar(tmp_path / "s" / "b.tar", members[:10])
+    damaged.write_bytes(damaged.read_bytes()[:5_000])
+    tokenizer = train([tmp_path / "s"], tmp_path / "a.model", vocab_size=400)
+    assert tokenizer.decode(tokenizer.encode("a dog 7")) == "a dog 7"
+    said = capsys.readouterr().out
+    for line in (
+        f"not used: 3 x malformed text or JSON, the first in {tmp_path}/s/a.tar: json: ",
+        "not used: 1 x file too large, the first in large.txt: 10000000 bytes, more than data.max_text_mib = 8 (MiB)",
+        "not used: 2 x no caption, the first in nul: no text in",
+        f"not used: 1 x damaged shard, the first in {tmp_path}/s/b.tar: truncated at byte ",
+    ):
+        assert line in said
+
+
 def test_errors(world, tmp_path):
     data = [world / "images_train"]
     with pytest.raises(DataError, match=r"--vocab-size 100: .* alone need \d+ pieces"):
@@ -133,6 +158,9 @@ def test_errors(world, tmp_path):
         train(data, tmp_path / "a.model", max_samples=0)
     with pytest.raises(DataError, match="no captions in"):
         train([shards(tmp_path / "empty", [" ", ""])], tmp_path / "a.model")
+    for number, texts in enumerate((["\0"], ["\u200b", "\ufeff"], ["\u2585"])):
+        with pytest.raises(DataError, match=r"no captions in .*: a tokenizer needs text"):
+            train([shards(tmp_path / f"unseen{number}", texts)], tmp_path / "a.model")
     with pytest.raises(DataError, match="no such folder"):
         train([tmp_path / "gone"], tmp_path / "a.model")
     (tmp_path / "a.model").touch()

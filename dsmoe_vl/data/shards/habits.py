@@ -27,10 +27,26 @@ def other_format(beginning: bytes) -> str:
     return next((what for magic, what in _BEGINNINGS.items() if beginning.startswith(magic)), "")
 
 
-def compressed_tars(folder: Path) -> str:
-    """For a message about a folder without tars: the compressed ones in it; "" if there are none."""
-    found = sorted(path.name for path in folder.glob("*") if path.name.endswith(_COMPRESSED_TARS))
-    return f"; unpack {named(found)} to plain tars" if found else ""
+def tars_missing(folder: Path) -> str:
+    """For a message: that a place has no tars, what is there instead, and what to do."""
+    if folder.is_file():
+        return f"{folder}: a file; name the folder that it is in"
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    paths = sorted(folder.iterdir())
+    names = [path.name for path in paths]
+    compressed = [name for name in names if name.lower().endswith(_COMPRESSED_TARS)]
+    capitals = [name for name in names if name.lower().endswith(".tar")]
+    zips = [name for name in names if name.lower().endswith(".zip")]
+    inside = [path.name for path in paths if path.is_dir() and any(path.glob("*.tar"))]
+    hints = {
+        "unpack {} to plain tars": compressed,
+        "rename {} to *.tar, in small letters": capitals,
+        "unpack {} and make shards of the files with `python -m data_tools.convert folder`": zips,
+        "tars are in the folders {}: name one of them, or move the tars together": inside,
+    }
+    found = [hint.format(named(there)) for hint, there in hints.items() if there]
+    return "; ".join([f"{folder}: no *.tar in it", *found])
 
 
 def habit_of(key: str, names: Iterable[str], is_scattered: bool) -> str:

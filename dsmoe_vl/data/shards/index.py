@@ -19,7 +19,7 @@ from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.data.budget import check_pixels
 from dsmoe_vl.data.sample import EXTENSIONS, MEDIA_EXTENSIONS, SPEECH_EXTENSIONS, TEXT_EXTENSIONS, Sample
 from dsmoe_vl.data.shards.download import is_remote
-from dsmoe_vl.data.shards.habits import NAME_RULE, compressed_tars, habit_of
+from dsmoe_vl.data.shards.habits import NAME_RULE, habit_of, tars_missing
 from dsmoe_vl.data.shards.remote import RemoteShards
 from dsmoe_vl.data.shards.tar import SampleFiles, ShardScan, read_files, scan_shard
 from dsmoe_vl.data.source_map import mapped
@@ -105,7 +105,7 @@ def manifest_sha256(folder: str | Path, data: DataConfig = _DEFAULTS) -> str:
     return hashlib.sha256(json.dumps([astuple(shard) for shard in shards]).encode()).hexdigest()
 
 
-class _Read(NamedTuple):
+class TarSample(NamedTuple):
     """The files of a sample, the local tar that they are in, and whether its key occurs elsewhere there too."""
 
     files: SampleFiles
@@ -122,7 +122,8 @@ def read_sample(
     Raises DataError if the shard is damaged at the sample or does not exist, the text or JSON is malformed, or the
     sample is above a limit of `index.data`; FetchError if a server keeps failing.
     """
-    return _parsed(_read(index, shard, sample, source, EXTENSIONS if media else TEXT_EXTENSIONS), source, epoch, index)
+    read = _read(index, shard, sample, source, EXTENSIONS if media else TEXT_EXTENSIONS)
+    return parsed(read, source, epoch, index.data)
 
 
 def read_all_files(index: ShardIndex, shard: int, sample: int, source: SourceConfig = _NO_SOURCE) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def read_all_files(index: ShardIndex, shard: int, sample: int, source: SourceCon
 
 def _read(
     index: ShardIndex, shard: int, sample: int, source: SourceConfig, extensions: Collection[str] | None
-) -> _Read:
+) -> TarSample:
     row = index.shards[shard]
     if index.remote is None:
         return _read_local(index.folder / row.name, row, sample, source, extensions, index.data, _REINDEX_HINT)
@@ -156,7 +157,7 @@ def _read(
 def _read_local(
     path: Path, row: Shard, sample: int, source: SourceConfig, extensions: Collection[str] | None, data: DataConfig,
     hint: str,
-) -> _Read:  # fmt: skip
+) -> TarSample:  # fmt: skip
     scan = _cached_scan(path)
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
@@ -170,10 +171,12 @@ def _read_local(
         files = read_files(path, start, end, extensions, data)
     else:  # which may look at any file
         files = mapped(source.map, path, read_files(path, start, end, None, data))
-    return _Read(files, path, files.key in scan.scattered)
+    return TarSample(files, path, files.key in scan.scattered)
 
 
-def _parsed(read: _Read, source: SourceConfig, epoch: int, index: ShardIndex) -> Sample:
+def parsed(read: TarSample, source: SourceConfig = _NO_SOURCE, epoch: int = 0, data: DataConfig = _DEFAULTS) -> Sample:
+    """The sample that files in a tar make. Raises DataError if its text or JSON is malformed, or its picture is above a
+    limit of `data`."""
     (key, files, names), path, is_scattered = read
     try:
         text = files.get("txt", b"").decode("utf-8-sig")
@@ -184,7 +187,7 @@ def _parsed(read: _Read, source: SourceConfig, epoch: int, index: ShardIndex) ->
         raise DataError(f"malformed text or JSON: {path}: {key}.json is not an object")
     media_type = next((extension for extension in files if extension in MEDIA_EXTENSIONS), "")
     if media_type:
-        check_pixels(f"{key}.{media_type}", files[media_type], index.data)
+        check_pixels(f"{key}.{media_type}", files[media_type], data)
     spoken = next((extension for extension in files if extension in SPEECH_EXTENSIONS), "")
     habit = habit_of(key, names, is_scattered)
     return Sample(
@@ -201,10 +204,23 @@ def iterate_samples(
 
     Raises DataError at the first damaged sample, and the errors of `ShardIndex.load`.
     """
+    for sample in attempted_samples(source, media, data, first, step):
+        if isinstance(sample, DataError):
+            raise sample
+        yield sample
+
+
+def attempted_samples(
+    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, first: int = 0, step: int = 1
+) -> Iterator[Sample | DataError]:
+    """As `iterate_samples`, but with the DataError of each bad sample in its place."""
     index = ShardIndex.load(source.path, data)
     places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
     for number, sample in islice(places, first, None, step):
-        yield read_sample(index, number, sample, source, media=media)
+        try:
+            yield read_sample(index, number, sample, source, media=media)
+        except DataError as error:
+            yield error
 
 
 def _existing(folder: str | Path) -> Path:
@@ -221,8 +237,7 @@ def _cached_scan(path: Path) -> ShardScan:
 def _scan_folder(folder: Path) -> ShardIndex:
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        hint = compressed_tars(folder) or "; make shards with `python -m data_tools.convert`"
-        raise DataError(f"{folder}: neither {INDEX_NAME} nor *.tar{hint}")
+        raise DataError(f"{tars_missing(folder)}; shards are made with `python -m data_tools.convert`")
     shards = []
     ignored = ""
     for tar in tars:
