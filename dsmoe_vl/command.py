@@ -125,6 +125,14 @@ class _Steady:
             self._stream.flush()
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     number = int(text) if text.isdecimal() else 0

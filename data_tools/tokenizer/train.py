@@ -45,14 +45,18 @@ def train(
         max_samples: texts at most; of more, a uniform sample is drawn with `seed`.
 
     Raises:
-        DataError: no text, shards that cannot be read, a vocabulary too small, or an `output` that exists.
+        DataError: no text, a folder without shards, a vocabulary too small, or an `output` that exists.
     """
     if output.exists():
         raise DataError(f"{output} exists, and runs may depend on it: delete it first, or choose another --output")
     if max_samples < 1:
         raise DataError(f"--max-samples {max_samples}: must be positive")
-    samples = (sample for folder in data for sample in iterate_samples(SourceConfig.at(folder), media=False))
     left_out = LeftOut()
+    samples = (
+        sample
+        for folder in data
+        for sample in iterate_samples(SourceConfig.at(folder), media=False, failed=left_out.unreadable)
+    )
     texts = left_out.watch(tqdm(samples, desc="reading", unit="sample", disable=None))
     chosen, total = reservoir(texts, max_samples, random.Random(seed))
     if not chosen:
@@ -69,7 +73,7 @@ def train(
 
 
 class LeftOut:
-    """Counts the samples without a text, and those with entries that are no text."""
+    """Counts the samples without a text, those with entries that are no text, and those that cannot be read."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()  # by kind of problem
@@ -81,9 +85,16 @@ class LeftOut:
             contents = contents_of(sample)
             yield from contents.texts
             for problem in contents.flaws if contents.texts else (contents.no_caption,):
-                kind, _, detail = problem.partition(": ")
-                self._counts[kind] += 1
-                self._first.setdefault(kind, f"{sample.key}: {detail}")
+                self._count(sample.key, problem)
+
+    def unreadable(self, shard: str, number: int, error: DataError) -> None:
+        """Count a sample that cannot be read."""
+        self._count(f"{shard}, number {number}", str(error))
+
+    def _count(self, place: str, problem: str) -> None:
+        kind, _, detail = problem.partition(": ")
+        self._counts[kind] += 1
+        self._first.setdefault(kind, f"{place}: {detail}")
 
     def describe(self) -> list[str]:
         """A line per kind of problem, with its first place."""

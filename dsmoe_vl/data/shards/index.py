@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +80,10 @@ class ShardIndex:
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """The number of its shard, and its number there, of every sample."""
+        return ((shard, sample) for shard, row in enumerate(self.shards) for sample in range(row.samples))
 
     @property
     def fingerprint(self) -> str:
@@ -192,19 +195,29 @@ def _parsed(read: _Read, source: SourceConfig, epoch: int, index: ShardIndex) ->
     )
 
 
+Failed = Callable[[str, int, DataError], None]  # of a sample: the name of its shard, its number there, the reason
+
+
+def _end(shard: str, sample: int, error: DataError) -> None:
+    raise error
+
+
 def iterate_samples(
-    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, first: int = 0, step: int = 1
+    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, failed: Failed = _end
 ) -> Iterator[Sample]:
-    """The samples of a source in the order of its shards: numbers first, first + step, ..., counted from 0.
+    """The samples of a source in the order of its shards.
 
-    `media` as in `read_sample`, `data` as in `ShardIndex.load`.
-
-    Raises DataError at the first damaged sample, and the errors of `ShardIndex.load`.
+    `media` as in `read_sample`, `data` as in `ShardIndex.load`. `failed` is called for a sample that cannot be read,
+    which is left out; without it, the first of them raises DataError. Raises the errors of `ShardIndex.load` too.
     """
     index = ShardIndex.load(source.path, data)
-    places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
-    for number, sample in islice(places, first, None, step):
-        yield read_sample(index, number, sample, source, media=media)
+    for shard, number in index.places():
+        try:
+            sample = read_sample(index, shard, number, source, media=media)
+        except DataError as error:
+            failed(index.shards[shard].name, number, error)
+        else:
+            yield sample
 
 
 def _existing(folder: str | Path) -> Path:

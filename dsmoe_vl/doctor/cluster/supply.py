@@ -60,9 +60,11 @@ def _source_rates(recipe: Recipe) -> tuple[SourceRate, ...]:
 
 
 def _mean_tokens(recipe: Recipe, source: SourceConfig, encode: Encoder, seconds: float) -> float:
-    """Tokens of a sample in all its tasks. Samples that training would pass over are passed over."""
+    """Tokens of a sample in all its tasks. Samples that training would pass over are passed over and not reported, as
+    any samples will do."""
     until, lengths = time.monotonic() + seconds, []
-    for sample in islice(iterate_samples(source, data=recipe.data), 4 * _SAMPLES):
+    samples = iterate_samples(source, data=recipe.data, failed=lambda shard, number, error: None)
+    for sample in islice(samples, 4 * _SAMPLES):
         try:
             lengths.append(sum(segment.length for segment in encode(sample)))
         except DataError:
