@@ -277,7 +277,9 @@ class Trainer:
         recipe = stage_after(self.plan, self.step)[1].recipe
         if (changed := changed_parts(recipe, optimizer_updates(folder))) and self.ranks.rank == 0:
             print(f"note: since {folder.name}, {changed}", flush=True)
-        self.loader.load_state_dict(data_states(folder))
+        for note in self.loader.load_state_dict(data_states(folder)):
+            if self.ranks.rank == 0:
+                print(f"note: since {folder.name}, {note}", flush=True)
         return found
 
     def _sparsity(self) -> dict[str, float]:

@@ -159,7 +159,7 @@ def test_what_is_passed_over_is_counted_and_named(run, broken):
         assert out.count("00000.tar, number 1: malformed text or JSON") == out.count("00000.tar, v2: ") == 3
         for task, others in (
             ("caption", "1 without a caption"),
-            ("retrieval", "1 without a caption, 1 for other tasks"),
+            ("retrieval", "1 for other tasks, 1 without a caption"),
             ("summary", "1 for other tasks"),
         ):
             assert f"{broken}: {task}: not of this task, of 7 samples: {others}\n" in out

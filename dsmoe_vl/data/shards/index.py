@@ -37,12 +37,13 @@ _ATTEMPTS = 10  # to read a remote shard before another process removes it from 
 
 @dataclass(frozen=True)
 class Shard:
-    """A row of the manifest. `sha256` is "" for a shard that was found without a manifest."""
+    """A row of the manifest. A shard that was found without a manifest has no `sha256`, but a hash of its `texts`."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    texts: str = ""  # `ShardScan.texts`
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ class ShardIndex:
         """Short hash of names, sample counts and sizes: indexes with the same samples have the same one."""
         rows = [(shard.name, shard.samples, shard.bytes) for shard in self.shards]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    @property
+    def contents(self) -> str:
+        """What is in the shards, beyond the `fingerprint`: "sha256 HASH" by their manifest, "texts HASH" without one,
+        "" if it is not known. A copy has the same; two kinds cannot be compared."""
+        for kind in ("sha256", "texts"):
+            hashes = [getattr(shard, kind) for shard in self.shards]
+            if all(hashes):
+                return f"{kind} {hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]}"
+        return ""
 
 
 def manifest_sha256(folder: str | Path, data: DataConfig = _DEFAULTS) -> str:
@@ -160,7 +171,7 @@ def _read_local(
     path: Path, row: Shard, sample: int, source: SourceConfig, extensions: Collection[str] | None, data: DataConfig,
     hint: str,
 ) -> _Read:  # fmt: skip
-    scan = _cached_scan(path)
+    scan = _cached_scan(path, bool(row.texts))
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
             f"shard does not match its manifest: {path} has {scan.samples} samples, "
@@ -227,8 +238,8 @@ def _existing(folder: str | Path) -> Path:
 
 
 @lru_cache(maxsize=1024)
-def _cached_scan(path: Path) -> ShardScan:
-    return scan_shard(path)
+def _cached_scan(path: Path, texts: bool) -> ShardScan:
+    return scan_shard(path, texts)
 
 
 def _scan_folder(folder: Path) -> ShardIndex:
@@ -239,9 +250,9 @@ def _scan_folder(folder: Path) -> ShardIndex:
     shards = []
     ignored = ""
     for tar in tars:
-        scan = _cached_scan(tar)
+        scan = _cached_scan(tar, True)
         # The damaged part counts as one sample, which is reported as bad once per epoch.
-        shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, ""))
+        shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, "", scan.texts))
         ignored = ignored or scan.ignored
     if ignored and not any(shard.samples for shard in shards):
         raise DataError(f"{folder}: no samples in its shards: {ignored} belongs to none; {NAME_RULE}")
