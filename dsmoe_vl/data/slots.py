@@ -15,6 +15,7 @@ import numpy as np
 
 from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import Pack
+from dsmoe_vl.errors import ConfigError
 
 
 class PatchSlots:
@@ -37,8 +38,16 @@ class PatchSlots:
         size = self._offset + math.prod(self._patches_shape)
         # Not in /dev/shm, which is small in containers: a write beyond its end kills the process.
         handle = os.memfd_create("patches")
-        os.ftruncate(handle, size)
-        self._memory = Arena(size, handle)
+        try:
+            os.ftruncate(handle, size)
+            self._memory = Arena(size, handle)
+        except (OSError, OverflowError) as error:
+            os.close(handle)
+            raise ConfigError(
+                f"{workers} workers need {size / 2**30:,.0f} GiB of shared memory for the patches of {self._count} "
+                f"packs each, more than this machine gives ({error}): lower train_micro_batch_size_per_gpu, "
+                "data.workers or data.pack_patches"
+            ) from None
         weakref.finalize(self._memory, os.close, handle)
 
     def store(self, pack: Pack, worker: int, number: int) -> None:
