@@ -6,6 +6,7 @@ should launch kernels. Here a worker copies them once, and `collate` reads them 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import weakref
@@ -16,6 +17,7 @@ import numpy as np
 from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import has_file_limit, sharing
 
 
 class PatchSlots:
@@ -39,10 +41,13 @@ class PatchSlots:
         # Not in /dev/shm, which is small in containers: a write beyond its end kills the process.
         handle = os.memfd_create("patches")
         try:
-            os.ftruncate(handle, size)
-            self._memory = Arena(size, handle)
+            with sharing(f"the data workers, {size / 2**20:,.1f} MiB"):
+                os.ftruncate(handle, size)
+                self._memory = Arena(size, handle)
         except (OSError, OverflowError) as error:
             os.close(handle)
+            if getattr(error, "errno", None) == errno.EFBIG and has_file_limit():
+                raise
             raise ConfigError(
                 f"{workers} workers need {size / 2**30:,.0f} GiB of shared memory for the patches of {self._count} "
                 f"packs each, more than this machine gives ({error}): lower train_micro_batch_size_per_gpu, "

@@ -17,6 +17,7 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
+from tests.support.tars import write_tar
 
 
 def shards(folder, texts):
@@ -121,6 +122,14 @@ def test_reservoir_is_seeded_and_uniform():
 def test_max_samples_says_what_is_left_out(world, tmp_path, capsys):
     train([world / "images_train"], tmp_path / "tokenizer.model", max_samples=50, seed=3)
     assert "training on 50 of 10" in capsys.readouterr().out
+
+
+def test_samples_that_cannot_be_read_are_counted(tmp_path, capsys):
+    """The others are learned from; the first bad one is named."""
+    members = [(f"{n:03d}.txt", f"a dog number {n} runs on the grass".encode()) for n in range(200)]
+    write_tar(tmp_path / "s" / "a.tar", [*members, ("900.json", b"{"), ("901.txt", b"\xff")])
+    train([tmp_path / "s"], tmp_path / "t.model", vocab_size=320)
+    assert "not used: 2 x malformed text or JSON, the first in a.tar, number 200: " in capsys.readouterr().out
 
 
 def test_errors(world, tmp_path):
