@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="the result file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     ranks = Ranks.discover()
     folder = (args.folder or Path(tempfile.gettempdir())) / f"checkpoint_benchmark_{os.getppid()}"
     try:

@@ -94,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write a result file (record.py)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     folder = Path(tempfile.mkdtemp(prefix="large_"))
     try:
         figures = measure(folder, args.overrides)

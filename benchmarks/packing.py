@@ -217,7 +217,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     ranks = Ranks.discover()
     if ranks.world_size > 1:
         raise SystemExit("packing.py is one process: padded batches of several ranks would differ in length")

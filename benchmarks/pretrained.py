@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/compare_pretrained")
     parser.add_argument("--json", type=Path, default=RESULTS / "pretrained.json", help="the result file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     os.chdir(ROOT)  # where the recipe's paths begin
     found = measure(args)
     for way, losses in found["losses"].items():

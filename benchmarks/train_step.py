@@ -188,7 +188,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--no-profile", action="store_true", help="leave out the table of operators")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def plan_of(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> RunPlan:

@@ -49,6 +49,7 @@ def leave(status: int) -> NoReturn:
     have the interpreter's lock any more, and the process aborts: "terminate called without an active exception"
     (https://github.com/pytorch/pytorch/pull/179291).
     """
+    open_standard_streams()
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")  # it ends MPI in the finalization; mpirun reports processes that do not
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
@@ -59,19 +60,42 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def open_standard_streams() -> None:
+    """Open the null device for what was closed when the program started, as by `>&-`.
+
+    Python has None for such a stream. And the next file that is opened gets the number of a closed descriptor: what
+    other libraries and child processes write to standard output would go into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # has the lowest free number, which may be this one
+            os.dup2(nowhere, number)
+            os.set_inheritable(number, True)
+            if nowhere != number:
+                os.close(nowhere)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115  (it is open until the program ends)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 @contextmanager
 def steady_output() -> Iterator[None]:
-    """In the block, writing to standard output or error never raises an OSError: the text is lost instead."""
+    """What every program works in. Standard streams are open, and writing to them never raises an OSError: the text is
+    lost instead."""
+    open_standard_streams()
     before = sys.stdout, sys.stderr
-    steady = [None if stream is None else _Steady(stream) for stream in before]
+    steady = _Steady(sys.stdout), _Steady(sys.stderr)
     sys.stdout, sys.stderr = steady  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
         for stream in steady:
-            if stream is not None:
-                stream.end()
+            stream.end()
 
 
 def has_lost_reader() -> bool:
@@ -123,6 +147,14 @@ class _Steady:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
             self._stream.flush()
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
 
 
 def positive(text: str) -> int:

@@ -55,15 +55,35 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(refusal, os.strerror(refusal), str(path)) from error
 
 
+@contextmanager
+def sharing(what: str) -> Iterator[None]:
+    """If the block cannot get the memory that processes share, the error names it: it is a file without a path, which a
+    limit on the size of files (`ulimit -f`) holds for too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and not isinstance(error.filename, str):
+            error.filename = f"shared memory of {what}"
+        raise
+
+
+def has_file_limit() -> bool:
+    """Whether this process has a limit on the size of files."""
+    return _file_limit() != resource.RLIM_INFINITY
+
+
+def _file_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+
+
 def _refusal(path: Path, message: str) -> int | None:
     """The errno with which the operating system refuses to write to `path`; None if it does not refuse."""
     if told := re.search(r"\(os error (\d+)\)", message):  # by a library in Rust
         return int(told[1])
     folder = path if path.is_dir() else path.parent
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     probe = folder / f"probe.{secrets.token_hex(4)}{PARTIAL}"
     try:
-        if limit != resource.RLIM_INFINITY and any(file.stat().st_size >= limit for file in folder.iterdir()):
+        if has_file_limit() and any(file.stat().st_size >= _file_limit() for file in folder.iterdir()):
             return errno.EFBIG
         probe.write_bytes(_PROBE)
     except OSError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 # Torch reads it when imported. Without it, every rank prints a C++ stack when another rank closes its connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe_vl.command import leave, run
+from dsmoe_vl.command import fraction, leave, run
 from dsmoe_vl.config.task_table import TASKS
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.run import evaluate_on_ranks, evaluate_run
@@ -53,6 +53,9 @@ def parse() -> Options:
     parser.add_argument(
         "--format", choices=("lmms",), help="also write the scores to RUN/lmms as lmms-eval writes its own"
     )
+    parser.add_argument(
+        "--max-bad-fraction", type=fraction, metavar="F", help="of a folder's samples (default: the recipe's)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per rank) or cuda:N")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     args = parser.parse_args()
@@ -68,6 +71,7 @@ def parse() -> Options:
         split=args.split,
         java=args.java,
         lmms=args.format == "lmms",
+        max_bad_fraction=args.max_bad_fraction,
     )
 
 

@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="fail if the plan would differ from the request")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # added by some launchers
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe settings to replace")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size needs --dry-run: otherwise the launcher sets the number of ranks")
     if args.max_restarts < 0:

@@ -23,7 +23,7 @@ from dsmoe_vl.config.recipe import SourceConfig
 from dsmoe_vl.console import tell
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.shards.index import attempted_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import write_atomically
@@ -52,8 +52,12 @@ def train(
         raise DataError(f"{output} exists, and runs may depend on it: delete it first, or choose another --output")
     if max_samples < 1:
         raise DataError(f"--max-samples {max_samples}: must be positive")
-    samples = (sample for folder in data for sample in attempted_samples(SourceConfig.at(folder), media=False))
     left_out = LeftOut()
+    samples = (
+        sample
+        for folder in data
+        for sample in iterate_samples(SourceConfig.at(folder), media=False, failed=left_out.unreadable)
+    )
     texts = left_out.watch(tqdm(samples, desc="reading", unit="sample", disable=None))
     chosen, total = reservoir(texts, max_samples, random.Random(seed))
     if not any(_lines(chosen)):
@@ -70,28 +74,28 @@ def train(
 
 
 class LeftOut:
-    """Counts the samples that cannot be read or have no text, and those with entries that are no text."""
+    """Counts the samples without a text, those with entries that are no text, and those that cannot be read."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()  # by kind of problem
         self._first: dict[str, str] = {}
 
-    def watch(self, samples: Iterable[Sample | DataError]) -> Iterator[str]:
+    def watch(self, samples: Iterable[Sample]) -> Iterator[str]:
         """All texts of the samples that could be read."""
         for sample in samples:
-            if isinstance(sample, DataError):
-                kind, _, detail = str(sample).partition(": ")
-                self._add(kind, detail)
-                continue
             contents = contents_of(sample)
             yield from contents.texts
             for problem in contents.flaws if contents.texts else (contents.no_caption,):
-                kind, _, detail = problem.partition(": ")
-                self._add(kind, f"{sample.key}: {detail}")
+                self._count(sample.key, problem)
 
-    def _add(self, kind: str, place: str) -> None:
+    def unreadable(self, shard: str, number: int, error: DataError) -> None:
+        """Count a sample that cannot be read."""
+        self._count(f"{shard}, number {number}", str(error))
+
+    def _count(self, place: str, problem: str) -> None:
+        kind, _, detail = problem.partition(": ")
         self._counts[kind] += 1
-        self._first.setdefault(kind, place)
+        self._first.setdefault(kind, f"{place}: {detail}")
 
     def describe(self) -> list[str]:
         """A line per kind of problem, with its first place."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-Kind = Literal["flag", "integer", "number", "string", "list", "section", "any"]
+Kind = Literal["flag", "integer", "number", "string", "strings", "list", "section", "any"]
 
 
 def _keys(**of_kind: str) -> dict[str, Kind]:
@@ -89,6 +89,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "zero_optimization.offload_param": _keys(
         string="device nvme_path", integer="buffer_count buffer_size max_in_cpu", flag="pin_memory"
     ),
+    "zero_optimization.leaf_module": _keys(strings="classes names name_suffixes"),
     "activation_checkpointing": _keys(
         flag="""
             partition_activations contiguous_memory_optimization synchronize_checkpoint_boundary profile
@@ -162,6 +163,9 @@ SCHEDULERS: dict[str, frozenset[str]] = {
         last_batch_iteration
         """),
 }
+
+# What a scheduler does not work without, and nobody fills in.
+NEEDED: dict[str, tuple[str, ...]] = {"OneCycle": ("cycle_min_lr", "cycle_max_lr")}
 
 # DeepSpeed refuses these with any value, but only after every process has started.
 REMOVED = _names("""

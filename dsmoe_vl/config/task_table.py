@@ -107,6 +107,8 @@ class TaskSpec:
     # The shapes of its heads' parameters by their names in the model, from its settings and the decoder width.
     head_shapes: Callable[[Any, int], dict[str, tuple[int, ...]]] = field(default=_no_heads)
     hears: bool = False  # it needs a model with a speech encoder
+    # What of `data/contents.py: Contents` a sample must have, for messages: its field `no_NEED` has the reason if not.
+    needs: tuple[str, ...] = ()
 
 
 def _has_captions(has: Collection[str], captions: Sequence[str], meta: Mapping[str, Any]) -> bool:
@@ -142,6 +144,7 @@ TASKS: list[TaskSpec] = [
         qualifies=_has_captions,
         task="dsmoe_vl.tasks.caption:CaptionTask",
         evaluation="dsmoe_vl.evaluation.captions:CaptionEvaluation",
+        needs=("media", "caption"),
     ),
     TaskSpec(
         name="retrieval",
@@ -153,6 +156,7 @@ TASKS: list[TaskSpec] = [
         task="dsmoe_vl.tasks.retrieval:RetrievalTask",
         evaluation="dsmoe_vl.evaluation.retrieval:RetrievalEvaluation",
         head_shapes=_retrieval_heads,
+        needs=("media", "caption"),
     ),
     TaskSpec(
         name="summary",
@@ -169,6 +173,7 @@ TASKS: list[TaskSpec] = [
         evaluation="dsmoe_vl.evaluation.summaries:SummaryEvaluation",
         # One linear score of frames.
         head_shapes=lambda settings, width: {"importance.score.weight": (1, width), "importance.score.bias": (1,)},
+        needs=("media", "summary"),
     ),
     TaskSpec(
         name="transcript",
@@ -180,6 +185,7 @@ TASKS: list[TaskSpec] = [
         task="dsmoe_vl.tasks.transcript:TranscriptTask",
         evaluation="dsmoe_vl.evaluation.transcripts:TranscriptEvaluation",
         hears=True,
+        needs=("recording", "transcript"),
     ),
 ]
 

@@ -9,7 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from dsmoe_vl.config.task_table import TASKS
+from dsmoe_vl.config.task_table import TASKS, TaskSpec
 from dsmoe_vl.data.sample import MEDIA_EXTENSIONS, SPEECH_EXTENSIONS, Sample, split_name
 from dsmoe_vl.data.shards.habits import named
 from dsmoe_vl.errors import DataError
@@ -119,6 +119,30 @@ def text_of(value: Any) -> str:
         return ""
     text = value.replace("\ufeff", "").strip()
     return text if any(unicodedata.category(character) not in _UNSEEN for character in text) else ""
+
+
+def is_offered(sample: Sample, task: str) -> bool:
+    """Whether the `tasks` of the sample's source and those of its KEY.json have the task. A missing list means all, and
+    so does an empty one of the source."""
+    wanted, offered = sample.source.tasks, offered_tasks(sample)
+    return (not wanted or task in wanted) and (offered is None or task in offered)
+
+
+def why_unused(sample: Sample, task: TaskSpec) -> str:
+    """Why a task does not use the sample, as `kind: detail`; "" if it does.
+
+    Raises DataError if a list asks for the task and the sample lacks what the task needs: as in training, it is bad.
+    """
+    if not is_offered(sample, task.name):
+        return "for other tasks: `tasks` of its KEY.json or of its source does not have this one"
+    contents = contents_of(sample)
+    if task.name in contents.tasks:
+        return ""
+    lacks = (getattr(contents, f"no_{need}") for need in task.needs)
+    reason = next(filter(None, lacks), f"not usable: it does not have what {task.name} needs")
+    if sample.source.tasks or offered_tasks(sample) is not None:
+        raise DataError(reason)
+    return reason
 
 
 def _missing(

@@ -26,6 +26,7 @@ class BadSample:
     sample: int  # number in the shard
     epoch: int
     reason: str
+    key: str = ""  # unknown if the sample could not be read
 
 
 @dataclass
@@ -66,13 +67,7 @@ class ErrorLog:
         self._count(source, sample.epoch)
         self._bad[source] += 1
         self._fresh.bad.append(sample)
-        read, bad = self._read[source], self._bad[source]
-        if bad > self._max_bad_fraction * max(read, _MIN_SAMPLES) or (bad == read and read >= _MIN_SAMPLES):
-            raise DataError(
-                f"{self._part}, {source}: {bad} of {read} samples are bad, more than data.max_bad_fraction = "
-                f"{self._max_bad_fraction}; the last is number {sample.sample} of {sample.shard}: {sample.reason}; "
-                "repair the shards or raise the budget"
-            )
+        check_budget(f"{self._part}, {source}", self._read[source], self._bad[source], self._max_bad_fraction, sample)
 
     def drain(self) -> ReadCounts:
         """The counts since the last call."""
@@ -83,6 +78,17 @@ class ErrorLog:
         self._read[source] += 1
         self._fresh.samples[source] += 1
         self._fresh.epochs[source] = max(epoch, self._fresh.epochs.get(source, 0))
+
+
+def check_budget(
+    place: str, read: int, bad: int, max_bad_fraction: float, last: BadSample, advice: str = "raise the budget"
+) -> None:
+    """Raise DataError if `bad` samples of those `read` are too many. `last`: one of them."""
+    if bad > max_bad_fraction * max(read, _MIN_SAMPLES) or (bad == read and read >= _MIN_SAMPLES):
+        raise DataError(
+            f"{place}: {bad} of {read} samples are bad, more than data.max_bad_fraction = {max_bad_fraction}; the last "
+            f"is number {last.sample} of {last.shard}: {last.reason}; repair the shards or {advice}"
+        )
 
 
 class ReadReport:

@@ -36,8 +36,7 @@ def held_out_packs(
     shape = PackShape(data.pack_length, data.pack_patches, patch_size, merge, speech)
     log = ErrorLog(data.max_bad_fraction, "data.evaluation")
     reader = SampleReader((source,), {source.name: index}, encode, shape, log)
-    numbers = ((shard, sample) for shard, row in enumerate(index.shards) for sample in range(row.samples))
-    refs = (SampleRef(0, 0, *number) for number in itertools.islice(numbers, rank, None, ranks))
+    refs = (SampleRef(0, 0, *place) for place in itertools.islice(index.places(), rank, None, ranks))
     items = (item for ref in refs if (item := reader.read(ref)) is not None)
     packer = Packer(shape, data.lookahead)
     while True:

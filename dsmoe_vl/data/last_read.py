@@ -8,6 +8,7 @@ from typing import Any
 
 from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.data.stream import SampleRef
+from dsmoe_vl.files import sharing
 
 _KEY_BYTES = 200  # of a longer key, the beginning
 
@@ -29,7 +30,8 @@ class LastRead:
 
     def __init__(self, workers: int, indexes: list[ShardIndex]) -> None:
         """`indexes`: of the sources, in the order of `SampleRef.source`."""
-        self._rows: Any = multiprocessing.RawArray(_Row, workers)
+        with sharing("the data workers"):
+            self._rows: Any = multiprocessing.RawArray(_Row, workers)
         self._indexes = indexes
 
     def begin(self, worker: int, ref: SampleRef) -> None:

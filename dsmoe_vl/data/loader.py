@@ -25,7 +25,7 @@ from dsmoe_vl.data.last_read import LastRead
 from dsmoe_vl.data.pack import collate
 from dsmoe_vl.data.pack_shape import PackShape, SpeechShape
 from dsmoe_vl.data.pack_stream import Delivery, Encode, PackStream
-from dsmoe_vl.data.position import check_order, merge_states, order_identity
+from dsmoe_vl.data.position import changed_contents, check_order, contents_of_sources, merge_states, order_identity
 from dsmoe_vl.data.segment import Pack
 from dsmoe_vl.data.shards.index import ShardIndex
 from dsmoe_vl.data.slots import PatchSlots
@@ -105,10 +105,12 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """This rank's position after the last step that was yielded; JSON."""
         lanes, epochs = dict(self._lane_states), dict(self._report.epochs)
-        return {"order": self._order, "packs": self._packs, "lanes": lanes, "epochs": epochs}
+        contents = contents_of_sources(self.indexes)
+        return {"order": self._order, "packs": self._packs, "lanes": lanes, "epochs": epochs, "contents": contents}
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> list[str]:
         """Continue from the states of all ranks at one step, however many they were. Takes effect at the next `iter()`.
+        Returns notes about shards that have changed since.
 
         Raises CheckpointError if they do not belong together, or if the data or a setting of its order has changed.
         """
@@ -120,6 +122,7 @@ class Loader:
         self._lane_states = {
             lane: saved for lane, saved in state["lanes"].items() if (int(lane) - first_lane) % self._ranks == 0
         }
+        return changed_contents(state["contents"], contents_of_sources(self.indexes))
 
     def report(self) -> dict[str, int]:
         """`ReadReport.values`: this rank's counts since it started, and its epochs. See `merge_reports`."""

@@ -65,15 +65,18 @@ class SampleReader:
     def read(self, ref: SampleRef) -> Encoded | None:
         """The sample, or None for a bad one, which is logged. Raises DataError when too many are bad."""
         source, index = self._sources[ref.source]
+        key = ""
         if self._last is not None:
             self._last.begin(self._worker, ref)
         try:
             sample = read_sample(index, ref.shard, ref.sample, source, ref.epoch)
+            key = sample.key
             if self._last is not None:
-                self._last.found(self._worker, sample.key)
-            item = encoded(ref, sample.key, self._encode(sample), self._shape)
+                self._last.found(self._worker, key)
+            item = encoded(ref, key, self._encode(sample), self._shape)
         except DataError as error:
-            self._log.bad(BadSample(source.name, index.shards[ref.shard].name, ref.sample, ref.epoch, str(error)))
+            shard = index.shards[ref.shard].name
+            self._log.bad(BadSample(source.name, shard, ref.sample, ref.epoch, str(error), key))
             return None
         unheard = () if sample.recording is None or self._shape.speech is not None else (_UNHEARD,)
         self._log.good(source.name, ref.epoch, (*contents_of(sample).flaws, *unheard))

@@ -1,7 +1,7 @@
 """The position of the data stream in a checkpoint.
 
     {"order": `order_identity`, "packs": packs consumed by all ranks, "lanes": {lane: its state},
-     "epochs": {source: its newest epoch}}
+     "epochs": {source: its newest epoch}, "contents": {source: `ShardIndex.contents`}}
 
 The state of a rank has the lanes and epochs that it reads. A checkpoint has the states of all ranks; any number of
 ranks can continue from it.
@@ -52,7 +52,8 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
         lanes |= state["lanes"]
     epochs = newest_epochs(state.get("epochs", {}) for state in states)  # missing in older checkpoints
-    return {"order": first["order"], "packs": first["packs"], "lanes": lanes, "epochs": epochs}
+    contents = first.get("contents", {})  # missing in older checkpoints
+    return {"order": first["order"], "packs": first["packs"], "lanes": lanes, "epochs": epochs, "contents": contents}
 
 
 def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
@@ -64,3 +65,20 @@ def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
                 f"{name} was {before} when the checkpoint was written and is {value} now, which changes the order of "
                 "the data; restore it, or start a new run"
             )
+
+
+def contents_of_sources(indexes: Mapping[str, ShardIndex]) -> dict[str, str]:
+    """By source name, what is in the shards, for `changed_contents`."""
+    return {name: index.contents for name, index in indexes.items()}
+
+
+def changed_contents(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A message for each source whose shards were written anew with the same names, counts and sizes: the order of the
+    data is the same, the data are not. What was not known then, or is not known now, is no change."""
+    return [
+        f"data.sources, {name}: its shards have other {'bytes' if kind == 'sha256' else 'texts'} than when the "
+        "checkpoint was written, with the same names and sizes; training goes on with those that are there now"
+        for name, now_has in now.items()
+        for kind in [now_has.partition(" ")[0]]
+        if (had := before.get(name, "")).partition(" ")[0] == kind and had != now_has
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig
 from dsmoe_vl.config.source_map import map_hashes
 from dsmoe_vl.data.error_log import BadSample, ErrorLog, ReadReport
-from dsmoe_vl.data.position import check_order, order_identity
+from dsmoe_vl.data.position import changed_contents, check_order, contents_of_sources, order_identity
 from dsmoe_vl.data.shards.index import ShardIndex, read_all_files
 from dsmoe_vl.data.stream import Lane, SourceOrder
 from dsmoe_vl.errors import CheckpointError, ConfigError, DataError
@@ -76,14 +77,15 @@ class SampleStream:
     def state_dict(self) -> dict[str, Any]:
         """This rank's position after the last sample; JSON."""
         lanes = {str(number): lane.state() for number, lane in self._lanes.items()}
-        return {"order": self._order, "ranks": self._ranks, "turn": self._turn, "lanes": lanes}
+        contents = contents_of_sources(self._indexes)
+        return {"order": self._order, "ranks": self._ranks, "turn": self._turn, "lanes": lanes, "contents": contents}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue from the states of all ranks, however many they were.
 
         As many ranks as before see the same samples as without the interruption; another number sees the rest of the
-        epoch once too, in another order. Raises CheckpointError if the sources or a setting of their order has changed,
-        or if the states are not those of all ranks.
+        epoch once too, in another order. Warns of shards that were written anew. Raises CheckpointError if the sources
+        or a setting of their order has changed, or if the states are not those of all ranks.
         """
         known = {lane: state for one in states for lane, state in one["lanes"].items()}
         for state in states:
@@ -93,6 +95,8 @@ class SampleStream:
             raise CheckpointError(f"the states have no lane {missing[0]}: give those of all ranks")
         for number, lane in self._lanes.items():
             lane.restore(known[str(number)])
+        for note in changed_contents(states[0].get("contents", {}), contents_of_sources(self._indexes)):
+            warnings.warn(note, stacklevel=2)
         same = [one["turn"] for one in states if one["ranks"] == self._ranks and one["lanes"].keys() == self._own()]
         self._turn = same[0] if same else 0
 

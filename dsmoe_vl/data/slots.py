@@ -6,6 +6,7 @@ should launch kernels. Here a worker copies them once, and `collate` reads them 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import weakref
@@ -15,6 +16,8 @@ import numpy as np
 
 from dsmoe_vl.data.pack_shape import PackShape
 from dsmoe_vl.data.segment import Pack
+from dsmoe_vl.errors import ConfigError
+from dsmoe_vl.files import has_file_limit, sharing
 
 
 class PatchSlots:
@@ -37,8 +40,19 @@ class PatchSlots:
         size = self._offset + math.prod(self._patches_shape)
         # Not in /dev/shm, which is small in containers: a write beyond its end kills the process.
         handle = os.memfd_create("patches")
-        os.ftruncate(handle, size)
-        self._memory = Arena(size, handle)
+        try:
+            with sharing(f"the data workers, {size / 2**20:,.1f} MiB"):
+                os.ftruncate(handle, size)
+                self._memory = Arena(size, handle)
+        except (OSError, OverflowError) as error:
+            os.close(handle)
+            if getattr(error, "errno", None) == errno.EFBIG and has_file_limit():
+                raise
+            raise ConfigError(
+                f"{workers} workers need {size / 2**30:,.0f} GiB of shared memory for the patches of {self._count} "
+                f"packs each, more than this machine gives ({error}): lower train_micro_batch_size_per_gpu, "
+                "data.workers or data.pack_patches"
+            ) from None
         weakref.finalize(self._memory, os.close, handle)
 
     def store(self, pack: Pack, worker: int, number: int) -> None:

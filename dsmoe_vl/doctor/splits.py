@@ -148,9 +148,11 @@ class Probe:
         return [[packer.fill(lambda: next(next(streams))) for _ in range(PACKS)] for _ in range(STEPS)]
 
     def _samples(self, source: SourceConfig, encode: Encoder) -> Iterator[Encoded]:
+        """Without end. Bad samples are passed over and not reported, as any samples will do; DataError if all are."""
         while True:
             usable = 0
-            for number, sample in enumerate(iterate_samples(source, data=self.recipe.data)):
+            samples = iterate_samples(source, data=self.recipe.data, failed=lambda shard, number, error: None)
+            for number, sample in enumerate(samples):
                 try:
                     yield encoded(SampleRef(0, 0, 0, number), sample.key, encode(sample), self.shape)
                     usable += 1

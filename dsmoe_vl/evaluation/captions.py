@@ -16,7 +16,7 @@ from dsmoe_vl.drawing.contact_sheet import Cell, contact_sheet
 from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen, Counts, thumbnails
-from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text, written
+from dsmoe_vl.evaluation.task_evaluation import Answer, Bad, Folder, Options, Scores, end, merged, print_text, written
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
 from dsmoe_vl.inference.generate import caption
 from dsmoe_vl.inference.load import TrainedModel
@@ -55,7 +55,7 @@ class CaptionEvaluation:
     def evaluate(self, folder: Folder) -> tuple[Scores, CaptionExamples | None]:
         """See `TaskEvaluation`."""
         samples, examples = folder.own(), CaptionChoice(folder.examples)
-        found = examples.watch(caption_samples(self.trained, samples, self.options.max_tokens))
+        found = examples.watch(caption_samples(self.trained, samples, self.options.max_tokens, samples.bad))
         results = merged(found, samples, self.dealer, whole=self.options.show)
         folder.answers.extend(_answer(result) for result in results)
         return self.scores(results), examples.merged(self.dealer)
@@ -129,7 +129,9 @@ def caption_example(result: Captioned) -> CaptionExample:
     return CaptionExample(sample.key, thumbnails(sample, _VIDEO_FRAMES), result.generated, references, result.correct)
 
 
-def caption_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Captioned]:
-    """Caption every sample, in order, batch by batch; unreadable samples are skipped."""
-    for sample, text in written(samples, lambda some: caption(trained, some, max_tokens)):
+def caption_samples(
+    trained: TrainedModel, samples: Iterator[Sample], max_tokens: int, bad: Bad = end
+) -> Iterator[Captioned]:
+    """Caption every sample, in order, batch by batch; `bad` is called for those that cannot be read."""
+    for sample, text in written(samples, lambda some: caption(trained, some, max_tokens), bad):
         yield Captioned(sample, text, names_every_object(text, sample))

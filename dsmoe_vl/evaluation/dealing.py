@@ -6,10 +6,11 @@ communicate while they work, so each works at its own pace.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmoe_vl.data.sample import Sample
+from dsmoe_vl.errors import DataError
 from dsmoe_vl.parallel.ranks import Ranks
 
 # Its module imports DeepSpeed, which takes seconds and is not needed by one process.
@@ -27,10 +28,6 @@ class Dealer:
         self.rank, self.count = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         self._group = group
 
-    def own(self, limit: int) -> int:
-        """Number of this rank's samples among the first `limit`."""
-        return len(range(self.rank, limit, self.count))
-
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Collective, over the host."""
         return [value] if self._group is None else self._group.gather(value)
@@ -42,22 +39,31 @@ class Dealer:
 
 
 class Dealt(Iterator[Sample]):
-    """Iterates over this rank's samples and remembers their numbers, because unreadable samples will have no result.
+    """Iterates over this rank's samples and remembers their numbers, because some samples will have no result.
 
-    `samples`: this rank's samples, in order.
+    `samples`: this rank's samples, in order; None for one that is passed over. `failed` is called with the number of a
+    sample that turns out to be bad, the reason, and its key. `places`: the samples, and None for those passed over.
     """
 
-    def __init__(self, samples: Iterable[Sample], dealer: Dealer) -> None:
-        self._samples = iter(samples)
-        self._dealer = dealer
-        self._drawn = 0
+    def __init__(
+        self, samples: Iterable[Sample | None], dealer: Dealer, failed: Callable[[int, str, str], None]
+    ) -> None:
+        self._dealer, self._failed = dealer, failed
         self._numbers: dict[int, int] = {}
+        self.places = self._numbered(samples)
 
     def __next__(self) -> Sample:
-        sample = next(self._samples)
-        self._numbers[id(sample)] = self._dealer.rank + self._drawn * self._dealer.count
-        self._drawn += 1
-        return sample
+        return next(sample for sample in self.places if sample is not None)
+
+    def bad(self, sample: Sample, error: DataError) -> None:
+        """Called for a sample of this iterator that cannot be used after all."""
+        self._failed(self.number(sample), str(error), sample.key)
+
+    def _numbered(self, samples: Iterable[Sample | None]) -> Iterator[Sample | None]:
+        for drawn, sample in enumerate(samples):
+            if sample is not None:
+                self._numbers[id(sample)] = self._dealer.rank + drawn * self._dealer.count
+            yield sample
 
     def number(self, sample: Sample) -> int:
         """The number of a sample; it must be the object that this iterator returned."""

@@ -12,7 +12,7 @@ from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.retrieval_examples import Gallery, retrieval_examples
-from dsmoe_vl.evaluation.task_evaluation import Folder, Options, Scores
+from dsmoe_vl.evaluation.task_evaluation import Bad, Folder, Options, Scores, end
 from dsmoe_vl.inference.embed import embed_media, embed_recordings, embed_texts
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.metrics.retrieval import COCO_MEDIA, RECALLS, coco_metrics, retrieval_metrics
@@ -66,9 +66,10 @@ class RetrievalEvaluation:
 
         def keep(gallery: Gallery) -> None:
             if self.dealer.rank == 0:
-                examples.extend(retrieval_examples(gallery, folder.all(), folder.examples.queries))
+                examples.extend(retrieval_examples(gallery, folder.all(_lacks), folder.examples.queries))
 
-        scores = evaluate_retrieval(self.trained, folder.own(), self.options.gallery, self.dealer, keep=keep)
+        own = folder.own(_lacks)
+        scores = evaluate_retrieval(self.trained, own.places, self.options.gallery, self.dealer, keep=keep, bad=own.bad)
         return scores, examples
 
     def finish(self) -> None:
@@ -77,21 +78,22 @@ class RetrievalEvaluation:
 
 def evaluate_retrieval(
     trained: TrainedModel,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | None],
     gallery: int,
     dealer: Dealer | None = None,
     coco_media: int = COCO_MEDIA,
     keep: Callable[[Gallery], None] | None = None,
+    bad: Bad = end,
 ) -> dict[str, float]:
     """`retrieval_metrics` over the first `gallery` readable samples with different content and all their captions; plus
     `samples`, and `coco_metrics` if the gallery has `coco_media` media. Samples with the same content would count as
     errors of each other. {} without samples.
 
-    `samples`: this rank's. The result is the same on every rank. `keep` is called with the gallery, for examples.
-    Collective.
+    `samples`: this rank's, with captions; None for one that is passed over. `bad` is called for those that cannot be
+    read. The result is the same on every rank. `keep` is called with the gallery, for examples. Collective.
     """
     dealer = dealer or Dealer()
-    shown = _gallery(trained, iter(samples), gallery, dealer)
+    shown = _gallery(trained, iter(samples), gallery, dealer, bad)
     if not shown:
         return {}
     texts = [caption for one in shown for caption in one.captions]
@@ -116,51 +118,53 @@ def _spoken_metrics(shown: list[_Shown]) -> dict[str, float]:
     return {"spoken": len(media), **{name.replace("text_", "speech_"): value for name, value in by_text.items()}}
 
 
-def _gallery(trained: TrainedModel, samples: Iterator[Sample], size: int, dealer: Dealer) -> list[_Shown]:
+def _gallery(
+    trained: TrainedModel, samples: Iterator[Sample | None], size: int, dealer: Dealer, bad: Bad
+) -> list[_Shown]:
     """The first `size` readable samples with different content, in order, on every rank.
 
-    All ranks draw the same number of samples per round, so a round covers consecutive samples and the gallery is the
-    same as on one rank. At most one round of embeddings is wasted.
+    A round covers as many consecutive samples as are missing, each on its rank: no rank reads a sample that one rank
+    alone would not read, and the gallery is the same.
     """
     shown: list[_Shown] = []
     seen: set[int] = set()
-    drawn = 0  # by this rank
-    ended = False
+    first, own_ended, ended = 0, False, False
     while len(shown) < size and not ended:
         own: list[tuple[int, _Shown]] = []
         own_pairs: set[int] = set()
-        count = -(-(size - len(shown)) // dealer.count)
-        own_ended = False
-        for number in range(drawn, drawn + count):
-            sample = next(samples, None)
-            if sample is None:
+        after = first + size - len(shown)
+        for number in range(first + (dealer.rank - first) % dealer.count, after, dealer.count):
+            try:
+                sample = next(samples)
+            except StopIteration:
                 own_ended = True
                 break
-            if (pair := pair_id(sample)) in seen or pair in own_pairs:
+            if sample is None or (pair := pair_id(sample)) in seen or pair in own_pairs:
                 continue
-            if one := _embed_sample(trained, sample, pair):
-                own_pairs.add(pair)
-                own.append((dealer.rank + number * dealer.count, one))
-        drawn += count
+            try:
+                own.append((number, _embed_sample(trained, sample, pair)))
+            except DataError as error:
+                bad(sample, error)
+                continue
+            own_pairs.add(pair)
+        first = after
         for one in dealer.merge(own):
-            if one.pair not in seen and len(shown) < size:
+            if one.pair not in seen:
                 seen.add(one.pair)
                 shown.append(one)
         ended = all(dealer.gather(own_ended))
     return shown
 
 
-def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown | None:
-    """None if the sample has no caption or cannot be read."""
-    captions = list(contents_of(sample).captions)
-    if not captions:
-        return None
-    try:
-        hears = trained.recipe.model.hears and sample.recording is not None
-        spoken = embed_recordings(trained, [sample]) if hears else None
-        return _Shown(pair, embed_media(trained, [sample]), captions, spoken)
-    except DataError:
-        return None
+def _embed_sample(trained: TrainedModel, sample: Sample, pair: int) -> _Shown:
+    """Raises DataError if the sample cannot be read."""
+    hears = trained.recipe.model.hears and sample.recording is not None
+    spoken = embed_recordings(trained, [sample]) if hears else None
+    return _Shown(pair, embed_media(trained, [sample]), list(contents_of(sample).captions), spoken)
+
+
+def _lacks(sample: Sample) -> str:
+    return contents_of(sample).no_caption
 
 
 def _embed_texts(trained: TrainedModel, texts: list[str], dealer: Dealer) -> np.ndarray:

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from dsmoe_vl.checkpoint.store import PLAN_NAME, read_manifest
 from dsmoe_vl.config.recipe import DataConfig, SourceConfig, learned_tasks
-from dsmoe_vl.config.task_table import TaskSpec, import_class
+from dsmoe_vl.config.task_table import TASKS, TaskSpec, import_class, task_number
 from dsmoe_vl.console import tell
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Counts
 from dsmoe_vl.evaluation.expert_load import LoadCounter, total_load
 from dsmoe_vl.evaluation.lmms_results import write_results
+from dsmoe_vl.evaluation.passed_over import LABELS
 from dsmoe_vl.evaluation.scalars import write_scalars
 from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, TaskEvaluation
 from dsmoe_vl.files import write_atomically, write_json, writing
@@ -92,7 +93,7 @@ def evaluate_run(options: Options, dealer: Dealer) -> None:
     write_atomically(options.run / "report.html", render(report))
     tell(f"wrote {options.run / 'eval.json'} and {options.run / 'report.html'}")
     if options.lmms:
-        labels = {name: evaluation.labels for name, evaluation in evaluations.items()}
+        labels = {name: {**evaluation.labels, **LABELS} for name, evaluation in evaluations.items()}
         tell(f"wrote {write_results(options, manifest.step, evaluated.scores, evaluated.answers, labels)}")
 
 
@@ -112,19 +113,35 @@ def evaluate_folders(
     sources = held_out_sources(options.folders, trained.recipe.data)
     # The run's cache settings. Its plan may come from somebody else: only commands given on the command line are run.
     data = replace(trained.recipe.data, allow_pipe=bool(options.folders))
+    if options.max_bad_fraction is not None:
+        data = replace(data, max_bad_fraction=options.max_bad_fraction)
     tell(f"{trained.checkpoint}")
     evaluated = Evaluated({}, {}, {})
     for source in sources:
         path, counts = source.path, Counts.of(len(sources))
-        folders = {name: Folder(source, data, dealer, options.limit, counts) for name in evaluations}
-        results = {name: evaluation.evaluate(folders[name]) for name, evaluation in evaluations.items()}
+        folders = {
+            name: Folder.open(TASKS[task_number(name)], source, data, dealer, options.limit, counts)
+            for name in evaluations
+        }
+        results = {name: _evaluate(evaluation, folders[name]) for name, evaluation in evaluations.items()}
         evaluated.scores[path] = {name: scores for name, (scores, _) in results.items() if scores}
         evaluated.examples[path] = {name: examples for name, (_, examples) in results.items()}
         evaluated.answers[path] = {name: folder.answers for name, folder in folders.items()}
         for name, (scores, _) in results.items():
+            for line in folders[name].passed.described():
+                print(line if line.startswith(" ") else f"{path}: {name}: {line}")
             values = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
             tell(f"{path}: {name}: {values or 'no sample of this task'}")
     return evaluated
+
+
+def _evaluate(evaluation: TaskEvaluation, folder: Folder) -> tuple[Scores, Any]:
+    """As `TaskEvaluation.evaluate`, and the counts of samples that were passed over are among the scores. Raises
+    DataError if too many are bad. Collective."""
+    scores, examples = evaluation.evaluate(folder)
+    folder.passed.together(folder.dealer)
+    passed = folder.passed.scores()
+    return ({**scores, **passed} if scores or "bad_samples" in passed else {}), examples
 
 
 def held_out_sources(folders: Sequence[str], data: DataConfig) -> Sequence[SourceConfig]:
@@ -136,4 +153,4 @@ def held_out_sources(folders: Sequence[str], data: DataConfig) -> Sequence[Sourc
 
 def _part(spec: TaskSpec, evaluation: TaskEvaluation, evaluated: Evaluated) -> TaskPart:
     examples = {path: found[spec.name] for path, found in evaluated.examples.items()}
-    return TaskPart(spec.title, evaluation.labels, evaluation.section, examples)
+    return TaskPart(spec.title, {**evaluation.labels, **LABELS}, evaluation.section, examples)

@@ -15,7 +15,7 @@ from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen
 from dsmoe_vl.evaluation.frame_features import frame_features
 from dsmoe_vl.evaluation.storyboards import storyboard
-from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text
+from dsmoe_vl.evaluation.task_evaluation import Answer, Bad, Folder, Options, Scores, end, merged, print_text
 from dsmoe_vl.evaluation.texts import TEXT_LABELS, names_every_object, text_scores
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.inference.summarize import VideoSummary, summarize
@@ -61,9 +61,9 @@ class SummaryEvaluation:
 
     def evaluate(self, folder: Folder) -> tuple[Scores, list[Storyboard]]:
         """See `TaskEvaluation`."""
-        samples, boards = folder.own(), Chosen[Storyboard](folder.examples.videos, seed=0)
-        found = self._watched(summarize_samples(self.trained, samples, self.options.max_tokens), boards)
-        videos = merged(found, samples, self.dealer)
+        samples, boards = folder.own(_lacks), Chosen[Storyboard](folder.examples.videos, seed=0)
+        found = summarize_samples(self.trained, samples, self.options.max_tokens, samples.bad)
+        videos = merged(self._watched(found, boards), samples, self.dealer)
         folder.answers.extend(
             Answer(video.sample.key, [_reference(video.sample)], video.summary.text, video.scores) for video in videos
         )
@@ -87,13 +87,16 @@ class SummaryEvaluation:
         return storyboard(result.sample, result.summary, result.scores, self.trained.recipe.data)
 
 
-def summarize_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Summarized]:
-    """Summarize every readable video with an importance curve, in order."""
+def summarize_samples(
+    trained: TrainedModel, samples: Iterator[Sample], max_tokens: int, bad: Bad = end
+) -> Iterator[Summarized]:
+    """Summarize videos, in order; `bad` is called for those that cannot be read, or whose importance curve cannot."""
     for sample in samples:
         try:
             (summary,) = summarize(trained, [sample], max_tokens)
             scores = importance_scores(trained, sample, summary)
-        except DataError:
+        except DataError as error:
+            bad(sample, error)
             continue
         named = names_every_object(summary.text, sample)
         if named is not None:
@@ -142,6 +145,11 @@ def mean_scores(results: list[Summarized]) -> dict[str, float]:
     names = dict.fromkeys(name for result in results for name in result.scores)
     values = {name: [result.scores[name] for result in results if name in result.scores] for name in names}
     return {"samples": len(results), **{name: float(np.mean(value)) for name, value in values.items()}}
+
+
+def _lacks(sample: Sample) -> str:
+    scored = sample.meta.get("saliency") is not None or sample.meta.get("importance") is not None
+    return "" if scored else "no importance of frames: neither `saliency` nor `importance` in KEY.json"
 
 
 def _reference(sample: Sample) -> str:

@@ -10,7 +10,7 @@ from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.evaluation.dealing import Dealer
 from dsmoe_vl.evaluation.examples import Chosen
-from dsmoe_vl.evaluation.task_evaluation import Answer, Folder, Options, Scores, merged, print_text, written
+from dsmoe_vl.evaluation.task_evaluation import Answer, Bad, Folder, Options, Scores, end, merged, print_text, written
 from dsmoe_vl.inference.generate import transcribe
 from dsmoe_vl.inference.load import TrainedModel
 from dsmoe_vl.metrics.word_errors import transcript_metrics
@@ -44,7 +44,7 @@ class TranscriptEvaluation:
         samples, chosen = folder.own(), Chosen[CaptionExample](folder.examples.captions, 0)
 
         def watched() -> Iterator[Transcribed]:
-            for result in transcribe_samples(self.trained, samples, self.options.max_tokens):
+            for result in transcribe_samples(self.trained, samples, self.options.max_tokens, samples.bad):
                 chosen.offer(result.sample.key, partial(_example, result))
                 yield result
 
@@ -66,10 +66,11 @@ class TranscriptEvaluation:
         """Nothing to do."""
 
 
-def transcribe_samples(trained: TrainedModel, samples: Iterator[Sample], max_tokens: int) -> Iterator[Transcribed]:
-    """Transcribe the samples that have a recording and its words, in order; unreadable ones are skipped."""
-    spoken = (sample for sample in samples if not contents_of(sample).no_transcript)
-    for sample, text in written(spoken, lambda some: transcribe(trained, some, max_tokens)):
+def transcribe_samples(
+    trained: TrainedModel, samples: Iterator[Sample], max_tokens: int, bad: Bad = end
+) -> Iterator[Transcribed]:
+    """Transcribe recordings, in order; `bad` is called for those that cannot be read."""
+    for sample, text in written(samples, lambda some: transcribe(trained, some, max_tokens), bad):
         yield Transcribed(sample, text)
 
 

@@ -26,6 +26,7 @@ from dsmoe_vl.inference.load import load_run
 from dsmoe_vl.inference.media import BATCH, encode_all, read_file, to_sample
 from dsmoe_vl.inference.text_loss import text_losses
 from dsmoe_vl.inference.token_search import Search
+from dsmoe_vl.parallel.ranks import whole_number
 
 MANIFEST = ModelManifest("dsmoe_vl", simple_class_path=f"{__name__}.LmmsEvalModel")
 
@@ -155,7 +156,8 @@ def _before(text: str, stops: str | Sequence[str] | None) -> str:
 
 def _device_of_rank(name: str | None) -> str | None:
     if name in (None, "cuda") and (count := torch.cuda.device_count()):
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}"
+        rank = whole_number({"LOCAL_RANK": "0", **os.environ}, "LOCAL_RANK", "the launcher of lmms-eval")
+        return f"cuda:{rank % count}"
     return name
 
 

@@ -7,6 +7,7 @@ collective. The other ranks wait at the next one, for at most `_SECONDS` plus on
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,11 +21,11 @@ from PIL import Image
 
 from dsmoe_vl.checkpoint.store import require_newest
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
-from dsmoe_vl.config.recipe import Recipe, learned_tasks
+from dsmoe_vl.config.recipe import Recipe, SourceConfig, learned_tasks
 from dsmoe_vl.data.contents import contents_of
 from dsmoe_vl.data.decode import pictures_of
 from dsmoe_vl.data.sample import Sample
-from dsmoe_vl.data.shards.index import attempted_samples
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.drawing.picture_file import save_picture
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
@@ -94,11 +95,14 @@ def write_samples(run_dir: Path, recipe: Recipe, device: str, step: int) -> Imag
 
 
 def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
-    """Answers for the first SHOWN readable held-out samples, as many as fit into the time."""
-    end = time.monotonic() + seconds
+    """Answers for the first SHOWN readable held-out samples, as many as fit into the time. The others are passed over,
+    counted, and the first is named in a line of standard error."""
+    end, bad = time.monotonic() + seconds, list[str]()
     tasks = {spec.name for spec in learned_tasks(recipe)}
-    samples = list(islice(held_out(recipe), _GALLERY))
-    gallery = [sample for sample in samples if _pictures(sample)]
+    samples = list(islice(held_out(recipe, bad), _GALLERY))
+    gallery = [sample for sample in samples if _pictures(sample, bad)]
+    if bad:
+        print(f"samples: {len(bad)} held-out samples are bad and not shown; the first is {bad[0]}", file=sys.stderr)
     heard = {_name(s) for s in samples if "transcript" in tasks and not contents_of(s).no_transcript}
     shown = {_name(sample) for sample in gallery} | heard
     answers = [Answer(sample) for sample in samples if _name(sample) in shown][:SHOWN]
@@ -122,19 +126,25 @@ def ask(trained: TrainedModel, recipe: Recipe, seconds: float) -> list[Answer]:
     return answers
 
 
-def held_out(recipe: Recipe) -> Iterator[Sample]:
-    """Samples of all held-out sources in turn, always in the same order, but for those that cannot be read."""
-    data = recipe.data
-    streams = [attempted_samples(source, data=data) for source in data.evaluation]
+def held_out(recipe: Recipe, bad: list[str]) -> Iterator[Sample]:
+    """The readable samples of all held-out sources in turn, always in the same order. Names of others go to `bad`."""
+
+    def opened(source: SourceConfig) -> Iterator[Sample]:
+        def failed(shard: str, number: int, error: DataError) -> None:
+            bad.append(f"{source.name}, {shard}, number {number}: {error}")
+
+        return iterate_samples(source, data=recipe.data, failed=failed)
+
+    streams = [opened(source) for source in recipe.data.evaluation]
     while streams:
         for stream in list(streams):
             try:
-                sample = next(stream)
-            except (StopIteration, DataError):  # of a source whose shards cannot be read at all
+                yield next(stream)
+            except StopIteration:
                 streams.remove(stream)
-                continue
-            if not isinstance(sample, DataError):
-                yield sample
+            except DataError as error:  # no folder of shards any more
+                bad.append(str(error))
+                streams.remove(stream)
 
 
 def _with_caption(trained: TrainedModel, answer: Answer) -> Answer:
@@ -200,11 +210,13 @@ def _row(answer: Answer) -> Row:
     return Row(f"{answer.sample.source.name}  {answer.sample.key}", _pictures(answer.sample), texts, hits, curves)
 
 
-def _pictures(sample: Sample) -> list[Image.Image]:
-    """The picture, or a few frames; empty if unreadable."""
+def _pictures(sample: Sample, bad: list[str] | None = None) -> list[Image.Image]:
+    """The picture, or a few frames; empty if there are none, or if they are unreadable: then the name goes to `bad`."""
     try:
         return [Image.fromarray(pixels) for pixels in pictures_of(sample, _FRAMES, enough_pixels=256 * 256)]
-    except DataError:
+    except DataError as error:
+        if bad is not None and sample.media is not None:
+            bad.append(f"{sample.source.name}, {sample.key}: {error}")
         return []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsmoe_vl.errors import ConfigError, NetworkError
-from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.parallel.ranks import Ranks, first_port
 
 _CONNECT_SECONDS = 30.0  # to the store of ranks that have been there; torch tries twice
 
@@ -20,20 +20,22 @@ def find_first_host(ranks: Ranks) -> None:
     The address is the launcher's or the user's, else MPI's. Raises ConfigError if nothing does, or if MPI has
     another number of ranks.
     """
-    port = os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")
+    os.environ.setdefault("MASTER_PORT", "0" if ranks.world_size == 1 else "29500")
+    port = first_port(least=int(ranks.world_size > 1))
     if ranks.starts_mpi and "MASTER_ADDR" not in os.environ:
         import deepspeed  # imports much that a supervisor of ranks does not need
 
-        deepspeed.comm.mpi_discovery(distributed_port=int(port), verbose=False)
+        deepspeed.comm.mpi_discovery(distributed_port=port, verbose=False)
         if (found := int(os.environ["WORLD_SIZE"])) != ranks.world_size:
             raise ConfigError(
                 f"the launcher announced {ranks.world_size} ranks, but MPI knows of {found}: mpi4py uses another MPI "
                 "than the launcher. Use the environment's mpirun, or export MASTER_ADDR and MASTER_PORT on every host"
             )
     ranks.export()
-    if "MASTER_ADDR" not in os.environ:
+    if not os.environ.get("MASTER_ADDR"):
+        missing = "empty" if "MASTER_ADDR" in os.environ else "not set"
         raise ConfigError(
-            f"rank {ranks.rank} of {ranks.world_size} does not know the first host: MASTER_ADDR is not set. "
+            f"rank {ranks.rank} of {ranks.world_size} does not know the first host: MASTER_ADDR is {missing}. "
             "Use launch/slurm/train.sbatch, which sets it, or export MASTER_ADDR and MASTER_PORT on every host"
         )
 
@@ -43,7 +45,7 @@ def connect(ranks: Ranks, timeout: timedelta) -> dist.Store:
 
     Raises ConfigError if the port is in use, NetworkError if it cannot be reached within `timeout`.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], first_port(least=int(ranks.world_size > 1))
     has_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = ranks.rank == 0 and not has_launchers
     try:

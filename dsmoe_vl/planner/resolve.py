@@ -170,6 +170,7 @@ def _precision(
             "Set bf16.enabled to false.",
         )
         engine["bf16"] = {"enabled": False}
+        engine.pop("data_types", None)  # the precision of gradients, which follows
         return "fp32"
     return "bf16"
 

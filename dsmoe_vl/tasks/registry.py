@@ -6,7 +6,7 @@ from torch import nn
 
 from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.config.task_table import import_class
-from dsmoe_vl.data.contents import contents_of, offered_tasks
+from dsmoe_vl.data.contents import contents_of, is_offered, offered_tasks
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.data.tokenizer import Tokenizer
@@ -39,8 +39,7 @@ def build_backbone(recipe: Recipe, recompute: str = "none") -> VisionLanguageMod
 class Encoder:
     """Called by the loader: encodes a sample into the segments of all its tasks.
 
-    A task must be in the `tasks` of the sample's source and in the `tasks` of its KEY.json. A missing list means all,
-    and so does an empty one of the source.
+    A task must be offered the sample (`data/contents.py: is_offered`).
     """
 
     def __init__(self, tasks: tuple[Task, ...]) -> None:
@@ -53,7 +52,7 @@ class Encoder:
         segments: list[Segment] = []
         failure: DataError | None = None  # of the first task: the others may lack more
         for task in self.tasks:
-            if (not wanted or task.name in wanted) and (offered is None or task.name in offered):
+            if is_offered(sample, task.name):
                 try:
                     segments += task.encode(sample)
                 except DataError as error:

@@ -32,9 +32,10 @@ from dsmoe_vl.console import tell
 from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.errors import ConfigError, DsmoeVlError
 from dsmoe_vl.parallel.first_host import connect, find_first_host
-from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.parallel.ranks import Ranks, whole_number
 from dsmoe_vl.training.signals import StopRequest
 
+_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"  # in the environment of torchrun's ranks
 SUPERVISOR = "DSMOE_VL_SUPERVISOR"  # in the environment of a rank: the process id of its supervisor
 _POLL_SECONDS = 0.2
 _JOIN_SECONDS = 1200.0  # for all to be there in the first round
@@ -119,7 +120,7 @@ class Supervisor:
 
         Raises ConfigError, NetworkError where the store cannot be reached.
         """
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        if whole_number({_RESTARTS: "0", **os.environ}, _RESTARTS, "torchrun") > 0:
             raise ConfigError(
                 "torchrun restarts ranks itself, with its own --max-restarts: give it to torchrun or to "
                 "launch/train.py, not to both"

@@ -278,7 +278,9 @@ class Trainer:
         recipe = stage_after(self.plan, self.step)[1].recipe
         if (changed := changed_parts(recipe, optimizer_updates(folder))) and self.ranks.rank == 0:
             tell(f"note: since {folder.name}, {changed}")
-        self.loader.load_state_dict(data_states(folder))
+        for note in self.loader.load_state_dict(data_states(folder)):
+            if self.ranks.rank == 0:
+                tell(f"note: since {folder.name}, {note}")
         return found
 
     def _sparsity(self) -> dict[str, float]:

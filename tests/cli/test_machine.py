@@ -184,6 +184,14 @@ def test_a_limit_on_file_sizes_ends_training_with_what_to_do(tiny, tmp_path):
     assert finish(start(command), 120).status == 0
 
 
+@pytest.mark.parametrize(("limit", "workers"), [(3000, 0), (100_000, 1)])
+def test_a_limit_on_file_sizes_holds_for_shared_memory_too(tiny, tmp_path, limit, workers):
+    """It has no path: the message says what it is of."""
+    command = python(TRAIN, *tiny.arguments(tmp_path / "run", f"data.workers={workers}", "run.evaluate_every=0"))
+    result = limited(command, file_size(limit))
+    assert_refused(result, "shared memory of the data workers", "File too large", "ulimit -f")
+
+
 def test_training_goes_on_when_the_disk_is_full_for_a_while(tiny, disk):
     """Nothing is lost in metrics.jsonl, and what cannot be written is said once."""
     disk.remount("size=9m")

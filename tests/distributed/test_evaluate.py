@@ -114,21 +114,57 @@ def test_torchrun_starts_it_too(run, annotated):
     assert scores(torchrun)[str(annotated)]["summary"]["samples"] == SAMPLES - 1
 
 
-def test_what_fails_on_one_rank_ends_both(run, annotated, tmp_path):
-    """The JSON of sample 1, which is rank 1's, is damaged."""
+@pytest.fixture(scope="module")
+def broken(tiny, annotated):
+    """The JSON of sample 1, which is rank 1's, is damaged too. 3 has no caption, 4 is for captions only."""
     members = []
     for number, sample in enumerate(iterate_samples(SourceConfig.at(annotated))):
-        meta = b"{" if number == 1 else json.dumps(sample.meta).encode()
-        members += [(f"{sample.key}.mp4", sample.media), (f"{sample.key}.json", meta)]
-    write_tar(tmp_path / "broken" / "00000.tar", members)
-    write_index(tmp_path / "broken", {"00000.tar": SAMPLES})
-    broken = copy(run, "broken")
-    arguments = ["--run", str(broken), "--data", str(tmp_path / "broken"), "--max-tokens", "2"]
-    ranks = try_ranks(EVALUATE, arguments, 2)
-    assert all(rank.status for rank in ranks)
+        meta = {**sample.meta, "captions": sample.meta["captions"] if number != 3 else []}
+        meta |= {"tasks": ["caption"]} if number == 4 else {}
+        content = b"{" if number == 1 else json.dumps(meta).encode()
+        members += [(f"{sample.key}.mp4", sample.media), (f"{sample.key}.json", content)]
+    folder = tiny.folder / "broken"
+    write_tar(folder / "00000.tar", members)
+    write_index(folder, {"00000.tar": SAMPLES})
+    return folder
+
+
+def test_too_many_bad_samples_end_both_ranks(run, broken):
+    """Each of them has one, which alone would be within the budget of 1 in 100."""
+    ended = copy(run, "ended")
+    ranks = try_ranks(EVALUATE, ["--run", str(ended), "--data", str(broken), "--max-tokens", "2"], 2)
+    assert [rank.status for rank in ranks] == [2, 2]
     errors = "".join(rank.err for rank in ranks)
-    assert "error (rank 1): malformed text or JSON" in errors and errors.count("error (rank") == 1
-    assert "Traceback" not in errors and not (broken / "eval.json").exists()
+    assert errors.count("error (rank") == 1 and "Traceback" not in errors and not (ended / "eval.json").exists()
+    assert "2 of 7 samples are bad, more than data.max_bad_fraction = 0.01" in errors
+    assert "raise the budget with --max-bad-fraction" in errors
+
+
+def test_what_is_passed_over_is_counted_and_named(run, broken):
+    """The same counts from one rank and from two, which say them once."""
+    alone, together = copy(run, "passed_alone"), copy(run, "passed_together")
+    arguments = ["--data", str(broken), "--max-tokens", "2", "--max-bad-fraction", "0.5"]
+    result = finish(start(python(EVALUATE, "--run", alone, *arguments)))
+    assert result.status == 0, result.err
+    ranks = try_ranks(EVALUATE, ["--run", str(together), *arguments], 2)
+    assert [rank.status for rank in ranks] == [0, 0], "".join(rank.err for rank in ranks)
+    for out, folder in ((result.out, alone), ("".join(rank.out for rank in ranks), together)):
+        found = scores(folder)[str(broken)]
+        counts = {
+            task: tuple(values.get(name, 0) for name in ("samples", "bad_samples", "other_samples"))
+            for task, values in found.items()
+        }
+        assert counts == {"caption": (4, 2, 1), "retrieval": (3, 2, 2), "summary": (4, 2, 1)}
+        assert out.count("bad and passed over: 2 of 7 samples") == 3
+        assert out.count("00000.tar, number 1: malformed text or JSON") == out.count("00000.tar, v2: ") == 3
+        for task, others in (
+            ("caption", "1 without a caption"),
+            ("retrieval", "1 for other tasks, 1 without a caption"),
+            ("summary", "1 for other tasks"),
+        ):
+            assert f"{broken}: {task}: not of this task, of 7 samples: {others}\n" in out
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert "bad samples, passed over" in page and "samples that are not of this task" in page
 
 
 def test_a_user_error_is_told_once(tmp_path):

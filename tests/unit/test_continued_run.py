@@ -166,8 +166,8 @@ def test_bad_samples_are_listed_once_an_epoch(sources: tuple[SourceConfig, ...],
     assert len(set(listed)) == len(listed)
     reason = "refused: by the test"
     last = unbroken.report()["small/epoch"]
-    assert {("small", "00000.tar", 3, epoch, reason) for epoch in range(last)} <= set(listed)
-    assert {("large", "00000.tar", number, 0, reason) for number in (77, 300)} <= set(listed)
+    assert {("small", "00000.tar", 3, epoch, reason, "small-0-3") for epoch in range(last)} <= set(listed)
+    assert {("large", "00000.tar", number, 0, reason, f"large-0-{number}") for number in (77, 300)} <= set(listed)
     assert {one[:3] for one in listed} == {(name, "00000.tar", n) for name, n in bad}
 
 

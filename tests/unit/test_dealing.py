@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsmoe_vl.errors import DataError
 from dsmoe_vl.evaluation import retrieval
-from dsmoe_vl.evaluation.dealing import Dealer, Dealt
+from dsmoe_vl.evaluation.dealing import Dealt
 from dsmoe_vl.evaluation.scalars import write_scalars
-from dsmoe_vl.parallel.ranks import Ranks
 from tests.support.samples import sample
-
-
-class Threads:
-    """The `gather` of a HostGroup among threads."""
-
-    def __init__(self, count):
-        self.count = count
-        self.barrier = threading.Barrier(count, timeout=20)
-        self.values = [None] * count
-
-    def of(self, rank):
-        def gather(value):
-            self.values[rank] = value
-            self.barrier.wait()
-            values = list(self.values)
-            self.barrier.wait()
-            return values
-
-        return type("Group", (), {"gather": staticmethod(gather)})()
-
-    def run(self, work):
-        """`work(dealer)` on every rank."""
-        dealers = [Dealer(Ranks(rank, self.count, rank), self.of(rank)) for rank in range(self.count)]
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(work, dealers))
+from tests.support.threads import Threads
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -47,10 +21,9 @@ def test_every_result_once_and_in_order(count):
     samples = [replace(sample("image"), key=str(i)) for i in range(7)]
 
     def work(dealer):
-        own = samples[dealer.rank :: dealer.count]
-        assert len(own) == dealer.own(7)
-        dealt = Dealt(own, dealer)
-        return dealer.merge([(dealt.number(one), one.key) for one in dealt if one.key != "3"])  # 3 cannot be read
+        own = [None if one.key == "3" else one for one in samples[dealer.rank :: dealer.count]]
+        dealt = Dealt(own, dealer, failed=lambda number, reason, key: None)
+        return dealer.merge([(dealt.number(one), one.key) for one in dealt])
 
     assert Threads(count).run(work) == [["0", "1", "2", "4", "5", "6"]] * count
 
@@ -74,16 +47,25 @@ def test_the_gallery_is_that_of_one_rank(monkeypatch, seed):
     samples = [replace(plain, key=str(i), meta={"content": f"c{content}"}) for i, content in enumerate(contents)]
 
     def embed(trained, one, pair):
-        return retrieval._Shown(pair, np.zeros((1, 1)), [one.key]) if readable[int(one.key)] else None
+        if not readable[int(one.key)]:
+            raise DataError("broken")
+        return retrieval._Shown(pair, np.zeros((1, 1)), [one.key])
 
     monkeypatch.setattr(retrieval, "_embed_sample", embed)
     for count in (1, 2, 3):
 
         def work(dealer):
             own = iter(samples[dealer.rank :: dealer.count])
-            return [int(one.captions[0]) for one in retrieval._gallery(None, own, size, dealer)]
+            drawn = []
+            watched = (drawn.append(int(one.key)) or one for one in own)
+            shown = retrieval._gallery(None, watched, size, dealer, lambda one, error: None)
+            return [int(one.captions[0]) for one in shown], drawn
 
-        assert Threads(count).run(work) == [gallery_oracle(contents, readable, size)] * count
+        oracle = gallery_oracle(contents, readable, size)
+        found = Threads(count).run(work)
+        assert [shown for shown, _ in found] == [oracle] * count
+        read = sorted(number for _, drawn in found for number in drawn)  # by any rank: no more than one rank needs
+        assert read == list(range(oracle[-1] + 1 if len(oracle) == size else total))
 
 
 def test_scalars_of_folders_with_one_name(tmp_path):

@@ -135,3 +135,11 @@ def test_the_rule_itself():
     assert not allowed("moe", "dsmoe_vl.model.vlm")
     assert not allowed("tasks", "dsmoe_vl.objective.objective")
     assert not allowed("data", "dsmoe_vl.parallel.ranks")
+
+
+def test_settings_of_the_recipe_may_stand_anywhere_on_a_command_line():
+    """Else argparse refuses those behind an option: "unrecognized arguments: B=2"."""
+    files = [path for top in ("dsmoe_vl", "launch", "data_tools", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    found = [path for path in files if '.add_argument("overrides"' in path.read_text(encoding="utf-8")]
+    assert {path.name for path in found} >= {"train.py", "plan.py", "align.py", "command_line.py"}
+    assert [path for path in found if "parse_args(" in path.read_text(encoding="utf-8")] == []

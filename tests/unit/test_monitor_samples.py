@@ -12,10 +12,12 @@ from PIL import Image
 
 from dsmoe_vl.config.recipe import DataConfig, Recipe, SourceConfig, TasksConfig
 from dsmoe_vl.config.task_table import RetrievalConfig, SummaryConfig
+from dsmoe_vl.data.shards.index import iterate_samples
 from dsmoe_vl.drawing.sample_sheet import Curves, Row, draw
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.inference.summarize import VideoSummary
 from dsmoe_vl.monitor import samples
+from tests.support.tars import write_tar
 
 TASKS = TasksConfig(retrieval=RetrievalConfig(weight=1.0), summary=SummaryConfig(weight=1.0))
 
@@ -60,6 +62,19 @@ def test_no_time_no_answers_but_the_samples(recipe, model):
     answers = samples.ask(model, recipe, -1.0)
     assert len(answers) == samples.SHOWN
     assert all(answer.caption is None and answer.rank is None for answer in answers)
+
+
+def test_bad_samples_are_passed_over_and_the_first_is_named(recipe, model, tmp_path, capsys):
+    """A malformed KEY.json does not hide the rest of its source, and a broken picture is said to be one."""
+    (good,) = (next(iterate_samples(source)) for source in recipe.data.evaluation[:1])
+    members = [("a.jpg", good.media), ("a.json", b"{"), ("b.jpg", b"no picture"), ("b.txt", b"b")]
+    for key in ("c", "d"):
+        members += [(f"{key}.{good.media_type}", good.media), (f"{key}.txt", b"a text")]
+    write_tar(tmp_path / "00000.tar", members)
+    recipe = Recipe(data=DataConfig(evaluation=(SourceConfig("mine", str(tmp_path)),)), tasks=TASKS)
+    assert [answer.sample.key for answer in samples.ask(model, recipe, 60)] == ["c", "d"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("samples: 2 held-out samples are bad and not shown; the first is mine, 00000.tar, number 0:")
 
 
 def test_files_are_written_and_randomness_is_left_alone(recipe, model, monkeypatch, tmp_path):

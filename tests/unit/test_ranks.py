@@ -3,7 +3,7 @@
 import pytest
 
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.parallel.ranks import Ranks
+from dsmoe_vl.parallel.ranks import Ranks, first_port
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,38 @@ from dsmoe_vl.parallel.ranks import Ranks
 def test_discovery(environment, expected):
     ranks = Ranks.discover(environment)
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "launcher"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two'", "deepspeed or torchrun"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK=''", "deepspeed or torchrun"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'", "deepspeed or torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK=''", "deepspeed or torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1.5"}, "LOCAL_WORLD_SIZE='1.5'", "torchrun"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE='x'", "Open MPI"),
+        ({"PMI_RANK": "0x1", "PMI_SIZE": "2"}, "PMI_RANK='0x1'", "MPICH"),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2(x3)"},
+            "SLURM_NTASKS_PER_NODE='2(x3)'",
+            "srun",
+        ),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(environment, name, launcher):
+    with pytest.raises(ConfigError) as raised:
+        Ranks.discover(environment)
+    assert str(raised.value).startswith(f"{name} in the environment is not a whole number: ")
+    assert launcher in str(raised.value)
+
+
+@pytest.mark.parametrize("port", ["", "http", "29500.0", "70000", "-1", "0"])
+def test_a_port_that_is_none_is_named(port):
+    assert first_port({"MASTER_PORT": "29501"}) == 29501 and first_port({}) == 29500
+    assert first_port({"MASTER_PORT": "0"}, least=0) == 0
+    with pytest.raises(ConfigError, match=rf"^MASTER_PORT={port} is not a port"):
+        first_port({"MASTER_PORT": port})
 
 
 def test_a_rank_beyond_the_world_is_refused():

@@ -190,7 +190,7 @@ def test_schedules_keep_rates_by_part_or_are_refused():
     shown = describe(plan(recipe, moe(optimizer={"type": "AdamW", "params": params})))
     assert "0.002 at its peak" in shown and re.search(r"vision +[\d.]+ \w, rate 0\.0002\n", shown)
     plan(recipe, scheduler("WarmupLR"))
-    wrong = scheduler("WarmupDecayLR"), scheduler("OneCycle"), scheduler("WarmupLR", warmup_max_lr=1e-3)
+    wrong = scheduler("WarmupDecayLR"), scheduler("LRRangeTest"), scheduler("WarmupLR", warmup_max_lr=1e-3)
     for config in wrong:
         plan(config=config)
         message = r'^train\.vision\.lr_scale = 0\.1, .* in my\.toml: scheduler\.type = "\w+" in my\.json'

@@ -215,10 +215,19 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [[5, 1, 4], [1, 1, 1], [10]])
-def test_every_nth_sample(tmp_path, counts):
-    write_shards(tmp_path, counts)
-    source = SourceConfig.at(tmp_path)
-    keys = [sample.key for sample in iterate_samples(source)]
-    for step in (1, 2, 3, 11):
-        for first in range(step):
-            assert [s.key for s in iterate_samples(source, first=first, step=step)] == keys[first::step]
+def test_places_are_all_samples_in_order(tmp_path, counts):
+    index = ShardIndex.load(write_shards(tmp_path, counts))
+    keys = [sample.key for sample in iterate_samples(SourceConfig.at(tmp_path))]
+    assert [read_sample(index, *place).key for place in index.places()] == keys and len(keys) == sum(counts)
+
+
+def test_a_bad_sample_ends_the_iteration_unless_it_is_taken(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("0.json", b"{}"), ("1.json", b"{"), ("2.txt", b"\xff"), ("3.txt", b"a")])
+    taken: list[tuple[str, int, str]] = []
+    samples = iterate_samples(
+        SourceConfig.at(tmp_path), failed=lambda shard, number, error: taken.append((shard, number, str(error)[:9]))
+    )
+    assert [sample.key for sample in samples] == ["0", "3"]
+    assert taken == [("a.tar", 1, "malformed"), ("a.tar", 2, "malformed")]
+    with pytest.raises(DataError, match="malformed text or JSON"):
+        list(iterate_samples(SourceConfig.at(tmp_path)))

@@ -19,7 +19,7 @@ from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.sample import Sample
 from dsmoe_vl.data.segment import IGNORE, Modality, Pack, Picture, Segment
 from dsmoe_vl.data.slots import PatchSlots
-from dsmoe_vl.errors import DataError
+from dsmoe_vl.errors import ConfigError, DataError
 from tests.support.loading import DATA, encode_picture
 from tests.support.tars import encoded_as, picture, write_tar
 
@@ -74,6 +74,12 @@ def test_a_pack_without_pictures_has_an_empty_cell_wherever_it_lies() -> None:
         slots.restore(made, 0, number)
         assert torch.equal(collate([made]).patches, expected)
         slots.check(0, number)
+
+
+def test_more_memory_than_there_is_names_what_to_lower() -> None:
+    for ahead in (10**9, 10**30):  # the system refuses the one, Python the other
+        with pytest.raises(ConfigError, match=r"GiB of shared memory .* lower train_micro_batch_size_per_gpu"):
+            PatchSlots(workers=1000, ahead=ahead, held=1, shape=SHAPE)
 
 
 def test_a_pack_that_was_overwritten_is_noticed() -> None:

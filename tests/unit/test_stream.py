@@ -162,4 +162,11 @@ def test_report_and_quarantine(tmp_path: Path) -> None:
         "image cannot be decoded: no JPEG",
         "longer than pack: k has 9 tokens",
     ]
-    assert lines[0] == {"source": "photos", "shard": "00000.tar", "sample": 7, "epoch": 0, "reason": bad().reason}
+    assert lines[0] == {
+        "source": "photos",
+        "shard": "00000.tar",
+        "sample": 7,
+        "epoch": 0,
+        "reason": bad().reason,
+        "key": "",
+    }

@@ -140,10 +140,10 @@ def test_bad_samples_are_counted_and_the_others_used(tmp_path, capsys):
     assert tokenizer.decode(tokenizer.encode("a dog 7")) == "a dog 7"
     said = capsys.readouterr().out
     for line in (
-        f"not used: 3 x malformed text or JSON, the first in {tmp_path}/s/a.tar: json: ",
-        "not used: 1 x file too large, the first in large.txt: 10000000 bytes, more than data.max_text_mib = 8 (MiB)",
+        f"not used: 3 x malformed text or JSON, the first in a.tar, number 50: {tmp_path}/s/a.tar: json: ",
+        "not used: 1 x file too large, the first in a.tar, number 53: large.txt: 10000000 bytes, more than data.",
         "not used: 2 x no caption, the first in nul: no text in",
-        f"not used: 1 x damaged shard, the first in {tmp_path}/s/b.tar: truncated at byte ",
+        f"not used: 1 x damaged shard, the first in b.tar, number 2: {tmp_path}/s/b.tar: truncated at byte ",
     ):
         assert line in said
 

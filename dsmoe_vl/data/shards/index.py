@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +37,13 @@ _ATTEMPTS = 10  # to read a remote shard before another process removes it from 
 
 @dataclass(frozen=True)
 class Shard:
-    """A row of the manifest. `sha256` is "" for a shard that was found without a manifest."""
+    """A row of the manifest. A shard that was found without a manifest has no `sha256`, but a hash of its `texts`."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    texts: str = ""  # `ShardScan.texts`
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,25 @@ class ShardIndex:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    def places(self) -> Iterator[tuple[int, int]]:
+        """The number of its shard, and its number there, of every sample."""
+        return ((shard, sample) for shard, row in enumerate(self.shards) for sample in range(row.samples))
+
     @property
     def fingerprint(self) -> str:
         """Short hash of names, sample counts and sizes: indexes with the same samples have the same one."""
         rows = [(shard.name, shard.samples, shard.bytes) for shard in self.shards]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    @property
+    def contents(self) -> str:
+        """What is in the shards, beyond the `fingerprint`: "sha256 HASH" by their manifest, "texts HASH" without one,
+        "" if it is not known. A copy has the same; two kinds cannot be compared."""
+        for kind in ("sha256", "texts"):
+            hashes = [getattr(shard, kind) for shard in self.shards]
+            if all(hashes):
+                return f"{kind} {hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]}"
+        return ""
 
 
 def manifest_sha256(folder: str | Path, data: DataConfig = _DEFAULTS) -> str:
@@ -158,7 +172,7 @@ def _read_local(
     path: Path, row: Shard, sample: int, source: SourceConfig, extensions: Collection[str] | None, data: DataConfig,
     hint: str,
 ) -> TarSample:  # fmt: skip
-    scan = _cached_scan(path)
+    scan = _cached_scan(path, bool(row.texts))
     if scan.samples != row.samples and not scan.damage:
         raise DataError(
             f"shard does not match its manifest: {path} has {scan.samples} samples, "
@@ -195,32 +209,29 @@ def parsed(read: TarSample, source: SourceConfig = _NO_SOURCE, epoch: int = 0, d
     )
 
 
+Failed = Callable[[str, int, DataError], None]  # of a sample: the name of its shard, its number there, the reason
+
+
+def _end(shard: str, sample: int, error: DataError) -> None:
+    raise error
+
+
 def iterate_samples(
-    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, first: int = 0, step: int = 1
+    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, failed: Failed = _end
 ) -> Iterator[Sample]:
-    """The samples of a source in the order of its shards: numbers first, first + step, ..., counted from 0.
+    """The samples of a source in the order of its shards.
 
-    `media` as in `read_sample`, `data` as in `ShardIndex.load`.
-
-    Raises DataError at the first damaged sample, and the errors of `ShardIndex.load`.
+    `media` as in `read_sample`, `data` as in `ShardIndex.load`. `failed` is called for a sample that cannot be read,
+    which is left out; without it, the first of them raises DataError. Raises the errors of `ShardIndex.load` too.
     """
-    for sample in attempted_samples(source, media, data, first, step):
-        if isinstance(sample, DataError):
-            raise sample
-        yield sample
-
-
-def attempted_samples(
-    source: SourceConfig, media: bool = True, data: DataConfig = _DEFAULTS, first: int = 0, step: int = 1
-) -> Iterator[Sample | DataError]:
-    """As `iterate_samples`, but with the DataError of each bad sample in its place."""
     index = ShardIndex.load(source.path, data)
-    places = ((number, sample) for number, shard in enumerate(index.shards) for sample in range(shard.samples))
-    for number, sample in islice(places, first, None, step):
+    for shard, number in index.places():
         try:
-            yield read_sample(index, number, sample, source, media=media)
+            sample = read_sample(index, shard, number, source, media=media)
         except DataError as error:
-            yield error
+            failed(index.shards[shard].name, number, error)
+        else:
+            yield sample
 
 
 def _existing(folder: str | Path) -> Path:
@@ -230,8 +241,8 @@ def _existing(folder: str | Path) -> Path:
 
 
 @lru_cache(maxsize=1024)
-def _cached_scan(path: Path) -> ShardScan:
-    return scan_shard(path)
+def _cached_scan(path: Path, texts: bool) -> ShardScan:
+    return scan_shard(path, texts)
 
 
 def _scan_folder(folder: Path) -> ShardIndex:
@@ -241,9 +252,9 @@ def _scan_folder(folder: Path) -> ShardIndex:
     shards = []
     ignored = ""
     for tar in tars:
-        scan = _cached_scan(tar)
+        scan = _cached_scan(tar, True)
         # The damaged part counts as one sample, which is reported as bad once per epoch.
-        shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, ""))
+        shards.append(Shard(tar.name, scan.samples + bool(scan.damage), tar.stat().st_size, "", scan.texts))
         ignored = ignored or scan.ignored
     if ignored and not any(shard.samples for shard in shards):
         raise DataError(f"{folder}: no samples in its shards: {ignored} belongs to none; {NAME_RULE}")

@@ -6,6 +6,7 @@ the name is the extension of a file.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
@@ -18,7 +19,7 @@ import numpy as np
 
 from dsmoe_vl.config.recipe import DataConfig
 from dsmoe_vl.data.budget import check_bytes
-from dsmoe_vl.data.sample import split_name
+from dsmoe_vl.data.sample import TEXT_EXTENSIONS, split_name
 from dsmoe_vl.data.shards.habits import other_format
 from dsmoe_vl.errors import DataError
 from dsmoe_vl.files import require_regular
@@ -32,12 +33,15 @@ class ShardScan:
 
     `damage`: why the scan ended early, "" for an undamaged tar. The damaged sample is not included.
     `scattered`: keys that several samples have. `ignored`: the first file that belongs to no sample, "" if none.
+    `texts`: hex SHA-256 of the names and sizes of all files and of the contents of KEY.txt and KEY.json; "" if it was
+    not asked for. A copy has the same, whatever its times are.
     """
 
     bounds: np.ndarray
     damage: str
     scattered: frozenset[str] = frozenset()
     ignored: str = ""
+    texts: str = ""
 
     @property
     def samples(self) -> int:
@@ -54,8 +58,9 @@ class _Member(NamedTuple):
     end: int  # of its data and padding
 
 
-def scan_shard(path: Path) -> ShardScan:
-    """Find the samples of a tar by its headers. Raises DataError if it cannot be read."""
+def scan_shard(path: Path, texts: bool = False) -> ShardScan:
+    """Find the samples of a tar by its headers; `texts`: hash their texts. Raises DataError if it cannot be read."""
+    digest = hashlib.sha256()
     starts: list[int] = []
     links: dict[str, int] = {}  # by key, the place of the first link: it may begin the next sample
     keys: set[str] = set()
@@ -65,7 +70,11 @@ def scan_shard(path: Path) -> ShardScan:
         with require_regular(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for member in _members(file, 0):
-                key = split_name(member.name)[0]
+                key, extension = split_name(member.name)
+                if texts:  # which stand right behind their headers
+                    digest.update(f"{member.name}\0{member.size}\0".encode("utf-8", "surrogatepass"))
+                    if extension in TEXT_EXTENSIONS:
+                        digest.update(os.pread(file.fileno(), min(member.size, _LONGEST_TEXT), member.start))
                 if not member.is_file:
                     links.setdefault(key, end)
                 elif not key:
@@ -83,7 +92,8 @@ def scan_shard(path: Path) -> ShardScan:
         raise _unreadable(path, error) from error
     # The last sample may have files beyond the damage, so it may be incomplete.
     bounds = starts if damage else [*starts, end]
-    return ShardScan(np.asarray(bounds or [0], dtype=np.int64), damage, frozenset(scattered), ignored)
+    found = np.asarray(bounds or [0], dtype=np.int64)
+    return ShardScan(found, damage, frozenset(scattered), ignored, digest.hexdigest() if texts else "")
 
 
 class SampleFiles(NamedTuple):
@@ -172,6 +182,7 @@ class _Headers:
         return self._read(size)
 
 
+_LONGEST_TEXT = 2**20  # bytes of a text that count for `ShardScan.texts`
 _LONGEST_HEADER = 2**20  # bytes, of long names and extended attributes
 _END_MARK = 2**17  # bytes of zeros at most: two blocks, padded to a record, which can be this large
 _PLAIN_NUMBER = re.compile(rb" *([0-7]+)[ \0]*")  # octal

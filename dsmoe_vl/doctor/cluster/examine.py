@@ -5,10 +5,10 @@ from __future__ import annotations
 from dsmoe_vl.doctor.cluster.between_hosts import judge
 from dsmoe_vl.doctor.cluster.case import Case, Request
 from dsmoe_vl.doctor.cluster.findings import Finding
-from dsmoe_vl.doctor.cluster.host_facts import master_port
 from dsmoe_vl.doctor.cluster.hostfile import read_hostfile
 from dsmoe_vl.doctor.cluster.over_ssh import examine_over_ssh, send_facts, send_links
 from dsmoe_vl.doctor.cluster.under_launcher import examine_as_rank
+from dsmoe_vl.parallel.ranks import first_port
 
 
 def examine_cluster(request: Request) -> int:
@@ -26,6 +26,6 @@ def examine_cluster(request: Request) -> int:
 
 def _examine_one_host(case: Case) -> int:
     plan, findings = case.plan(1)
-    findings += judge([case.facts(master_port())], {case.host: 1}, plan)
+    findings += judge([case.facts(first_port())], {case.host: 1}, plan)
     text = "one process has none: start the doctor under a launcher, or with --hostfile"
     return case.report([*findings, Finding("ok", case.host, "link", text)], "one process")

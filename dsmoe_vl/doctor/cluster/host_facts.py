@@ -25,7 +25,7 @@ import psutil
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.data.background import BackgroundThread
 from dsmoe_vl.data.copies import Copy, read_copy
-from dsmoe_vl.errors import ConfigError, as_user_error
+from dsmoe_vl.errors import as_user_error
 from dsmoe_vl.parallel.device import device_name, free_host_bytes
 
 T = TypeVar("T")
@@ -183,14 +183,6 @@ def gather(host: str, recipe: Recipe, run_dir: Path, port: int | None = None) ->
         copy=limited("copy", lambda: read_copy(recipe, host), 20.0),
         unknown=limited.unknown,
     )
-
-
-def master_port() -> int:
-    """MASTER_PORT, or DeepSpeed's default. Raises ConfigError."""
-    text = os.environ.get("MASTER_PORT", "29500")
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise ConfigError(f"MASTER_PORT={text} is not a port: set it to a number from 1 to 65535, such as 29500")
-    return int(text)
 
 
 def _versions() -> dict[str, str]:

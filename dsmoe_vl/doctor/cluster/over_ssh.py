@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from dsmoe_vl.doctor.cluster.between_hosts import judge
 from dsmoe_vl.doctor.cluster.case import Case
 from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, unchecked
-from dsmoe_vl.doctor.cluster.host_facts import ROOT, HostFacts, master_port
+from dsmoe_vl.doctor.cluster.host_facts import ROOT, HostFacts
 from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, passed_on
 from dsmoe_vl.doctor.cluster.links import Link, Speed, judge_links, measure_links
 from dsmoe_vl.doctor.cluster.one_host import asked_interfaces, is_loopback
@@ -18,6 +18,7 @@ from dsmoe_vl.doctor.cluster.rendezvous import Clock, Rendezvous
 from dsmoe_vl.doctor.cluster.ssh import Command, ask_all
 from dsmoe_vl.doctor.cluster.under_launcher import meet
 from dsmoe_vl.parallel.device import device_name
+from dsmoe_vl.parallel.ranks import first_port
 
 _ANSWER = "doctor's answer: "  # before the JSON that a host sends; its shell may print other lines
 _TELL_TIME = f"import time; print({_ANSWER!r} + repr(time.time()))"
@@ -53,7 +54,7 @@ def examine_over_ssh(case: Case, hostfile: Hostfile) -> int:
 
 def send_facts(case: Case) -> int:
     """Be the process that a host is asked through."""
-    print(_ANSWER + case.facts(master_port()).to_json(), flush=True)
+    print(_ANSWER + case.facts(first_port()).to_json(), flush=True)
     return 0
 
 
@@ -86,7 +87,7 @@ def _links(
         return
     first = next(iter(facts.values()))
     address = own_address(first) if len(facts) > 1 else "127.0.0.1"
-    shared = {**variables, "MASTER_ADDR": address, "MASTER_PORT": str(master_port())}
+    shared = {**variables, "MASTER_ADDR": address, "MASTER_PORT": str(first_port())}
     commands = {
         rank: _command(case, host, "links", shared | _world(rank, len(places), local_rank, sizes[host]))
         for rank, (host, local_rank) in enumerate(places)

@@ -14,7 +14,7 @@ import torch
 
 from dsmoe_vl.config.recipe import Recipe, SourceConfig
 from dsmoe_vl.data.shards.download import download, file_url
-from dsmoe_vl.data.shards.index import ShardIndex, attempted_samples
+from dsmoe_vl.data.shards.index import ShardIndex, iterate_samples
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.doctor.cluster.host_facts import HostFacts, Limited, SourceRate
 from dsmoe_vl.errors import DataError
@@ -60,11 +60,11 @@ def _source_rates(recipe: Recipe) -> tuple[SourceRate, ...]:
 
 
 def _mean_tokens(recipe: Recipe, source: SourceConfig, encode: Encoder, seconds: float) -> float:
-    """Tokens of a sample in all its tasks. Samples that training would pass over are passed over."""
+    """Tokens of a sample in all its tasks. Samples that training would pass over are passed over and not reported, as
+    any samples will do."""
     until, lengths = time.monotonic() + seconds, []
-    for sample in islice(attempted_samples(source, data=recipe.data), 4 * _SAMPLES):
-        if isinstance(sample, DataError):
-            continue
+    samples = iterate_samples(source, data=recipe.data, failed=lambda shard, number, error: None)
+    for sample in islice(samples, 4 * _SAMPLES):
         try:
             lengths.append(sum(segment.length for segment in encode(sample)))
         except DataError:

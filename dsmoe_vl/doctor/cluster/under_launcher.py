@@ -10,13 +10,14 @@ from dataclasses import asdict, replace
 from dsmoe_vl.doctor.cluster.between_hosts import judge
 from dsmoe_vl.doctor.cluster.case import Case
 from dsmoe_vl.doctor.cluster.findings import ALL_HOSTS, Finding, unchecked
-from dsmoe_vl.doctor.cluster.host_facts import HostFacts, master_port
+from dsmoe_vl.doctor.cluster.host_facts import HostFacts
 from dsmoe_vl.doctor.cluster.hostfile import Hostfile, judge_names, read_hostfile
 from dsmoe_vl.doctor.cluster.links import judge_links, measure_links
 from dsmoe_vl.doctor.cluster.rendezvous import FACTS_SECONDS, JOIN_SECONDS, Clock, Member, Rendezvous
 from dsmoe_vl.doctor.cluster.ssh import Command, ask_all
 from dsmoe_vl.errors import DsmoeVlError
 from dsmoe_vl.parallel.device import device_name
+from dsmoe_vl.parallel.ranks import first_port
 
 _PROBE_SECONDS = 15.0  # to see whether ssh works
 
@@ -100,7 +101,7 @@ def _absent(case: Case, members: Sequence[Member]) -> Iterator[Finding]:
             f"ranks {', '.join(map(str, absent))} have not reached {case.host} within {JOIN_SECONDS:.0f} s: host "
             f"{', '.join(map(str, hosts))} of the launcher's list and {case.host} cannot talk, or they did not start"
         )
-        fix = f"see that they start, and that they reach {os.environ['MASTER_ADDR']}, port {master_port()}"
+        fix = f"see that they start, and that they reach {os.environ['MASTER_ADDR']}, port {first_port()}"
         yield Finding("problem", ALL_HOSTS, "ranks", text, fix)
 
 
