@@ -137,7 +137,9 @@ def test_all_problems_at_once():
     assert problem(config).startswith("4 problems in ds.json:")
 
 
-@pytest.mark.parametrize("deep", ['{"a":' * 5000 + "1" + "}" * 5000, '{"a": ' + "[" * 900 + "]" * 900 + "}"])
+@pytest.mark.parametrize(
+    "deep", ['{"a":' * 5000 + "1" + "}" * 5000, '{"a": ' + "[" * 900 + "]" * 900 + "}"], ids=["objects", "lists"]
+)
 def test_a_file_that_is_nested_too_deeply(tmp_path, deep):
     (tmp_path / "ds.json").write_text(deep)
     with pytest.raises(ConfigError, match=r"ds\.json: more than 20 sections or lists within each other"):
