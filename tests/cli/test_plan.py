@@ -50,7 +50,7 @@ def test_the_best_settings_are_a_deepspeed_json(tmp_path):
         (["--tokens", "inf"], "--tokens inf: give a number above 0, such as 1e12"),
         (["--cluster", "none.toml"], "cluster file none.toml cannot be read"),
         (["--gpus", "4096"], "data.lanes = 512"),
-        (["--search", "--gpu", "a100", "data.pack_patches=1048576"], "nothing fits into"),
+        (["--search", "--gpu", "a100", "data.pack_patches=67108864"], "nothing fits into"),
     ],
 )
 def test_wrong_input_is_one_line_with_the_fix(words, message):
