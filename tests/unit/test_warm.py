@@ -65,6 +65,14 @@ def test_a_program_sees_the_same(tmp_path):
     assert warm == cold and warm_end == cold_end == "at the end"
 
 
+# The handler is set because jobs in the background of a shell are started with the signal ignored.
+_INTERRUPTED = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "status"),
     [
@@ -75,7 +83,7 @@ def test_a_program_sees_the_same(tmp_path):
         ("import os; os.kill(os.getpid(), 9)", -9),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
         ("import os; os.write(2, os.pread(0, 4, 0) + b'\\n'); import nowhere_to_be_found", 1),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+        (_INTERRUPTED, -signal.SIGINT),
         ("import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()", 0),
     ],
 )
