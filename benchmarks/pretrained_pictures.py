@@ -34,7 +34,8 @@ def _from_real_weights(seed: int, args: argparse.Namespace, sources: list[str], 
     """Measure, then train; the points count both."""
     measured = 3 * args.pairs // 4
     aligned = shards / f"aligned_{measured}_{seed}"
-    shutil.rmtree(aligned, ignore_errors=True)  # of an earlier run, maybe from other weights
+    if aligned.exists():  # of an earlier run, maybe from other weights
+        shutil.rmtree(aligned)
     align = [sys.executable, "launch/align.py", "--recipe", PRETRAINED, "--output", aligned, "--pairs", measured]
     process = subprocess.Popen([*map(str, align), f"run.seed={seed}", *sources])
     _, status, usage = os.wait4(process.pid, 0)
