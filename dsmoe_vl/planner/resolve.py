@@ -70,6 +70,7 @@ def resolve(
     ep_size = _ep_size(recipe, deepspeed, world_size, deepspeed_file, notes)
     precision = _precision(engine, device, bf16_unit, deepspeed_file, notes)
     _fill_schedule(engine, recipe, deepspeed_file, notes)
+    recompute = _recompute(recipe, engine, deepspeed_file, notes)
     _check_rates(engine, recipe, deepspeed_file, recipe_file)
     _check_one_optimizer(engine, recipe, deepspeed_file)
     _check_backend(engine, recipe, deepspeed_file, recipe_file)
@@ -88,7 +89,7 @@ def resolve(
         ep_size=ep_size,
         zero_stage=zero_stage,
         precision=precision,
-        recompute=recipe.run.recompute or ("decoder" if "activation_checkpointing" in engine else "none"),
+        recompute=recompute,
         micro_batch=micro_batch,
         accumulation=accumulation,
         packs_per_step=packs,
@@ -135,6 +136,19 @@ def _batch(engine: dict[str, Any], world_size: int, file: str) -> tuple[int, int
         )
     engine.update(zip(_BATCH_KEYS, (train, micro, accumulation), strict=True))
     return micro, accumulation
+
+
+def _recompute(recipe: Recipe, engine: dict[str, Any], file: str, notes: _Notes) -> str:
+    """The recipe's choice; without one, that of the DeepSpeed JSON."""
+    of_json = "decoder" if "activation_checkpointing" in engine else "none"
+    chosen = recipe.run.recompute or of_json
+    if of_json == "decoder" and chosen in ("none", "moe"):
+        notes.add(
+            f'activation_checkpointing in {file} recomputes the decoder, but run.recompute = "{chosen}" asks for less',
+            f"using {chosen}",
+            f'remove the section, or set run.recompute = "{of_json}"',
+        )
+    return chosen
 
 
 def _ep_size(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, file: str, notes: _Notes) -> int:

@@ -318,6 +318,10 @@ def test_file_names_default_to_what_they_are():
 
 def test_zero_recomputation_flag():
     assert plan(config=moe(activation_checkpointing={})).recompute == "decoder"
+    for wanted, said in (("none", True), ("moe", True), ("decoder", False), ("all", False)):
+        recipe = replace(quickstart(), run=replace(quickstart().run, recompute=wanted))
+        found = plan(recipe, config=moe(activation_checkpointing={}))
+        assert found.recompute == wanted and any("run.recompute" in note for note in found.notes) == said
 
 
 def test_large_recipe_has_the_size_it_says():
