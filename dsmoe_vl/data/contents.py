@@ -6,6 +6,7 @@ Training, evaluation, the tokenizer and `data_tools` read samples through `conte
 from __future__ import annotations
 
 import unicodedata
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,20 @@ def contents_of(sample: Sample) -> Contents:
     """What a sample gives: `captions` of KEY.json, else `caption`, else KEY.txt; and `summary` of KEY.json.
 
     Both places of captions may have a list of texts or one text. Of a sample that was read without its media only
-    `tasks` may differ.
+    `tasks` may differ. Those of the last sample are kept, because every task asks for them.
     """
+    global _last
+    if _last is not None and _last[0]() is sample:
+        return _last[1]
+    contents = _contents(sample)
+    _last = weakref.ref(sample), contents
+    return contents
+
+
+_last: tuple[weakref.ref[Sample], Contents] | None = None  # one name, so that threads see both or neither
+
+
+def _contents(sample: Sample) -> Contents:
     captions, no_text = _captions(sample)
     no_caption = "" if captions else f"no caption: {'; '.join(no_text) or _no_place(sample)}{_files(sample)}"
     summary, no_summary = _summary(sample)

@@ -62,10 +62,12 @@ class MediaReader:
         modality, pictures, seen = self.read(sample) if sees else (Modality.TEXT, [], 0)
         recording = Recording(self.hear(sample), first=seen) if hears else None
         heard = 0 if recording is None else len(recording.mel) // (FRAMES_OF_STATE * self.speech.merge)
-        modalities = np.repeat(np.array([modality, Modality.SPEECH, Modality.TEXT], dtype=np.int32), [seen, heard, 1])
         tokens = np.full(seen + heard + 1, tokenizer.control(last), dtype=np.int32)
-        for kind in set(modalities.tolist()) - {Modality.TEXT}:
-            tokens[modalities == kind] = tokenizer.control(_PLACEHOLDER[Modality(kind)])
+        modalities = np.full_like(tokens, Modality.TEXT)
+        for kind, begin, end in ((modality, 0, seen), (Modality.SPEECH, seen, seen + heard)):
+            if begin < end:
+                tokens[begin:end] = tokenizer.control(_PLACEHOLDER[kind])
+                modalities[begin:end] = kind
         segment = Segment(task, tokens, np.full_like(tokens, IGNORE), modalities, pictures, recording=recording)
         return segment.after(tokenizer.begin)
 

@@ -12,8 +12,9 @@ import re
 import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from dsmoe_vl.data.budget import check_bytes
 from dsmoe_vl.data.sample import TEXT_EXTENSIONS, split_name
 from dsmoe_vl.data.shards.habits import other_format
 from dsmoe_vl.errors import DataError
-from dsmoe_vl.files import require_regular
+from dsmoe_vl.files import open_regular
 
 _DEFAULTS = DataConfig()
 
@@ -67,9 +68,9 @@ def scan_shard(path: Path, texts: bool = False) -> ShardScan:
     scattered: set[str] = set()
     last_key, end, ignored = "", 0, ""
     try:
-        with require_regular(path).open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            for member in _members(file, 0):
+            for member in _members(file, _Window(file), 0):
                 key, extension = split_name(member.name)
                 if texts:  # which stand right behind their headers
                     digest.update(f"{member.name}\0{member.size}\0".encode("utf-8", "surrogatepass"))
@@ -117,9 +118,10 @@ def read_files(
     files: dict[str, bytes] = {}
     position = start
     try:
-        with require_regular(path).open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            for member in _members(file, start):
+            window = _Window(file, start, end)
+            for member in _members(file, window, start):
                 position = member.end
                 name = key, extension = split_name(member.name)
                 if not member.is_file:
@@ -130,8 +132,7 @@ def read_files(
                     names[name] = member.name
                     if (extensions is None or extension in extensions) and position <= end:
                         check_bytes(member.name, extension, member.size, data)
-                        file.seek(member.start)
-                        files[extension] = file.read(member.size)  # not os.pread, which reads 2 GiB at most
+                        files[extension] = window.read(member.start, member.size)
                 if position >= end:
                     break
     except OSError as error:
@@ -144,14 +145,36 @@ def read_files(
     return SampleFiles(keys.pop(), files, tuple(names.values()))
 
 
-def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
+class _Window:
+    """Bytes of a file by position. A sample of usual size is read as a whole, because each call of the operating system
+    takes as long as parsing a header."""
+
+    def __init__(self, file: FileIO, start: int = 0, end: int = 0) -> None:
+        """The bytes [start, end) will be asked for."""
+        self._handle, self._start = file.fileno(), start
+        length = end - start
+        self._bytes = os.pread(self._handle, length, start) if 0 < length <= _WINDOW else b""
+
+    def read(self, position: int, size: int) -> bytes:
+        """Fewer than `size` bytes at the end of the file."""
+        at = position - self._start
+        if at >= 0 and at + size <= len(self._bytes):
+            return self._bytes[at : at + size]
+        parts = []
+        while size and (part := os.pread(self._handle, min(size, _AT_ONCE), position)):
+            parts.append(part)
+            position, size = position + len(part), size - len(part)
+        return b"".join(parts)
+
+
+def _members(file: FileIO, window: _Window, position: int) -> Iterator[_Member]:
     """The members of a tar from the header at `position` on.
 
     Ends, as tarfile does, at any block that is not a header; the caller checks whether this is the end of the tar.
     Plain headers, which nearly all are, are read here in a third of tarfile's time. From the first other header on
     (long names, sparse files, damage) tarfile reads.
     """
-    while member := _plain_member(os.pread(file.fileno(), tarfile.BLOCKSIZE, position), position):
+    while member := _plain_member(window.read(position, tarfile.BLOCKSIZE), position):
         yield member
         position = member.end
     file.seek(position)
@@ -173,7 +196,7 @@ def _members(file: BinaryIO, position: int) -> Iterator[_Member]:
 class _Headers:
     """A tar for tarfile, which reads only headers and would read one of any size."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.tell, self.seek, self._read = file.tell, file.seek, file.read
 
     def read(self, size: int) -> bytes:
@@ -182,6 +205,8 @@ class _Headers:
         return self._read(size)
 
 
+_WINDOW = 2**20  # bytes of a sample that is read as a whole
+_AT_ONCE = 2**30  # bytes; the operating system reads at most 2 GiB
 _LONGEST_TEXT = 2**20  # bytes of a text that count for `ShardScan.texts`
 _LONGEST_HEADER = 2**20  # bytes, of long names and extended attributes
 _END_MARK = 2**17  # bytes of zeros at most: two blocks, padded to a record, which can be this large
@@ -204,7 +229,7 @@ def _plain_member(header: bytes, position: int) -> _Member | None:
     return _Member(name.decode("utf-8", "replace"), True, start, length, start + length + padding)
 
 
-def _damage(file: BinaryIO, end: int, size: int) -> str:
+def _damage(file: FileIO, end: int, size: int) -> str:
     """The damage of a tar of `size` bytes whose last member ends at `end`; "" if zeros follow, the end mark."""
     file.seek(0)
     if not end and (what := other_format(file.read(tarfile.BLOCKSIZE))):
