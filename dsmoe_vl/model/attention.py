@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_vl.cpu_kernels.operators import WIDEST_HEAD, has_kernels, rotated_heads
 from dsmoe_vl.model.cache import LayerCache
 from dsmoe_vl.model.layers import NormOverHeads, RMSNorm
 from dsmoe_vl.model.rotation import rotate
@@ -71,9 +72,13 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
     """Scaled dot-product attention within segments. q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
     if q.device.type != "cpu":
         return _varlen_attention(q, k, v, layout, causal)
-    heads, groups = q.shape[1], k.shape[1]
     # One gather is cheaper than three, in the backward pass too. In fp32, because its backward is four times as fast.
-    packed = torch.cat((q, k, v), dim=1).float()
+    return _packed_attention(torch.cat((q, k, v), dim=1).float(), q.shape[1], layout, causal).type_as(q)
+
+
+def _packed_attention(packed: Tensor, heads: int, layout: SegmentLayout, causal: bool) -> Tensor:
+    """On a CPU, of queries, keys and values in one tensor [T, H + 2 G, d] -> [T, H, d]."""
+    groups = (packed.shape[1] - heads) // 2
     only, *others = layout.buckets
     in_place = not others and only.key_mask is None  # all lengths are equal: packed rows are a dense batch already
     outputs = []
@@ -88,7 +93,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
         out = out.transpose(1, 2).reshape(bucket.segments * bucket.longest, heads, -1)
         outputs.append(out if bucket.key_mask is None else out.index_select(0, bucket.valid))
     result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return (result if layout.inverse is None else result.index_select(0, layout.inverse)).type_as(q)
+    return result if layout.inverse is None else result.index_select(0, layout.inverse)
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:
@@ -130,6 +135,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.causal = heads, kv_heads, causal
         self.head_width = head_width or width // heads
+        self.qk_norm, self.norm_eps = qk_norm, norm_eps
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=qkv_bias)
         self.q_norm = _qk_norm(qk_norm, heads, self.head_width, norm_eps)
         self.k_norm = _qk_norm(qk_norm, kv_heads, self.head_width, norm_eps)
@@ -141,6 +147,10 @@ class Attention(nn.Module):
         """x [T, D], rotation complex64 [T, 1, d / 2] or None -> [T, D]. With a layout, a cache stores the prompts that
         the layout describes; without one, x has the next token of each cached sequence."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_width)
+        if cache is None and layout is not None and rotation is not None and self._has_kernels(qkv):
+            weights = [norm.weight if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm)]
+            packed = rotated_heads(qkv, weights[0], weights[1], rotation, self.heads, self.norm_eps)
+            return self.out(_packed_attention(packed, self.heads, layout, self.causal).flatten(1))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -151,6 +161,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache.store_prompts(k, v)
         return self.out(segment_attention(q, k, v, layout, self.causal).flatten(1))
+
+    def _has_kernels(self, qkv: Tensor) -> bool:
+        """Whether one pass normalises and rotates queries and keys, where they are."""
+        return self.qk_norm != "width" and self.head_width <= WIDEST_HEAD and has_kernels(qkv)
 
 
 def _qk_norm(kind: str, heads: int, head_width: int, eps: float) -> nn.Module:

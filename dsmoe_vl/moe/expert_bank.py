@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PIECE = 1024  # rows; with 64 or 128 for an expert faster than 256 or 512, with 512 some percent slower
+from dsmoe_vl.cpu_kernels.operators import swiglu_rows, swiglu_rows_gradients
 
-_silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
+_PIECE = 1024  # rows; with 64 or 128 for an expert faster than 256 or 512, with 512 some percent slower
 
 
 def pieces_of(counts: list[int]) -> list[tuple[slice, slice]]:
@@ -60,7 +60,7 @@ class _ExpertBank(torch.autograd.Function):
             ):  # fmt: skip
                 torch.mm(of_x, first, out=to_gate)
                 torch.mm(of_x, third, out=to_up)
-            hidden = _silu(gate[rows], out=hidden_buffer[:size]).mul_(up[rows])
+            hidden = swiglu_rows(gate[rows], up[rows], hidden_buffer[:size])
             for of_hidden, second, to in zip(hidden.split(split), w2_t[experts], out[rows].split(split), strict=True):
                 torch.mm(of_hidden, second, out=to)
         weights_train = any(ctx.needs_input_grad[2:5])
@@ -76,25 +76,17 @@ class _ExpertBank(torch.autograd.Function):
         hidden_width, width = w1.shape[1:]
         source, pieces = order // places.shape[1], pieces_of(counts)
         grad_rows = grad.new_empty(len(order), width)
-        grad_gates = None if gates is None else grad.new_empty(len(order))
-        of_gates = None if gates is None else gates.flatten().take(order).unsqueeze(1)
+        grad_scale = grad.new_empty(len(order))
+        scale = torch.ones_like(grad_scale) if gates is None else gates.flatten().take(order)
         grad_weights = [torch.empty_like(weight) for weight in (w1, w2, w3)] if weights_train else []
-        out_buffer, x_buffer, *hidden_buffers = _buffers(grad, pieces, width, width, *[hidden_width] * 4)
+        out_buffer, x_buffer, *hidden_buffers = _buffers(grad, pieces, width, width, *[hidden_width] * 3)
         for experts, rows in pieces:
             split, size = counts[experts], rows.stop - rows.start
-            silu, hidden, grad_hidden, grad_gate = (buffer[:size] for buffer in hidden_buffers)
+            hidden, grad_gate, grad_up = (buffer[:size] for buffer in hidden_buffers)
             grad_out = torch.index_select(grad, 0, source[rows], out=out_buffer[:size]).split(split)
-            for of_out, second, to in zip(grad_out, w2[experts], grad_hidden.split(split), strict=True):
-                torch.mm(of_out, second, out=to)
-            _silu(gate[rows], out=silu)
-            if weights_train or grad_gates is not None:
-                torch.mul(silu, up[rows], out=hidden)
-            if grad_gates is not None and of_gates is not None:
-                torch.sum(torch.mul(grad_hidden, hidden, out=grad_gate), 1, out=grad_gates[rows])
-                hidden.mul_(of_gates[rows])
-                grad_hidden.mul_(of_gates[rows])
-            grad_up = silu.mul_(grad_hidden)
-            _silu_backward(grad_hidden.mul_(up[rows]), gate[rows], grad_input=grad_gate)
+            for of_out, second, to in zip(grad_out, w2[experts], hidden.split(split), strict=True):
+                torch.mm(of_out, second, out=to)  # the gradient of the hidden rows, then they themselves
+            swiglu_rows_gradients(hidden, gate[rows], up[rows], scale[rows], grad_gate, grad_up, grad_scale[rows])
             if weights_train:
                 x_rows = torch.index_select(x, 0, source[rows], out=x_buffer[:size]).split(split)
                 hidden_rows = hidden.split(split)
@@ -114,7 +106,7 @@ class _ExpertBank(torch.autograd.Function):
                     torch.mm(of_up.t(), x_rows[index], out=to_third[index])
         return (
             F.embedding_bag(places, grad_rows, mode="sum"),
-            None if grad_gates is None else grad_gates.take(places),
+            None if gates is None else grad_scale.take(places),
             *(grad_weights or (None, None, None)),
             None, None, None,
         )  # fmt: skip

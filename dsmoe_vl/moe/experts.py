@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_vl.cpu_kernels.operators import has_kernels, silu_product
 from dsmoe_vl.moe.expert_bank import expert_bank
 from dsmoe_vl.moe.grouped_bank import Groups, grouped_bank, grouped_product
 from dsmoe_vl.moe.rows import combine, dispatch
@@ -56,6 +57,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
     return grouped_product(x, weight.transpose(1, 2), ends)
 
 
+def _hidden(gate: Tensor, up: Tensor) -> Tensor:
+    """As the experts as one function have it, to the last bit: an export has the outputs of its run."""
+    return silu_product(gate, up) if has_kernels(gate) else F.silu(gate) * up
+
+
 class Expert(nn.Module):
     """One expert of `Experts`, with the same parameter names."""
 
@@ -67,7 +73,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.linear("w2", F.silu(self.linear("w1", x)) * self.linear("w3", x))
+        return self.linear("w2", _hidden(self.linear("w1", x), self.linear("w3", x)))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """The product with one of the matrices."""
@@ -107,8 +113,7 @@ class Experts(nn.Module):
         return self._compute(rows, groups.ends).index_select(0, groups.places).type_as(x)
 
     def _compute(self, x: Tensor, ends: Ends) -> Tensor:
-        hidden = F.silu(self.linear("w1", x, ends)) * self.linear("w3", x, ends)
-        return self.linear("w2", hidden, ends)
+        return self.linear("w2", _hidden(self.linear("w1", x, ends), self.linear("w3", x, ends)), ends)
 
     def linear(self, name: str, x: Tensor, ends: Ends) -> Tensor:
         """The products with one of the matrices of each expert."""

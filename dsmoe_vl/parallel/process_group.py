@@ -20,9 +20,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import get_default_build_root
 
 from dsmoe_vl.config.recipe import RunConfig
+from dsmoe_vl.cpu_kernels.library import build_folder
 from dsmoe_vl.errors import ConfigError, NetworkError, as_user_error
 from dsmoe_vl.parallel.first_host import connect, find_first_host
 from dsmoe_vl.parallel.ranks import Ranks
@@ -132,9 +132,7 @@ def _build_cpu_communication() -> None:
     tools = sysconfig.get_path("scripts")
     if os.environ.get("PATH", "").split(os.pathsep)[0] != tools:
         os.environ["PATH"] = os.pathsep.join(filter(None, (tools, os.environ.get("PATH"))))
-    in_environment = Path(sys.prefix, "torch_extensions")  # built against the headers of this environment
-    default = in_environment if sys.prefix != sys.base_prefix else Path(get_default_build_root())
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(build_folder())))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "dsmoe_vl.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)

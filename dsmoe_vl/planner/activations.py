@@ -37,8 +37,9 @@ def activations(recipe: Recipe, shape: Shape, *, bf16: bool, cuda: bool, recompu
     """What a micro-step keeps. `recompute`, a key of `RECOMPUTED`: of what is computed again, its input alone."""
     element = 2 if bf16 else 4
     model, vision, again = recipe.model, recipe.model.vision, RECOMPUTED[recompute]
-    layers = _decoder_layers(recipe, shape, element, cuda)
-    vision_layer, around = _vision(recipe, element, cuda)
+    fused = not cuda and not bf16  # as `cpu_kernels/` has it
+    layers = _decoder_layers(recipe, shape, element, cuda, fused)
+    vision_layer, around = _vision(recipe, element, cuda, fused)
     made_again = [0.0]
     if "decoder" in again:
         kept = 1.0 * shape.tokens * len(layers) * model.width * element
@@ -71,54 +72,61 @@ class _Layer:
     gradients: float
 
 
-def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool) -> list[_Layer]:
+def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool, fused: bool) -> list[_Layer]:
     model, moe = recipe.model, recipe.moe
-    attention = _attention(model.heads, model.kv_heads, model.width_of_head, model.qk_norm != "none", element, cuda)
-    norms = 4 * model.width * element  # two of them: normalised, and times the weight
-    dense = 4 * model.ffn_width * element  # gate, its SiLU, up, their product
+    fused_heads = fused and model.qk_norm != "width"
+    has_norm = model.qk_norm != "none"
+    attention = _attention(model.heads, model.kv_heads, model.width_of_head, has_norm, element, cuda, fused_heads)
+    norms = 4 * model.width * element  # two of them: normalised or what they normalise, and times the weight
+    wide = 3 if fused else 4  # gate, up, their product, and the SiLU of gate
+    dense = wide * model.ffn_width * element
     first = attention + norms + dense
     found = [_Layer(first, 0.0, first * _GRADIENTS)] * moe.first_dense_layers
-    row, row_gradients = (moe.top_k * numbers * element for numbers in _expert_row(recipe, shape, cuda))
+    row, row_gradients = (moe.top_k * numbers * element for numbers in _expert_row(recipe, shape, cuda, wide))
     for experts in experts_of_layers(recipe):
         order = moe.top_k * (4 if shape.ep_size > 1 else 2) * _INDEX
         scores = experts * 4 * 4  # probabilities, logits and their logarithms, fp32
-        every_token = 4 * (moe.shared_ffn_width + moe.ffn_width * moe.residual) * element
+        every_token = wide * (moe.shared_ffn_width + moe.ffn_width * moe.residual) * element
         routed = order + scores + every_token
         rest = attention + norms + routed
         found.append(_Layer(rest + row, routed + row, rest * _GRADIENTS + row_gradients))
     return found
 
 
-def _expert_row(recipe: Recipe, shape: Shape, cuda: bool) -> tuple[float, float]:
+def _expert_row(recipe: Recipe, shape: Shape, cuda: bool, wide: int) -> tuple[float, float]:
     """Numbers that a row of the experts keeps, and numbers of its gradients that are there at once.
 
     Experts as one function keep the products with w1 and w3; over ranks, the rows that came and that went back too. On
-    a CPU their gradients exist in pieces, on CUDA at once. The others keep both of D and four of F.
+    a CPU their gradients exist in pieces, on CUDA at once. The others keep both of D and `wide` of F.
     """
     width, hidden = recipe.model.width, recipe.moe.ffn_width
     if recipe.moe.backend == "capacity" or "experts" in recipe.lora.adapted:
-        return 2 * width + 4 * hidden, (2 * width + 4 * hidden) * _GRADIENTS
+        return 2 * width + wide * hidden, (2 * width + wide * hidden) * _GRADIENTS
     sent = 2 * width if shape.ep_size > 1 else 0
     return sent + 2 * hidden, (3 * width + 4 * hidden if cuda else width) + sent / 2
 
 
-def _attention(heads: int, kv_heads: int, head_width: int, has_norm: bool, element: int, cuda: bool) -> float:
-    """Bytes a row: what the norms of q and k keep, then q, k and v, turned q and k, and the result. On a CPU keys and
-    values for every head, and the result twice: it is the kernel's and, in another order, that of the output's
-    product."""
+def _attention(
+    heads: int, kv_heads: int, head_width: int, has_norm: bool, element: int, cuda: bool, fused: bool
+) -> float:
+    """Bytes a row: what the norms of q and k keep (`fused`: what was not normalised, with the values), then q, k and v,
+    turned q and k, and the result. On a CPU keys and values for every head, and the result twice: it is the kernel's
+    and, in another order, that of the output's product."""
     queries, keys = heads * head_width, kv_heads * head_width
-    normalised = (queries + keys) * element if has_norm else 0
+    normalised = (queries + (2 if fused else 1) * keys) * element if has_norm else 0
     if cuda:
         return normalised + (3 * queries + 3 * keys) * element + 4 * heads
     packed = (queries + 2 * keys) * 4  # attention on a CPU is in fp32
     return normalised + packed + 4 * queries * 4 + 4 * heads
 
 
-def _vision(recipe: Recipe, element: int, cuda: bool) -> tuple[float, float]:
+def _vision(recipe: Recipe, element: int, cuda: bool, fused: bool) -> tuple[float, float]:
     """Bytes a patch of one layer of the encoder, and of what is around the layers, the connector included."""
     vision = recipe.model.vision
-    attention = _attention(vision.heads, vision.heads, vision.width // vision.heads, vision.qk_norm, element, cuda)
-    wide = (4 if vision.ffn == "swiglu" else 2) * vision.ffn_width
+    fused_heads = fused and "rotary" in vision.positions
+    head_width = vision.width // vision.heads
+    attention = _attention(vision.heads, vision.heads, head_width, vision.qk_norm, element, cuda, fused_heads)
+    wide = ((3 if fused else 4) if vision.ffn == "swiglu" else 2) * vision.ffn_width
     layer = attention + (4 * vision.width + wide) * element
     hidden = vision.connector_width or recipe.model.width
     cell = (2 * hidden + 2 * recipe.model.width) * (1 + len(vision.taps)) * element

@@ -13,14 +13,16 @@ from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers
 
-# Times that `model/rotation.py` reads or writes an element of queries and keys: by its kernel; as complex numbers.
-_ROTATION, _ROTATION_ON_CPU = 2, 10
+# Times that an element is read or written. Queries and keys by a rotation, where `cpu_kernels/` does not rotate them
+# while it normalises them; a hidden element by a SwiGLU: there, SiLU is never in memory.
+_ROTATION, _SWIGLU, _SWIGLU_ON_CPU = 2, 5, 3
 _ROUTER_PASSES = 24  # fp32 numbers moved for each of E scores: softmax, choice, statistics, balancing
 # Of a pack's patches, those that are used, and their standard deviation over it: the packer of `data/pack.py` on images
 # and videos of many sizes, four to one, for the recipes base and large (docs/scaling.md). Tokens are 99 % used.
 PATCHES_USED, PATCHES_SPREAD = 0.61, 0.15
 # Operators that the host starts in the forward pass, views included, as torch.profiler counts them in `model/`.
 _OF_DECODER_LAYER, _OF_SPARSE, _OF_EXPERT_ON_CPU, _OF_VISION_LAYER, _OF_MODEL = 70, 98, 4, 65, 120
+_OF_LAYER_ON_CPU = 35  # of either kind
 
 
 @dataclass(frozen=True)
@@ -124,34 +126,35 @@ def traffic(
 ) -> Traffic:
     """What the norms, rotations, activations, exchanges of rows and sums of one forward pass of some parts move.
 
-    A norm reads and writes its width; a SwiGLU reads and writes 5 of its hidden width; an addition reads two and writes
-    one. A sparse layer gathers its T K rows once and sums them once; over ranks they are gathered for the exchange, by
-    expert, and back. Experts above one rank's mean only delay; they move as much.
+    A norm reads and writes its width; an addition reads two and writes one. A sparse layer gathers its T K rows once,
+    and sums them once; over ranks they are gathered for the exchange, by expert, and back. Experts above one rank's
+    mean only delay; they move as much.
     """
     model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
     width, inner = model.width, (model.heads + 2 * model.kv_heads) * model.width_of_head
     # The result; on a CPU also keys and values for each query head.
     repeated = (1 if cuda else 3) * model.heads * model.width_of_head
-    turns = _ROTATION if cuda else _ROTATION_ON_CPU
+    turns, wide = (_ROTATION, _SWIGLU) if cuda else (0, _SWIGLU_ON_CPU)
     attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * turns + 2 * repeated
-    token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * 5 * model.ffn_width
+    token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * wide * model.ffn_width
     copies = 3 if shape.ep_size > 1 else 1
-    sparse = moe.top_k * ((2 * copies + 1) * width + 5 * moe.ffn_width) + width + 5 * moe.shared_ffn_width
-    sparse += (5 * moe.ffn_width + 4 * width) * moe.residual
+    sparse = moe.top_k * ((2 * copies + 1) * width + wide * moe.ffn_width) + width + wide * moe.shared_ffn_width
+    sparse += (wide * moe.ffn_width + 4 * width) * moe.residual
     layers = experts_of_layers(recipe)
     patch_inner = 3 * vision.width
     patch = patch_inner * 2 + 2 * vision.width * turns + 2 * patch_inner + 10 * vision.width
-    patch += (5 if vision.ffn == "swiglu" else 2) * vision.ffn_width
-    of_experts = len(layers) * _OF_SPARSE
-    if not cuda:  # a product for each expert
-        of_experts += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU
+    patch += (wide if vision.ffn == "swiglu" else 2) * vision.ffn_width
+    of_layer, of_tower_layer, of_experts = _OF_DECODER_LAYER, _OF_VISION_LAYER, len(layers) * _OF_SPARSE
+    if not cuda:
+        of_layer = of_tower_layer = _OF_LAYER_ON_CPU
+        of_experts += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU  # a product for each
     of_part = {
         "experts": Traffic(
             shape.tokens * len(layers) * sparse, shape.tokens * sum(layers) * _ROUTER_PASSES, of_experts
         ),
-        "decoder": Traffic(shape.tokens * (token + 8 * width), 0, _OF_MODEL + model.layers * _OF_DECODER_LAYER),
+        "decoder": Traffic(shape.tokens * (token + 8 * width), 0, _OF_MODEL + model.layers * of_layer),
         "vision": Traffic(
-            shape.patches * vision.layers * patch, 0, vision.layers * _OF_VISION_LAYER * bool(shape.patches)
+            shape.patches * vision.layers * patch, 0, vision.layers * of_tower_layer * bool(shape.patches)
         ),
         "head": Traffic(0, 6.0 * shape.labels * recipe.tokenizer.vocab_size, 0),
     }

@@ -90,6 +90,11 @@ def _flat_gradients(plan: RunPlan) -> float:
     return 4 * (min(own, group) if plan.zero_stage == 3 else own)
 
 
+def reduce_bucket_size(plan: RunPlan) -> int:
+    """Numbers in a bucket of gradients: the JSON's, or DeepSpeed's default, but no more than there are parameters."""
+    return int(setting(plan.deepspeed, "zero_optimization.reduce_bucket_size", min(_BUCKET, plan.parameters.total)))
+
+
 def _buffers(plan: RunPlan, cuda: bool) -> float:
     """The exchange's rows out and in, ZeRO's buckets and ZeRO-3's gathered parameters."""
     element = 2 if plan.precision == "bf16" else 4
@@ -99,7 +104,7 @@ def _buffers(plan: RunPlan, cuda: bool) -> float:
     held = parameters.total - parameters.experts + parameters.experts / plan.ep_size
     if plan.zero_stage == 0:
         return exchange
-    bucket = setting(plan.deepspeed, "zero_optimization.reduce_bucket_size", _BUCKET)
+    bucket = reduce_bucket_size(plan)
     overlap = setting(plan.deepspeed, "zero_optimization.overlap_comm", plan.zero_stage == 3)
     # Memory that nothing has written to is not resident on a CPU.
     buckets = (bucket if cuda else min(bucket, held)) * (1 + overlap * (plan.zero_stage < 3))

@@ -33,6 +33,7 @@ from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
 from dsmoe_vl.parallel.warm_up import warm_up
 from dsmoe_vl.planner.plan import RunPlan
+from dsmoe_vl.planner.run_memory import reduce_bucket_size
 from dsmoe_vl.planner.trained import rules
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
@@ -167,7 +168,10 @@ def _partitioner(plan: RunPlan) -> Callable[[Any], None]:
 
 def _engine_config(plan: RunPlan) -> dict[str, Any]:
     ours = ("optimizer", "activation_checkpointing")
-    return {key: value for key, value in plan.deepspeed.items() if key not in ours}
+    config = {key: value for key, value in plan.deepspeed.items() if key not in ours}
+    if plan.zero_stage:  # DeepSpeed allocates the whole bucket, a gigabyte, also for a small model
+        config["zero_optimization"] = config["zero_optimization"] | {"reduce_bucket_size": reduce_bucket_size(plan)}
+    return config
 
 
 def wrap(plan: RunPlan, model: nn.Module, updates: Mapping[str, int] = _NEW) -> Any:

@@ -22,7 +22,7 @@ ORDER = (
     ("console",),
     ("errors", "files"),
     ("command", "config", "metrics", "drawing"),
-    ("planner",),
+    ("planner", "cpu_kernels"),
     ("parallel", "data"),
     ("moe", "optim"),
     ("model",),
