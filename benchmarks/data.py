@@ -137,7 +137,7 @@ def time_loader(shards: Path, tokenizer: Path, workers: int, run: Interleaved, s
             taken += len(next(batches))
         return taken
 
-    memory = [(sample.media, sample.text) for sample in iterate_samples(source)][: max(64, samples // 4)]
+    memory = [(sample.media, sample.text) for sample in iterate_samples(source)]  # all: a few would stay in the caches
     limit = DataLoader(Endless(memory, words), batch_size=None, num_workers=workers, prefetch_factor=4)
     alone = iter(limit)
 
@@ -177,9 +177,10 @@ class Endless(torch.utils.data.IterableDataset[int]):
         self.samples, self.tokenizer = samples, tokenizer
 
     def __iter__(self) -> Iterator[int]:
-        done = 0
+        done, worker = 0, torch.utils.data.get_worker_info()
+        first = 0 if worker is None else len(self.samples) * worker.id // worker.num_workers
         while True:
-            for media, text in self.samples:
+            for media, text in self.samples[first:] + self.samples[:first]:
                 assert media is not None
                 pixels = decode_image(media, MAX_PATCHES * VISION.patch_size**2)
                 grid = fit_grid(pixels.shape[1], pixels.shape[0], VISION.patch_size, VISION.merge, MAX_PATCHES)

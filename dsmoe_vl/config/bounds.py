@@ -58,5 +58,5 @@ def _broken_rule(value: Any, bounds: dict[str, Any]) -> str:
     if most is not None and value > most:
         return f"must be at most {most}"
     if bounds.get("choices") and value not in bounds["choices"]:
-        return f"must be one of {', '.join(bounds['choices'])}"
+        return f"must be one of {', '.join(filter(None, bounds['choices']))}"  # "" is: not set
     return ""

@@ -8,7 +8,9 @@ dense batches for PyTorch's fused attention. `tests/parity/test_attention.py` co
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -103,14 +105,28 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
     half = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if k.shape[1] < q.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _shares_keys():
             options["enable_gqa"] = True
-        else:  # PyTorch 2.11
+        else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     cumulative, longest = layout.cumulative, layout.longest
     q_half, k_half, v_half = (x.to(half) for x in (q, k, v))
     out: Any = varlen_attn(q_half, k_half, v_half, cumulative, cumulative, longest, longest, **options)
     return out.type_as(q)
+
+
+@cache
+def _shares_keys() -> bool:
+    """Whether PyTorch's kernel lets query heads share keys and values; if not, says so once."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    found = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    if not found:  # PyTorch 2.11
+        warnings.warn(
+            "keys and values are repeated for every query head, with more traffic; PyTorch 2.13 need not",
+            stacklevel=2,
+        )
+    return found
 
 
 class Attention(nn.Module):
