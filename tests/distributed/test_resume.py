@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.support.runs import SHOWS_SAMPLES, STEPS, TRAIN, curve, deepspeed_command, finish, metrics, start
+from tests.support.runs import SHOWS_SAMPLES, STEPS, TRAIN, curve, deepspeed_command, finish, impatient, metrics, start
 
 
 def interrupt(command, run, number, after_step, send=os.killpg):
@@ -67,11 +67,11 @@ def test_ranks_end_with_a_command_that_is_killed_while_they_start(tiny):
     assert "stopped at step 1 of" in finish(process).out
 
 
-def test_a_taken_port_is_named(tiny):
+def test_a_taken_port_is_named(tiny, tmp_path):
     command = deepspeed_command(tiny.arguments(tiny.folder / "runs" / "second"))
     port = command[command.index("--master_port") + 1]
     with socket.create_server(("", int(port))):
-        result = finish(start(command))
+        result = finish(start(command, **impatient(tmp_path)))
     assert result.status == 2
     assert f"error (rank 0): port {port} of the first host is in use" in result.err
     assert "Traceback" not in result.out + result.err

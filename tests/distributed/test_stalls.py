@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.distributed.ranks import free_port
-from tests.support.runs import TRAIN, deepspeed_command, finish, python, start
+from tests.support.runs import TRAIN, deepspeed_command, finish, impatient, python, start
 
 ENDLESS = ("run.steps=100000", "run.evaluate_every=0", "run.checkpoint_every=100000", "run.stall_seconds=10")
 BIN = Path(python()[0]).parent
@@ -38,7 +38,7 @@ def stop_one(command, run, choose):
 
     Fails if any process of the job is left.
     """
-    process, log = start(command), run / "metrics.jsonl"
+    process, log = start(command, **impatient(run.parent)), run / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()
