@@ -1,4 +1,4 @@
-"""Twenty steps with the L1 term: exact zeros, as many on two ranks as on one, counted once each and kept by bf16."""
+"""Ten steps with the L1 term: exact zeros, as many on two ranks as on one, counted once each and kept by bf16."""
 
 from __future__ import annotations
 

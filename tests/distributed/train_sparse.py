@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--zero", type=int, nargs="+", required=True)
     parser.add_argument("--ep", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--offload", action="store_true")
     args = parser.parse_args()
@@ -43,8 +43,8 @@ def main() -> None:
         deepspeed = {
             "train_micro_batch_size_per_gpu": 2 // ranks.world_size,
             "gradient_accumulation_steps": 2,
-            "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 6e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}},
             "bf16": {"enabled": args.bf16},
             "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu" if args.offload else "none"}},
             "expert_parallel": {"enabled": True, "autoep_size": args.ep},
