@@ -136,10 +136,10 @@ def main() -> None:
     ranks = Ranks.discover()
     start_process_group(ranks, "cpu")
     found: dict[int, dict[str, Any]] = {}
+    plain = Run(args, args.zero[0], ranks)  # one for all stages: its rates are the scheduler's
+    rates = [plain.step(number).learning_rate for number in PACKS]
+    plain.engine.destroy()
     for stage in args.zero:
-        plain = Run(args, stage, ranks)
-        rates = [plain.step(number).learning_rate for number in PACKS]
-        plain.engine.destroy()
         without = Run(args, stage, ranks)  # never sees the second step
         without.step(PACKS[0])
         without.engine.lr_scheduler.step()
