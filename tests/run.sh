@@ -10,6 +10,7 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== pytest"
+unset PYTHONDONTWRITEBYTECODE  # where it is set, every one of many hundred processes would compile this repository anew
 # Two tests at a time, each file in one process: most of a test's time is the start of processes that use one core. Files
 # are taken in the order of their names: sorted by number of tests, the long distributed ones would be left to the end.
 pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
