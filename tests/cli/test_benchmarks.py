@@ -188,12 +188,13 @@ def test_recipes_takes_a_run_and_what_was_printed(tiny, tmp_path):
 
 
 def test_the_catalogue_is_the_same_every_time(tmp_path):
-    command = "import sys, pathlib, catalogue; catalogue.make(pathlib.Path(sys.argv[1]))"
+    """A quarter of it, in shards of as many samples."""
+    command = "import sys, pathlib, catalogue as c; c.ARTICLES = 256; c.make(pathlib.Path(sys.argv[1]))"
     # Cold: each has its own seed of hashes, and so its own order of sets.
     made = [popen(python("-c", command, tmp_path / name), cold=True, cwd=BENCHMARKS) for name in ("a", "b")]
     assert [process.wait() for process in made] == [0, 0]
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.tar"))
-    assert len(files) == 18
+    assert len(files) == 4 + 1
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 
 
