@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsmoe_vl.cpu_kernels.library import library
 
-_THREADS = 4  # up to so many, PyTorch's operators are slower: on one they are 3 to 10 times as slow
+_THREADS = 8  # up to so many, PyTorch's operators are not faster: on one thread they take 3 to 10 times as long
 WIDEST_HEAD = 512  # of `rotated_heads`, as in kernels.c
 
 _silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
