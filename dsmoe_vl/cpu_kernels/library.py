@@ -65,7 +65,8 @@ def build_folder() -> Path:
         return Path(given)
     if sys.prefix != sys.base_prefix:
         return Path(sys.prefix, "torch_extensions")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Path.home() may fail
+    return Path(cache, "torch_extensions")
 
 
 def _compiled() -> Path:
