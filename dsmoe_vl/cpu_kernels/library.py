@@ -14,10 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
+from dsmoe_vl.console import tell
 from dsmoe_vl.files import replacing
 
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -47,10 +47,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = told[0] if told else type(error).__name__
-        warnings.warn(
-            f"the kernels for CPUs could not be compiled, so PyTorch's own operators run, which are slower: {reason}",
-            stacklevel=2,
-        )
+        what = "the kernels for CPUs could not be compiled, so PyTorch's own operators run, which are slower"
+        tell(f"warning: {what}: {reason}", sys.stderr)
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
