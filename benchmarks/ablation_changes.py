@@ -144,19 +144,20 @@ def earlier_layer(layers: int) -> Replacement:
 
 def pictures_see_all() -> None:
     """In the decoder a picture's tokens attend to those after them, too; text stays causal."""
-    usual, forward = attention.segment_attention, VisionLanguageModel.forward
+    usual, forward = attention._packed_attention, VisionLanguageModel.forward
     of_picture: list[Tensor] = []
 
     def keeping(self: VisionLanguageModel, batch: Any, *args: Any) -> Any:
         of_picture[:] = [batch.modality_ids != Modality.TEXT]
         return forward(self, batch, *args)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: attention.SegmentLayout, causal: bool) -> Tensor:
+    def attend(packed: Tensor, heads: int, layout: attention.SegmentLayout, causal: bool) -> Tensor:
         if not causal:
-            return usual(q, k, v, layout, causal)
-        heads, out = q.shape[1], []
-        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        for bucket in layout.buckets:
+            return usual(packed, heads, layout, causal)
+        keys, out = (packed.shape[1] - heads) // 2, []
+        q, k, v = packed.split((heads, keys, keys), dim=1)
+        k, v = (x.repeat_interleave(heads // keys, dim=1) for x in (k, v))
+        for bucket in layout.in_buckets.buckets:
             shape = (bucket.segments, bucket.longest, heads, -1)
             dense = [x[bucket.rows].view(shape).transpose(1, 2) for x in (q, k, v)]
             seen = of_picture[0][bucket.rows].view(bucket.segments, 1, bucket.longest)
@@ -166,10 +167,10 @@ def pictures_see_all() -> None:
             mask = mask | torch.eye(bucket.longest, dtype=torch.bool)
             flat = F.scaled_dot_product_attention(*dense, attn_mask=mask).transpose(1, 2).flatten(0, 1)
             out.append(flat[bucket.valid])
-        result = torch.cat(out)
-        return result if layout.inverse is None else result[layout.inverse]
+        result, inverse = torch.cat(out), layout.in_buckets.inverse
+        return result if inverse is None else result[inverse]
 
-    attention.segment_attention = attend
+    attention._packed_attention = attend
     VisionLanguageModel.forward = keeping  # type: ignore[method-assign]
 
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from dsmoe_vl.console import tell
 from dsmoe_vl.files import replacing
 
-_SOURCE = Path(__file__).with_name("kernels.c")
 # Not -ffast-math: linked with it, a library rounds small numbers to zero in the whole process; and it forgets NaN.
 _OPTIONS = (
     "-O3", "-march=native", "-std=c11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
+    "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast",
 )  # fmt: skip
 _SECONDS = 120.0  # at most, to compile
-_POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_POINTER, _COUNT, _NUMBER, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _ARGUMENTS = {
     "swiglu": (*[_POINTER] * 2, _COUNT, _POINTER, *[_COUNT] * 2),
     "swiglu_gradients": (*[_POINTER] * 3, _COUNT, *[_POINTER] * 2, *[_COUNT] * 3),
@@ -36,6 +35,10 @@ _ARGUMENTS = {
     "rms_norm_gradients": (*[_POINTER] * 7, *[_COUNT] * 2),
     "heads": (*[_POINTER] * 6, *[_COUNT] * 4, _NUMBER),
     "heads_gradients": (*[_POINTER] * 9, *[_COUNT] * 4),
+}
+_FAILING = {  # they return 0, or 1 without memory
+    "attention": (*[_POINTER] * 4, *[_COUNT] * 4, _FLAG),
+    "attention_gradients": (*[_POINTER] * 5, *[_COUNT] * 4, _FLAG),
 }
 
 
@@ -50,9 +53,9 @@ def library() -> ctypes.CDLL | None:
         what = "the kernels for CPUs could not be compiled, so PyTorch's own operators run, which are slower"
         tell(f"warning: {what}: {reason}", sys.stderr)
         return None
-    for name, arguments in _ARGUMENTS.items():
+    for name, arguments in (_ARGUMENTS | _FAILING).items():
         function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, ctypes.c_int32 if name in _FAILING else None
     return found
 
 
@@ -69,7 +72,7 @@ def build_folder() -> Path:
 
 def _compiled() -> Path:
     command = _compiler()
-    depends = [_SOURCE.read_text(encoding="utf-8"), *command, *_OPTIONS, _processor()]
+    depends = [*(path.read_text(encoding="utf-8") for path in _sources("*.[ch]")), *command, *_OPTIONS, _processor()]
     name = f"dsmoe_vl_{hashlib.sha256(chr(0).join(depends).encode()).hexdigest()[:16]}.so"
     kept = build_folder() / name
     if kept.exists():
@@ -86,9 +89,13 @@ def _compiled() -> Path:
 
 def _compile(command: list[str], output: Path) -> None:
     subprocess.run(
-        [*command, *_OPTIONS, str(_SOURCE), "-o", str(output), "-lm"],
+        [*command, *_OPTIONS, *map(str, _sources("*.c")), "-o", str(output), "-lm"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=_SECONDS,
     )  # fmt: skip
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(pattern))
 
 
 def _compiler() -> list[str]:

@@ -3,7 +3,7 @@
 They take float32 on a CPU, and one thread each. PyTorch's composed operators, which may use several, take their place
 elsewhere: `has_kernels` says where.
 
-Shapes: T rows, D width of a row, H query heads, G key/value heads, d head width, F hidden width.
+Shapes: T rows, S segments, D width of a row, H query heads, G key/value heads, d head width, F hidden width.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def has_kernels(x: Tensor) -> bool:
     """Whether the functions below can and should take `x`."""
     is_theirs = x.device.type == "cpu" and x.dtype == torch.float32
     return is_theirs and torch.get_num_threads() <= _THREADS and library() is not None
+
+
+def has_attention(x: Tensor) -> bool:
+    """Whether `attention` can and should take `x`: it uses one thread, and PyTorch's attention as many as there are."""
+    return torch.get_num_threads() == 1 and has_kernels(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,6 +56,17 @@ def rotated_heads(
     """Queries, keys and values [T, H + 2 G, d], the first two normalised as `rms_norm` (if there are weights [d]) and
     rotated by complex64 [T, 1, d / 2]. d is even and at most WIDEST_HEAD. Rotations get no gradient."""
     out: Tensor = _RotatedHeads.apply(packed, q_weight, k_weight, turn, heads, eps)
+    return out
+
+
+def attention(packed: Tensor, bounds: Tensor, heads: int, causal: bool) -> Tensor:
+    """Attention within segments, of queries, keys and values [T, H + 2 G, d] -> [T, H, d]. Segment i has the rows from
+    `bounds[i]` to `bounds[i + 1]`, int32 [S + 1]; H is a multiple of G.
+
+    Raises:
+        MemoryError: There is none for a segment's keys and values and a part of its scores.
+    """
+    out: Tensor = _Attention.apply(packed, bounds, heads, causal)
     return out
 
 
@@ -164,6 +180,32 @@ class _RotatedHeads(torch.autograd.Function):
         _kernels().heads_gradients(*pointers, rows, ctx.heads, ctx.keys, width)
         of_weights = (None, None) if weights is None else weights.unbind()
         return grad_packed, *of_weights, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, bounds: Tensor, heads: int, causal: bool) -> Tensor:
+        packed, bounds = packed.contiguous(), bounds.contiguous()
+        rows, every, width = packed.shape
+        assert bounds.dtype == torch.int32 and int(bounds[0]) == 0 and int(bounds[-1]) == rows, "segments of other rows"
+        ctx.sizes = len(bounds) - 1, heads, (every - heads) // 2, width, causal
+        out, logs = packed.new_empty(rows, heads, width), packed.new_empty(rows, heads)
+        _or_no_memory(_kernels().attention(*_pointers(packed, bounds, out, logs), *ctx.sizes))
+        ctx.save_for_backward(packed, bounds, logs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        packed, bounds, logs = ctx.saved_tensors
+        grad, grad_packed = grad.contiguous(), torch.empty_like(packed)
+        pointers = _pointers(grad, packed, bounds, logs, grad_packed)
+        _or_no_memory(_kernels().attention_gradients(*pointers, *ctx.sizes))
+        return grad_packed, None, None, None
+
+
+def _or_no_memory(failed: int) -> None:
+    if failed:
+        raise MemoryError("attention within segments: no memory for the keys and values of the longest one")
 
 
 def _kernels() -> Any:

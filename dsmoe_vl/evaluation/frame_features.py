@@ -44,6 +44,6 @@ def frame_features(trained: TrainedModel, sample: Sample, frames: int) -> np.nda
 def _encode(trained: TrainedModel, pictures: list[Picture]) -> np.ndarray:
     one = np.zeros(1, np.int32)  # a placeholder for the decoder's tokens, which are not used
     batch = prompt_batch(trained, [Segment(task_number("summary"), one, one + IGNORE, one + Modality.VIDEO, pictures)])
-    layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
+    layout = SegmentLayout(batch.cu_pictures, batch.max_picture)
     features = trained.model.vision(batch.patches, batch.patch_positions, layout)[0].float().cpu()
     return torch.stack([part.mean(dim=0) for part in features.split([len(p.patches) for p in pictures])]).numpy()

@@ -1,8 +1,9 @@
 """Attention inside the segments of a packed sequence, never across them.
 
 Shapes: T tokens of all packs, S segments, H query heads, G key/value heads, d head width, D width.
-On CUDA one variable-length kernel computes the whole batch. On a CPU segments of similar length are padded into a few
-dense batches for PyTorch's fused attention. `tests/parity/test_attention.py` compares both with a masked reference.
+On CUDA and on one thread of a CPU a variable-length kernel computes the whole batch. On several threads segments of
+similar length are padded into a few dense batches for PyTorch's fused attention. `tests/parity/test_attention.py`
+compares them with a masked reference.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_vl.cpu_kernels.operators import WIDEST_HEAD, has_kernels, rotated_heads
+from dsmoe_vl.cpu_kernels.operators import WIDEST_HEAD, attention, has_attention, has_kernels, rotated_heads
 from dsmoe_vl.model.cache import LayerCache
 from dsmoe_vl.model.layers import NormOverHeads, RMSNorm
 from dsmoe_vl.model.rotation import rotate
@@ -36,21 +37,17 @@ class _Bucket:
 
 
 @dataclass(frozen=True)
-class SegmentLayout:
-    """Segment boundaries, built once per batch and used by every layer."""
+class _Buckets:
+    """Every segment, in buckets; `inverse` int64 [T] leads back from their order to the packed one, None if equal."""
 
-    cumulative: Tensor  # int32 [S + 1]
-    longest: int
-    buckets: tuple[_Bucket, ...] = ()
-    inverse: Tensor | None = None  # int64 [T]: from bucket order back to packed order; None: the orders are equal
+    buckets: tuple[_Bucket, ...]
+    inverse: Tensor | None
 
     @classmethod
-    def build(cls, cumulative: Tensor, longest: int) -> SegmentLayout:
-        """From cumulative lengths int32 [S + 1] and the longest length."""
-        if cumulative.device.type != "cpu":
-            return cls(cumulative, longest)
-        starts = cumulative[:-1].numpy().astype(np.int64)
-        lengths = np.diff(cumulative.numpy()).astype(np.int64)
+    def of(cls, bounds: np.ndarray) -> _Buckets:
+        """From cumulative lengths int32 [S + 1]."""
+        starts = bounds[:-1].astype(np.int64)
+        lengths = np.diff(bounds).astype(np.int64)
         # Lengths above 8 differ by about a quarter at most within a bucket, so the dense batch has little padding.
         bucket_of = np.ceil(np.log2(np.maximum(lengths, 8)) * 3).astype(np.int64)
         buckets, order = [], []
@@ -65,9 +62,21 @@ class SegmentLayout:
             valid = torch.from_numpy(np.flatnonzero(real.ravel()))
             buckets.append(_Bucket(len(members), width, torch.from_numpy(rows.ravel()), valid, mask))
         flat_order = np.concatenate(order)
-        if np.array_equal(flat_order, np.arange(len(flat_order))):
-            return cls(cumulative, longest, tuple(buckets))
-        return cls(cumulative, longest, tuple(buckets), torch.from_numpy(np.argsort(flat_order)))
+        in_order = np.array_equal(flat_order, np.arange(len(flat_order)))
+        return cls(tuple(buckets), None if in_order else torch.from_numpy(np.argsort(flat_order)))
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Segment boundaries: cumulative lengths int32 [S + 1] and the longest length, once per batch, for every layer."""
+
+    cumulative: Tensor
+    longest: int
+
+    @cached_property
+    def in_buckets(self) -> _Buckets:
+        """For PyTorch's dense attention."""
+        return _Buckets.of(self.cumulative.numpy())
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:
@@ -80,11 +89,13 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, ca
 
 def _packed_attention(packed: Tensor, heads: int, layout: SegmentLayout, causal: bool) -> Tensor:
     """On a CPU, of queries, keys and values in one tensor [T, H + 2 G, d] -> [T, H, d]."""
+    if has_attention(packed):
+        return attention(packed, layout.cumulative, heads, causal)
     groups = (packed.shape[1] - heads) // 2
-    only, *others = layout.buckets
+    only, *others = layout.in_buckets.buckets
     in_place = not others and only.key_mask is None  # all lengths are equal: packed rows are a dense batch already
     outputs = []
-    for bucket in layout.buckets:
+    for bucket in layout.in_buckets.buckets:
         dense = packed if in_place else packed.index_select(0, bucket.rows)
         dense = dense.view(bucket.segments, bucket.longest, heads + 2 * groups, -1).transpose(1, 2)
         queries, keys, values = dense.split((heads, groups, groups), dim=1)
@@ -95,7 +106,8 @@ def _packed_attention(packed: Tensor, heads: int, layout: SegmentLayout, causal:
         out = out.transpose(1, 2).reshape(bucket.segments * bucket.longest, heads, -1)
         outputs.append(out if bucket.key_mask is None else out.index_select(0, bucket.valid))
     result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return result if layout.inverse is None else result.index_select(0, layout.inverse)
+    inverse = layout.in_buckets.inverse
+    return result if inverse is None else result.index_select(0, inverse)
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:

@@ -123,7 +123,7 @@ def _places_after(layout: SegmentLayout, prefix: int, patches: int) -> tuple[Ten
     count = torch.arange(len(layout.cumulative), device=layout.cumulative.device)
     cumulative = layout.cumulative + count * prefix
     own = torch.arange(patches, device=count.device) + (_pictures(layout, patches) + 1) * prefix
-    return own, cumulative[:-1], SegmentLayout.build(cumulative.int(), layout.longest + prefix)
+    return own, cumulative[:-1], SegmentLayout(cumulative.int(), layout.longest + prefix)
 
 
 class _Projection(nn.Module):

@@ -153,7 +153,7 @@ class VisionLanguageModel(nn.Module):
             task_ids=batch.task_ids,
             modality_ids=batch.modality_ids,
             real=batch.real,
-            layout=SegmentLayout.build(batch.cu_segments, batch.max_segment),
+            layout=SegmentLayout(batch.cu_segments, batch.max_segment),
         )
         if cache is not None and self.rotary.by_place:
             last = batch.places.index_select(0, batch.cu_segments[1:] - 1)
@@ -185,7 +185,7 @@ class VisionLanguageModel(nn.Module):
     def _embed_pictures(self, batch: Batch) -> list[Tensor]:
         """Picture features, zero for text tokens: [T, D] to add to the token embeddings, and one more for each of the
         first decoder layers that has a tap, to add to what leaves it."""
-        layout = SegmentLayout.build(batch.cu_pictures, batch.max_picture)
+        layout = SegmentLayout(batch.cu_pictures, batch.max_picture)
         features = self.vision(batch.patches, batch.patch_positions, layout)
         found = self.connector(features, batch.patch_positions, batch.cell_time)
         return [self._at_tokens(cells, batch) for cells in found]
@@ -194,7 +194,7 @@ class VisionLanguageModel(nn.Module):
         """x [T, D] with the features of recordings added to their tokens."""
         if self.speech is None:
             return x
-        cells = self.speech(batch.mel, SegmentLayout.build(batch.cu_recordings, batch.max_recording))
+        cells = self.speech(batch.mel, SegmentLayout(batch.cu_recordings, batch.max_recording))
         heard = x.new_zeros(len(x) + 1, x.shape[-1])  # the last row receives the silence of a batch without speech
         return x + heard.index_add(0, batch.speech_position, cells.type_as(x))[:-1]
 

@@ -110,14 +110,12 @@ def _attention(
     heads: int, kv_heads: int, head_width: int, has_norm: bool, element: int, cuda: bool, fused: bool
 ) -> float:
     """Bytes a row: what the norms of q and k keep (`fused`: what was not normalised, with the values), then q, k and v,
-    turned q and k, and the result. On a CPU keys and values for every head, and the result twice: it is the kernel's
-    and, in another order, that of the output's product."""
+    turned q and k, and the result with the sum of each row's exponentials."""
     queries, keys = heads * head_width, kv_heads * head_width
     normalised = (queries + (2 if fused else 1) * keys) * element if has_norm else 0
     if cuda:
         return normalised + (3 * queries + 3 * keys) * element + 4 * heads
-    packed = (queries + 2 * keys) * 4  # attention on a CPU is in fp32
-    return normalised + packed + 4 * queries * 4 + 4 * heads
+    return normalised + (2 * queries + 2 * keys) * 4 + 4 * heads  # attention on a CPU is in fp32
 
 
 def _vision(recipe: Recipe, element: int, cuda: bool, fused: bool) -> tuple[float, float]:

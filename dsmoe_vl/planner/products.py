@@ -132,10 +132,9 @@ def traffic(
     """
     model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
     width, inner = model.width, (model.heads + 2 * model.kv_heads) * model.width_of_head
-    # The result; on a CPU also keys and values for each query head.
-    repeated = (1 if cuda else 3) * model.heads * model.width_of_head
     turns, wide = (_ROTATION, _SWIGLU) if cuda else (0, _SWIGLU_ON_CPU)
-    attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * turns + 2 * repeated
+    attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * turns
+    attention += 2 * model.heads * model.width_of_head  # the result
     token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * wide * model.ffn_width
     copies = 3 if shape.ep_size > 1 else 1
     sparse = moe.top_k * ((2 * copies + 1) * width + wide * moe.ffn_width) + width + wide * moe.shared_ffn_width

@@ -88,8 +88,12 @@ def test_rows_of_experts(rows, width, monkeypatch):
         torch.testing.assert_close(ours.double(), plain, rtol=2e-6, atol=1e-7)
         hidden, found = grad.clone(), [torch.empty_like(gate), torch.empty_like(up), torch.empty_like(scale)]
         operators.swiglu_rows_gradients(hidden, gate, up, scale, *found)
-        for a, b in zip((hidden, *found), expected, strict=True):
+        *found, of_scale = hidden, *found
+        for a, b in zip(found, expected[:-1], strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-5)
+        # A sum is known to the rounding of its terms: here both, ours and PyTorch's, are off by up to 4e-5.
+        terms = (grad.double() * plain).abs().sum(1)
+        assert ((of_scale - expected[-1]).abs() <= torch.finfo(torch.float32).eps * terms).all()
 
 
 def test_what_is_not_finite_stays_so():
@@ -118,6 +122,61 @@ def test_small_numbers_are_kept():
     assert (torch.tensor([2e-40]) * 0.5).item() > 0
 
 
+def attention_in_float64(packed, lengths, heads, causal):
+    parts = []
+    for rows in packed.double().split(lengths):
+        keys = (rows.shape[1] - heads) // 2
+        q, k, v = rows.transpose(0, 1).split((heads, keys, keys))
+        k, v = (x.repeat_interleave(heads // keys, dim=0) for x in (k, v))
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        parts.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "keys", "width"),
+    [
+        ([1], 1, 1, 1),
+        ([64] * 3, 4, 4, 32),
+        ([14, 26, 26], 6, 2, 32),
+        ([0, 5, 0, 47, 48, 49, 0], 6, 3, 20),
+        ([6, 12, 200], 8, 1, 7),
+        ([31, 33], 2, 2, 80),
+        ([513], 2, 1, 64),
+        ([0], 2, 1, 8),
+    ],
+)
+def test_attention(lengths, heads, keys, width, causal):
+    torch.manual_seed(0)
+    packed = (1.5 * torch.randn(sum(lengths), heads + 2 * keys, width)).requires_grad_()
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    ours = operators.attention(packed, bounds, heads, causal)
+    same(ours, attention_in_float64(packed, lengths, heads, causal), (packed,), scale=4)
+
+
+def test_attention_of_large_scores_and_of_what_is_not_finite():
+    torch.manual_seed(0)
+    packed, bounds = torch.randn(24, 3, 16), torch.tensor([0, 8, 16, 24], dtype=torch.int32)
+    packed[:8] *= 60  # scores of thousands: one key takes all
+    packed.requires_grad_()
+    out = operators.attention(packed, bounds, 1, True)
+    torch.testing.assert_close(out.double(), attention_in_float64(packed, [8] * 3, 1, True), rtol=1e-3, atol=1e-3)
+    packed.data[11, 1, 3] = float("nan")  # a key, which the queries from there on see
+    out = operators.attention(packed, bounds, 1, True)
+    assert out.isnan().flatten(1).any(1).nonzero().flatten().tolist() == list(range(11, 16))
+    (grad,) = torch.autograd.grad(out.sum(), packed)
+    assert grad[:8].isfinite().all() and grad[16:].isfinite().all() and grad[11:16].isnan().any()
+
+
+@pytest.mark.parametrize("bounds", [[0, 8], [1, 9], [0, 10]])
+def test_attention_refuses_bounds_of_other_rows(bounds):
+    with pytest.raises(AssertionError, match="segments of other rows"):
+        operators.attention(torch.randn(9, 3, 4), torch.tensor(bounds, dtype=torch.int32), 1, True)
+
+
 def test_what_is_not_contiguous(monkeypatch):
     torch.manual_seed(0)
     wide = torch.randn(9, 3, 16)
@@ -138,7 +197,7 @@ def test_modules_are_the_same_with_and_without(qk_norm, monkeypatch):
     feed_forward, norm = SwiGLU(24, 40), RMSNorm(24)
     for parameter in (*attention.parameters(), *feed_forward.parameters(), *norm.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
-    layout = SegmentLayout.build(torch.tensor([0, 4, 11, 13], dtype=torch.int32), 7)
+    layout = SegmentLayout(torch.tensor([0, 4, 11, 13], dtype=torch.int32), 7)
     angles = torch.randn(13, 1, 4)
     inputs = [torch.randn(13, 24, requires_grad=True)]
     inputs += [*attention.parameters(), *feed_forward.parameters(), *norm.parameters()]

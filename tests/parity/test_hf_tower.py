@@ -96,7 +96,7 @@ def test_features_are_equal(name, tmp_path):
         patches.append(by_patch[place[:, 0], place[:, 1]])
         positions.append(place)
         lengths.append(rows * columns)
-    layout = SegmentLayout.build(torch.from_numpy(np.cumsum(lengths, dtype=np.int32)), max(lengths))
+    layout = SegmentLayout(torch.from_numpy(np.cumsum(lengths, dtype=np.int32)), max(lengths))
     (found,) = ours(torch.cat(patches), torch.cat(positions), layout)
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 

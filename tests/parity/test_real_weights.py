@@ -95,7 +95,7 @@ def test_features_of_dinov2(real):
     place = torch.from_numpy(np.array(grid_positions((rows, columns), 2)))
     wanted = theirs(normal[None]).last_hidden_state[0, 1:][place[:, 0] * columns + place[:, 1]]
     by_patch = pixels.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).flatten(2)
-    layout = SegmentLayout.build(torch.tensor([0, rows * columns], dtype=torch.int32), rows * columns)
+    layout = SegmentLayout(torch.tensor([0, rows * columns], dtype=torch.int32), rows * columns)
     found = ours(by_patch[place[:, 0], place[:, 1]], place, layout)
     print(f"largest difference {(found - wanted).abs().max():.1e}, features reach {wanted.abs().max():.0f}")
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)

@@ -36,7 +36,7 @@ def encoder():
 
 def _encoded(encoder, recordings):
     states = [len(mel) // FRAMES_OF_STATE for mel in recordings]
-    layout = SegmentLayout.build(torch.tensor([0, *np.cumsum(states)], dtype=torch.int32), max(states))
+    layout = SegmentLayout(torch.tensor([0, *np.cumsum(states)], dtype=torch.int32), max(states))
     return encoder(torch.from_numpy(np.concatenate(recordings)), layout)
 
 
