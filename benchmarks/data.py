@@ -268,7 +268,7 @@ def main() -> int:
             "samples": args.samples, "repeats": args.repeats,
         }  # fmt: skip
         figures |= time_loader(folder / "shards", folder / "tokenizer.model", args.workers, run, args.samples)
-        figures |= time_converter(records(photos, 20 * args.samples), args.workers, run)
+        figures |= time_converter(records(photos, 5 * args.samples), args.workers, run)
         figures |= time_resume(folder, args.repeats)
     if args.json:
         Result.now("data", {**figures, "rates": run.figures}).write(args.json)
