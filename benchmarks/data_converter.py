@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from turns import Interleaved, ratio
 
 from data_tools.check import Reencoding, image_facts
@@ -23,6 +22,8 @@ from dsmoe_vl.data.shards.index import SCHEMA_VERSION
 
 def tar_writer_loop(found: list[Record], output: Path, per_shard: int, is_checked: bool) -> int:
     """A loop around webdataset.TarWriter that writes what the converter writes; `is_checked`: looks at the photos."""
+    import webdataset  # with PyTorch, which the converter's processes, which read this file anew, do not need
+
     rows: list[dict[str, Any]] = []
     for first in range(0, len(found), per_shard):
         path = output / f"train-{first // per_shard:05}.tar"
