@@ -1,15 +1,17 @@
 """How a step's time and memory grow with the pack, the experts, the pictures and the frames.
 
-    python benchmarks/growth.py [--curves NAME ...] [--steps 5] [--json FILE] [--plot FILE]  (five minutes on two cores)
+    python benchmarks/growth.py [--curves NAME ...] [--rounds 3] [--steps 3] [--json FILE] [--plot FILE]
 
 The quickstart's model on one CPU rank of one thread, on random packs. Beside each curve stands the order that is
 expected: FLOPs, which count K of E experts and attention inside of segments alone. Times are the processor's, so that
-other work on the machine counts less. The plot needs matplotlib (the extra "compare").
+other work on the machine counts less, and all points take turns, so that a machine whose speed changes slows down all
+of them. Eleven minutes on two cores. The plot needs matplotlib (the extra "compare").
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,13 @@ def measure(point: Point, steps: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def together(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """A point of several rounds: the median time and memory, and the least and the greatest time."""
+    middle = {key: statistics.median(one[key] for one in rounds) for key in ("seconds", "peak_mib")}
+    seconds = [one["seconds"] for one in rounds]
+    return {**rounds[0], **middle, "seconds_spread": [min(seconds), max(seconds)]}
+
+
 def draw(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
     """Times of the first point, measured and expected."""
     import matplotlib
@@ -92,7 +101,8 @@ def draw(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 def main() -> int:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="of each configuration; the median counts")
+    parser.add_argument("--steps", type=int, default=3, help="of each point in a round; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="in which all points take turns; the median counts")
     parser.add_argument(
         "--curves", nargs="+", choices=CURVES, default=[*CURVES], metavar="NAME", help="; ".join(CURVES)
     )
@@ -100,21 +110,25 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write a result file too (record.py)")
     parser.add_argument("--plot", type=Path, help="draw docs/images/growth.png")
     args = parser.parse_args()
-    found: dict[str, Any] = {}
-    for name in args.curves:
-        found[name] = []
-        for point in CURVES[name][: args.points]:
-            found[name].append(measured := measure(point, args.steps))
-            first = found[name][0]
+    points = {name: CURVES[name][: args.points] for name in args.curves}
+    rounds = []
+    for number in range(1, args.rounds + 1):
+        rounds.append({name: [measure(point, args.steps) for point in of_curve] for name, of_curve in points.items()})
+        print(f"round {number} of {args.rounds}", flush=True)
+    found = {
+        name: [together(list(point)) for point in zip(*(one[name] for one in rounds), strict=True)] for name in points
+    }
+    for name, curve in found.items():
+        for point in curve:
             print(
-                f"{name}: {point.at:,}: {measured['seconds']:.3f} s, {measured['seconds'] / first['seconds']:.2f} times"
-                f" the first, {measured['expected'] / first['expected']:.2f} expected; {measured['peak_mib']:.0f} MiB",
-                flush=True,
+                f"{name}: {point['at']:,}: {point['seconds']:.3f} s ({point['seconds_spread'][0]:.3f} to "
+                f"{point['seconds_spread'][1]:.3f}), {point['seconds'] / curve[0]['seconds']:.2f} times the first, "
+                f"{point['expected'] / curve[0]['expected']:.2f} expected; {point['peak_mib']:.0f} MiB"
             )
     if args.plot:
         draw(found, args.plot)
     if args.json:
-        Result.now("growth", {"steps": args.steps, "curves": found}).write(args.json)
+        Result.now("growth", {"rounds": args.rounds, "steps": args.steps, "curves": found}).write(args.json)
     return 0
 
 

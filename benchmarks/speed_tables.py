@@ -147,7 +147,7 @@ def growth(results: Results) -> str:
         for name, points in result.figures["curves"].items():
             for point in points:
                 table.row(
-                    result, name, f"{point['at']:,}", f"{point['seconds']:.2f}",
+                    result, name, f"{point['at']:,}", _spread((point["seconds"], *point["seconds_spread"])),
                     *(f"{point[key] / points[0][key]:.2f}" for key in ("seconds", "expected")),
                     f"{point['peak_mib']:,.0f}",
                 )  # fmt: skip

@@ -80,7 +80,16 @@ def test_traffic(tmp_path):
 
 
 def test_growth(tmp_path):
-    options = ("--steps", "1", "--points", "1", "--curves", "frames of a video, in packs of 1,536 tokens")
+    options = (
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--points",
+        "1",
+        "--curves",
+        "frames of a video, in packs of 1,536 tokens",
+    )
     (points,) = measured(python(BENCHMARKS / "growth.py"), tmp_path, *options).figures["curves"].values()
     assert points[0]["seconds"] > 0 and points[0]["expected"] > 0
 
