@@ -1,6 +1,6 @@
 """The kernels as a library: compiled once for a machine, by its C compiler, and called through ctypes.
 
-Plain C takes half a second to compile, and PyTorch's headers a minute. The file's name is a hash of all that it depends
+Plain C takes a second to compile, and PyTorch's headers a minute. The file's name is a hash of all that it depends
 on, so that several processes, machines and versions can share a folder.
 """
 
