@@ -9,10 +9,21 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 
 from dsmoe_vl.checkpoint.store import newest_complete
-from tests.support.runs import REPOSITORY, TRAIN, curve, deepspeed_command, finish, metrics, python, start
+from tests.support.runs import (
+    CHECKPOINT_EVERY,
+    REPOSITORY,
+    TRAIN,
+    curve,
+    deepspeed_command,
+    finish,
+    metrics,
+    python,
+    start,
+)  # fmt: skip
 
 # Ends the process at a call of os.fsync, which follows every file of a checkpoint.
 _SITE = """
@@ -102,12 +113,28 @@ def cut(data):
             file.truncate(5000)
 
 
+def stop_between_saves(process, run):
+    """Stop the process after a step whose next line of metrics comes before anything of a checkpoint is written."""
+    process_itself, until = psutil.Process(process.pid), time.monotonic() + 120
+    while True:
+        process_itself.suspend()
+        while process_itself.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        if 0 < metrics(run)[-1]["step"] - newest_complete(run / "checkpoints")[1].step < CHECKPOINT_EVERY:
+            return
+        process_itself.resume()
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+
+
 def test_a_run_folder_that_disappears_is_told_and_made_again(moved, tmp_path):
     """Training is worth more than the folder: it goes on, and the next save makes it anew."""
     _, arguments = moved
     run, gone = tmp_path / "run", tmp_path / "gone"
     process = begun(python(TRAIN, *arguments), run)
+    stop_between_saves(process, run)
     run.rename(gone)
+    process.send_signal(signal.SIGCONT)
     until = time.monotonic() + 120
     while newest_complete(run / "checkpoints") is None or not (run / "metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < until

@@ -50,11 +50,13 @@ def test_signals_end_with_a_checkpoint_and_the_same_command_continues(tiny, trai
 def test_ranks_end_with_the_command_that_started_them(tiny):
     """A signal to `deepspeed` alone ends that process at once, and nothing tells its ranks."""
     run = tiny.folder / "runs" / "orphaned"
-    result = interrupt(deepspeed_command(tiny.arguments(run)), run, signal.SIGTERM, after_step=2, send=os.kill)
+    result = interrupt(
+        deepspeed_command(tiny.arguments(run, "run.steps=100000")), run, signal.SIGTERM, after_step=2, send=os.kill
+    )
     assert result.status == -signal.SIGTERM
     assert "the same command continues" in result.out, result.out + result.err
     last = metrics(run)[-1]["step"]
-    assert 2 <= last < STEPS and (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
+    assert last >= 2 and (run / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc: ranks without a launcher were not checked")

@@ -19,6 +19,7 @@ from tests.support.warm import popen
 
 TRAIN = REPOSITORY / "launch" / "train.py"
 STEPS = 24
+CHECKPOINT_EVERY = 8
 
 _RECIPE = """
 [model]
@@ -80,7 +81,7 @@ steps = {steps}
 log_every = 1
 evaluate_every = 12
 evaluate_packs = 8
-checkpoint_every = 8
+checkpoint_every = {checkpoint_every}
 keep_checkpoints = 3
 samples_every = 0
 """
@@ -123,7 +124,7 @@ class TinyProject:
 def write_project(folder: Path) -> TinyProject:
     """The recipe and the DeepSpeed JSONs alone; shards and tokenizer are expected in `folder`/data."""
     project = TinyProject(folder)
-    project.recipe.write_text(_RECIPE.format(data=project.data, steps=STEPS))
+    project.recipe.write_text(_RECIPE.format(data=project.data, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY))
     for stage in (2, 3):
         config = {
             "train_micro_batch_size_per_gpu": 1,
