@@ -6,7 +6,7 @@ with w1 and w3 are kept; the backward pass gathers the rows again and makes SiLU
 writing and reading them where experts are wide, and less where they are narrow. The gradient of a gate needs no output
 row either: `<dy, w2 h> = <w2^T dy, h>`.
 
-Shapes: N tokens, D width, F hidden width, E experts, K experts per token, R = N * K rows, sorted by expert.
+Shapes: N tokens, D width, F hidden width, E experts, R rows, sorted by expert.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe_vl.cpu_kernels.operators import swiglu_rows, swiglu_rows_gradients
+from dsmoe_vl.moe.rows import Assignments, sum_of_rows
 
 _PIECE = 1024  # rows; with 64 or 128 for an expert faster than 256 or 512, with 512 some percent slower
 
@@ -42,18 +42,18 @@ def _buffers(like: Tensor, pieces: list[tuple[slice, slice]], *widths: int) -> l
 class _ExpertBank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor, order: Tensor, places: Tensor,
-        counts: list[int],
+        ctx: Any, x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, assignments: Assignments
     ) -> Tensor:  # fmt: skip
-        hidden_width, width = w1.shape[1:]
-        source, pieces = order // places.shape[1], pieces_of(counts)
-        gate, up = x.new_empty(len(order), hidden_width), x.new_empty(len(order), hidden_width)
-        out = x.new_empty(len(order), width)
+        (hidden_width, width), count = w1.shape[1:], len(assignments.rows)
+        counts: list[int] = assignments.counts.tolist()
+        pieces = pieces_of(counts)
+        gate, up = x.new_empty(count, hidden_width), x.new_empty(count, hidden_width)
+        out = x.new_empty(count, width)
         x_buffer, hidden_buffer = _buffers(x, pieces, width, hidden_width)
         w1_t, w2_t, w3_t = (weight.transpose(1, 2).unbind() for weight in (w1, w2, w3))
         for experts, rows in pieces:
             split, size = counts[experts], rows.stop - rows.start
-            x_rows = torch.index_select(x, 0, source[rows], out=x_buffer[:size])
+            x_rows = torch.index_select(x, 0, assignments.tokens[rows], out=x_buffer[:size])
             for of_x, first, third, to_gate, to_up in zip(
                 x_rows.split(split), w1_t[experts], w3_t[experts], gate[rows].split(split), up[rows].split(split),
                 strict=True,
@@ -65,30 +65,29 @@ class _ExpertBank(torch.autograd.Function):
                 torch.mm(of_hidden, second, out=to)
         weights_train = any(ctx.needs_input_grad[2:5])
         # Parameters, not views of them: ZeRO-3 empties them after the forward pass and fills them for the backward.
-        ctx.save_for_backward(x if weights_train else None, gates, w1, w2, w3, order, places, gate, up)
+        ctx.save_for_backward(x if weights_train else None, gates, w1, w2, w3, gate, up, *assignments)
         ctx.counts, ctx.weights_train = counts, weights_train
-        return F.embedding_bag(places, out, mode="sum", per_sample_weights=gates)
+        return sum_of_rows(out, assignments.rows, assignments.starts, gates)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, gates, w1, w2, w3, order, places, gate, up = ctx.saved_tensors
-        counts, weights_train = ctx.counts, ctx.weights_train
-        hidden_width, width = w1.shape[1:]
-        source, pieces = order // places.shape[1], pieces_of(counts)
-        grad_rows = grad.new_empty(len(order), width)
-        grad_scale = grad.new_empty(len(order))
-        scale = torch.ones_like(grad_scale) if gates is None else gates.flatten().take(order)
+        x, gates, w1, w2, w3, gate, up, *parts = ctx.saved_tensors
+        assignments, counts, weights_train = Assignments(*parts), ctx.counts, ctx.weights_train
+        (hidden_width, width), pieces = w1.shape[1:], pieces_of(counts)
+        grad_rows = grad.new_empty(len(gate), width)
+        scale = gates.take(assignments.order)
+        grad_scale = torch.empty_like(scale)
         grad_weights = [torch.empty_like(weight) for weight in (w1, w2, w3)] if weights_train else []
         out_buffer, x_buffer, *hidden_buffers = _buffers(grad, pieces, width, width, *[hidden_width] * 3)
         for experts, rows in pieces:
             split, size = counts[experts], rows.stop - rows.start
             hidden, grad_gate, grad_up = (buffer[:size] for buffer in hidden_buffers)
-            grad_out = torch.index_select(grad, 0, source[rows], out=out_buffer[:size]).split(split)
+            grad_out = torch.index_select(grad, 0, assignments.tokens[rows], out=out_buffer[:size]).split(split)
             for of_out, second, to in zip(grad_out, w2[experts], hidden.split(split), strict=True):
                 torch.mm(of_out, second, out=to)  # the gradient of the hidden rows, then they themselves
             swiglu_rows_gradients(hidden, gate[rows], up[rows], scale[rows], grad_gate, grad_up, grad_scale[rows])
             if weights_train:
-                x_rows = torch.index_select(x, 0, source[rows], out=x_buffer[:size]).split(split)
+                x_rows = torch.index_select(x, 0, assignments.tokens[rows], out=x_buffer[:size]).split(split)
                 hidden_rows = hidden.split(split)
                 to_first, to_second, to_third = (weight[experts] for weight in grad_weights)
             # All products of an expert one after another, while its rows are in the nearest cache.
@@ -105,21 +104,17 @@ class _ExpertBank(torch.autograd.Function):
                     torch.mm(grad_out[index].t(), hidden_rows[index], out=to_second[index])
                     torch.mm(of_up.t(), x_rows[index], out=to_third[index])
         return (
-            F.embedding_bag(places, grad_rows, mode="sum"),
-            None if gates is None else grad_scale.take(places),
+            sum_of_rows(grad_rows, assignments.rows, assignments.starts),
+            grad_scale.take(assignments.rows),
             *(grad_weights or (None, None, None)),
-            None, None, None,
-        )  # fmt: skip
+            None,
+        )
 
 
-def expert_bank(
-    x: Tensor, gates: Tensor | None, weights: tuple[Tensor, Tensor, Tensor], order: Tensor, places: Tensor,
-    counts: list[int],
-) -> Tensor:  # fmt: skip
-    """Every token's K experts `w2(silu(w1 x) * w3 x)`, summed: x [N, D] -> [N, D].
+def expert_bank(x: Tensor, gates: Tensor, weights: tuple[Tensor, Tensor, Tensor], assignments: Assignments) -> Tensor:
+    """Every token's experts `w2(silu(w1 x) * w3 x)` times their gates, summed: x [N, D] -> [N, D].
 
-    gates [N, K] of the type of x, or None for a plain sum. weights: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D].
-    order int64 [R] and places int64 [N, K] as in `rows.py`; counts [E], the rows of each expert.
+    gates [R] of the assignments, of the type of x. weights: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D].
     """
-    out: Tensor = _ExpertBank.apply(x, gates, *weights, order, places, counts)
+    out: Tensor = _ExpertBank.apply(x, gates, *weights, assignments)
     return out

@@ -1,30 +1,29 @@
 """The sparse feed-forward over ranks: DeepSpeed's AutoEP layer with our own forward.
 
-DeepSpeed provides the process groups, the marks on expert parameters (they decide how gradients are reduced,
-partitioned by ZeRO and saved), and the differentiable all-to-all. The router, the statistics and the products are ours.
+DeepSpeed provides the process groups and the marks on expert parameters (they decide how gradients are reduced,
+partitioned by ZeRO and saved). The router, the statistics, the exchange of tokens and the products are ours.
 `tests/unit/test_deepspeed_contract.py` checks the private names used here.
 
-Shapes: T tokens, D width, E experts, L = E / ep_size experts of this rank, R = T * K rows.
+Shapes: T tokens, D width, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.moe.capacity_feed_forward import CapacityFeedForward
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
-from dsmoe_vl.moe.feed_forward import MoEFeedForward, sparse_forward
+from dsmoe_vl.moe.feed_forward import MoEFeedForward, run_sorted, sparse_forward
 from dsmoe_vl.moe.phases import phase
-from dsmoe_vl.moe.rows import by_expert, combine, dispatch
 from dsmoe_vl.moe.stats import RouterStats
+from dsmoe_vl.moe.token_exchange import TokenExchange
 
 # What DeepSpeed sets on the parameters of experts, and reads to reduce and to partition them.
 _MARKS = ("allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name")
@@ -57,28 +56,19 @@ class ExpertParallelMoE(AutoEPMoELayer):
         """As `MoEFeedForward.forward`."""
         return sparse_forward(self.router, self._exchange, self.shared, x, task_ids, modality_ids, real)
 
-    def _exchange(self, x: Tensor, gates: Tensor | None, order: Tensor, places: Tensor, counts: Tensor) -> Tensor:
-        """As `Experts.forward`: send each row to its expert's rank, compute there, send it back."""
+    def _exchange(self, x: Tensor, experts: Tensor, gates: Tensor, expert_count: int) -> Tensor:
+        """Send each token to the ranks of its experts, compute there, send the sums back. Collective."""
         if self.ep_size == 1:
-            with phase("experts"):
-                return self.experts(x, gates, order, places, counts)
+            return run_sorted(self.experts, x, experts, gates, expert_count)
         with phase("dispatch"):
-            rows = dispatch(x, order, places)
-        with phase("all_to_all"):
-            plan = compute_split_plan(
-                rows, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts.to(torch.int32)
-            )
-            received = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
+            first = self.ep_rank * self.num_local_experts
+            local = range(first, first + self.num_local_experts)
+            exchange = TokenExchange.plan(experts, local, self.ep_size, self.ep_group)
+            received = exchange.send(x, gates.to(x.dtype), experts)
         with phase("experts"):
-            # Received rows are sorted by source rank, then expert: each is a token with one expert.
-            by_source = plan.local_counts_by_source.long()
-            local = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
-            owner = torch.repeat_interleave(local, by_source.flatten(), output_size=received.shape[0])
-            computed = self.experts(received, None, *by_expert(owner.unsqueeze(1), self.num_local_experts))
-        with phase("all_to_all"):
-            returned = _AllToAllV.apply(self.ep_group, computed, plan.output_splits, plan.input_splits)
+            computed = self.experts(*received)
         with phase("combine"):
-            return combine(returned, gates, order, places)
+            return exchange.send_back(computed)
 
 
 def spread_experts(model: nn.Module, ep_size: int, rank: int | None = None, tokens: TokenCounts | None = None) -> None:

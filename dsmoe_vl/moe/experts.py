@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dsmoe_vl.cpu_kernels.operators import has_kernels, silu_product
 from dsmoe_vl.moe.expert_bank import expert_bank
 from dsmoe_vl.moe.grouped_bank import Groups, grouped_bank, grouped_product
-from dsmoe_vl.moe.rows import combine, dispatch
+from dsmoe_vl.moe.rows import Assignments, combine, dispatch
 
 
 class _GroupedLinearOnCPU(torch.autograd.Function):
@@ -91,18 +91,16 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(expert_count, width, hidden_width))
         self.w3 = nn.Parameter(torch.empty(expert_count, hidden_width, width))
 
-    def forward(self, x: Tensor, gates: Tensor | None, order: Tensor, places: Tensor, counts: Tensor) -> Tensor:
-        """Every token's experts, summed: x [N, D] -> [N, D].
+    def forward(self, x: Tensor, gates: Tensor, assignments: Assignments) -> Tensor:
+        """Every token's experts times their gates, summed: x [N, D] -> [N, D].
 
-        gates [N, K] of the type of x, or None for a plain sum; order int64 [N * K] and places int64 [N, K] as in
-        `rows.py`; counts int64 [E], the rows of each expert.
+        gates [R] of the assignments, of the type of x.
         """
         if self.as_one_function:
             weights = self.w1, self.w2, self.w3
-            if x.device.type == "cpu":
-                return expert_bank(x, gates, weights, order, places, counts.tolist())
-            return grouped_bank(x, gates, weights, order, places, counts)
-        return combine(self.of_rows(dispatch(x, order, places), counts), gates, order, places)
+            bank = expert_bank if x.device.type == "cpu" else grouped_bank
+            return bank(x, gates, weights, assignments)
+        return combine(self.of_rows(dispatch(x, assignments), assignments.counts), gates, assignments)
 
     def of_rows(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [R, D] sorted by expert, counts int [E] rows of each expert -> [R, D]."""

@@ -1,4 +1,4 @@
-"""The sparse feed-forward of a decoder layer on one process; `layer.py` spreads the same computation over ranks.
+"""The sparse feed-forward of a decoder layer on one process; `expert_parallel.py` spreads the same over ranks.
 
     1. route      x [T, D] -> K experts and gates per token
     2. sort       T * K assignments by expert:   experts  [1 0, 0 2, 1 2]  (three tokens, K = 2)
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.phases import phase
 from dsmoe_vl.moe.router import Router
-from dsmoe_vl.moe.rows import by_expert
+from dsmoe_vl.moe.rows import Assignments
 from dsmoe_vl.moe.stats import RouterStats
 
 
@@ -34,13 +34,16 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x: Tensor, task_ids: Tensor, modality_ids: Tensor, real: Tensor) -> tuple[Tensor, RouterStats]:
         """x [T, D]; task_ids, modality_ids int64 [T]; real bool [T] -> ([T, D], statistics of this layer)."""
-        return sparse_forward(self.router, self.experts, self.shared, x, task_ids, modality_ids, real)
+        return sparse_forward(self.router, self._run, self.shared, x, task_ids, modality_ids, real)
+
+    def _run(self, x: Tensor, experts: Tensor, gates: Tensor, expert_count: int) -> Tensor:
+        return run_sorted(self.experts, x, experts, gates, expert_count)
 
 
 class RunExperts(Protocol):
-    """`Experts.forward`, which may use other ranks."""
+    """Steps 2 to 4, which may use other ranks: x [T, D], experts int64 and gates [T, K] -> [T, D]."""
 
-    def __call__(self, x: Tensor, gates: Tensor | None, order: Tensor, places: Tensor, counts: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, experts: Tensor, gates: Tensor, expert_count: int) -> Tensor: ...
 
 
 def sparse_forward(
@@ -56,12 +59,14 @@ def sparse_forward(
     with phase("route"):
         routing = router(x, task_ids, modality_ids)
         stats = RouterStats.of(routing, task_ids, modality_ids, real, router.tasks, router.modalities)
-    out = run_sorted(run_experts, x, routing.experts, routing.gates, routing.logits.shape[-1])
+    out = run_experts(x, routing.experts, routing.gates, routing.logits.shape[-1])
     return (out if shared is None else out + shared(x)), stats
 
 
-def run_sorted(run_experts: RunExperts, x: Tensor, experts: Tensor, gates: Tensor, expert_count: int) -> Tensor:
-    """Steps 2 to 4. x [T, D], experts int64 and gates float32 [T, K] -> [T, D]."""
+def run_sorted(module: Experts, x: Tensor, experts: Tensor, gates: Tensor, expert_count: int) -> Tensor:
+    """Steps 2 to 4 with all experts in `module`. x [T, D], experts int64 and gates float32 [T, K] -> [T, D]."""
     with phase("dispatch"):
-        order, places, counts = by_expert(experts, expert_count)
-    return run_experts(x, gates.to(x.dtype), order, places, counts)
+        assignments = Assignments.of(experts, expert_count)
+    with phase("experts"):
+        out: Tensor = module(x, gates.to(x.dtype).flatten(), assignments)
+    return out

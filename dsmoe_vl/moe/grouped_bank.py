@@ -7,8 +7,7 @@ are kept. Sizes do not depend on where tokens go, so the host never waits for th
 
 `benchmarks/traffic.py` counts the bytes of all this beside the least possible.
 
-Shapes: N tokens, D width, F hidden width, E experts, K experts per token, R = N * K rows, P = R + E * ROWS_OF_A_GROUP
-rows with padding.
+Shapes: N tokens, D width, F hidden width, E experts, R rows, P = R + E * ROWS_OF_A_GROUP rows with padding.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dsmoe_vl.moe.rows import Assignments, sum_of_rows
 from dsmoe_vl.moe.swiglu import swiglu, swiglu_gradients
 
 ROWS_OF_A_GROUP = 8  # a group has a multiple: it starts at 16 bytes in bf16, as the weight gradient's kernel wants it
@@ -54,27 +53,27 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class _GroupedBank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor | None, w1: Tensor, w2: Tensor, w3: Tensor, order: Tensor, places: Tensor,
-        counts: Tensor,
+        ctx: Any, x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, assignments: Assignments
     ) -> Tensor:  # fmt: skip
-        groups = Groups.of(counts, len(order))
-        source = order.new_zeros(groups.size).index_copy_(0, groups.places, order // places.shape[1])
+        tokens, order, starts = assignments.tokens, assignments.order, assignments.starts
+        groups = Groups.of(assignments.counts, len(order))
+        source = tokens.new_zeros(groups.size).index_copy_(0, groups.places, tokens)
         scale = x.new_zeros(groups.size, dtype=torch.float32)
-        scale.index_copy_(0, groups.places, _gates_of_rows(gates, order))
-        back = groups.places.take(places)
+        scale.index_copy_(0, groups.places, gates.take(order).float())
+        back = groups.places.take(assignments.rows)
         rows = x.index_select(0, source)
         gate, up = (grouped_product(rows, weight.transpose(1, 2), groups.ends) for weight in (w1, w3))
         out = grouped_product(swiglu(gate, up, scale), w2.transpose(1, 2), groups.ends)
         ctx.weights_train = any(ctx.needs_input_grad[2:5])
         # Parameters, not views of them: ZeRO-3 empties them after the forward pass and fills them for the backward.
         ctx.save_for_backward(
-            x if ctx.weights_train else None, gates, w1, w2, w3, source, scale, back, groups.ends, gate, up
+            x if ctx.weights_train else None, w1, w2, w3, source, scale, back, starts, groups.ends, gate, up
         )
-        return F.embedding_bag(back, out, mode="sum").type_as(x)
+        return sum_of_rows(out, back, starts).type_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, gates, w1, w2, w3, source, scale, back, ends, gate, up = ctx.saved_tensors
+        x, w1, w2, w3, source, scale, back, starts, ends, gate, up = ctx.saved_tensors
         grad_out = grad.index_select(0, source)
         grad_hidden = grouped_product(grad_out, w2, ends)
         hidden, grad_gate, grad_up, grad_scale = swiglu_gradients(grad_hidden, gate, up, scale)
@@ -87,22 +86,13 @@ class _GroupedBank(torch.autograd.Function):
             )
         # Each summed over a token's rows first: there are K times fewer of its sums to add.
         first, third = (
-            F.embedding_bag(back, grouped_product(of_rows, weight, ends), mode="sum")
+            sum_of_rows(grouped_product(of_rows, weight, ends), back, starts)
             for of_rows, weight in ((grad_gate, w1), (grad_up, w3))
         )
-        grad_gates = None if gates is None else grad_scale.take(back).type_as(gates)
-        return first.add_(third).type_as(grad), grad_gates, *grad_weights, None, None, None
+        return first.add_(third).type_as(grad), grad_scale.take(back).type_as(grad), *grad_weights, None
 
 
-def _gates_of_rows(gates: Tensor | None, order: Tensor) -> Tensor:
-    """Of each sorted row: float32 [R]."""
-    return order.new_ones(len(order), dtype=torch.float32) if gates is None else gates.flatten().take(order).float()
-
-
-def grouped_bank(
-    x: Tensor, gates: Tensor | None, weights: tuple[Tensor, Tensor, Tensor], order: Tensor, places: Tensor,
-    counts: Tensor,
-) -> Tensor:  # fmt: skip
-    """As `expert_bank`; counts int64 [E] on the device."""
-    out: Tensor = _GroupedBank.apply(x, gates, *weights, order, places, counts)
+def grouped_bank(x: Tensor, gates: Tensor, weights: tuple[Tensor, Tensor, Tensor], assignments: Assignments) -> Tensor:
+    """As `expert_bank`."""
+    out: Tensor = _GroupedBank.apply(x, gates, *weights, assignments)
     return out

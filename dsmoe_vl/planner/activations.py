@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dsmoe_vl.config.recipe import RECOMPUTED, Recipe
 from dsmoe_vl.planner.parameters import experts_of_layers
-from dsmoe_vl.planner.products import Shape
+from dsmoe_vl.planner.products import Shape, exchanged_rows
 
 LOSS_CHUNK = 2048  # targets whose logits `model/vlm.py` has in memory at once
 _INDEX = 8  # bytes of an int64
@@ -82,28 +82,29 @@ def _decoder_layers(recipe: Recipe, shape: Shape, element: int, cuda: bool, fuse
     dense = wide * model.ffn_width * element
     first = attention + norms + dense
     found = [_Layer(first, 0.0, first * _GRADIENTS)] * moe.first_dense_layers
-    row, row_gradients = (moe.top_k * numbers * element for numbers in _expert_row(recipe, shape, cuda, wide))
+    row, row_gradients = (moe.top_k * numbers * element for numbers in _expert_row(recipe, cuda, wide))
     for experts in experts_of_layers(recipe):
-        order = moe.top_k * (4 if shape.ep_size > 1 else 2) * _INDEX
+        sent = exchanged_rows(moe, experts, shape.ep_size)
+        came = sent * model.width * element * (moe.backend == "dropless")
+        order = (3 * moe.top_k + 1 + 2 * sent) * _INDEX
         scores = experts * 4 * 4  # probabilities, logits and their logarithms, fp32
         every_token = wide * (moe.shared_ffn_width + moe.ffn_width * moe.residual) * element
-        routed = order + scores + every_token
+        routed = order + scores + every_token + came
         rest = attention + norms + routed
-        found.append(_Layer(rest + row, routed + row, rest * _GRADIENTS + row_gradients))
+        found.append(_Layer(rest + row, routed + row, (rest - came) * _GRADIENTS + row_gradients + came))
     return found
 
 
-def _expert_row(recipe: Recipe, shape: Shape, cuda: bool, wide: int) -> tuple[float, float]:
+def _expert_row(recipe: Recipe, cuda: bool, wide: int) -> tuple[float, float]:
     """Numbers that a row of the experts keeps, and numbers of its gradients that are there at once.
 
-    Experts as one function keep the products with w1 and w3; over ranks, the rows that came and that went back too. On
-    a CPU their gradients exist in pieces, on CUDA at once. The others keep both of D and `wide` of F.
+    Experts as one function keep the products with w1 and w3. On a CPU their gradients exist in pieces, on CUDA at once.
+    The others keep both of D and `wide` of F.
     """
     width, hidden = recipe.model.width, recipe.moe.ffn_width
     if recipe.moe.backend == "capacity" or "experts" in recipe.lora.adapted:
         return 2 * width + wide * hidden, (2 * width + wide * hidden) * _GRADIENTS
-    sent = 2 * width if shape.ep_size > 1 else 0
-    return sent + 2 * hidden, (3 * width + 4 * hidden if cuda else width) + sent / 2
+    return 2 * hidden, 3 * width + 4 * hidden if cuda else width
 
 
 def _attention(

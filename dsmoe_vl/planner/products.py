@@ -6,10 +6,11 @@ products for each of its own, and moves twice as much, since it reads what was k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 
-from dsmoe_vl.config.recipe import Recipe
+from dsmoe_vl.config.recipe import MoEConfig, Recipe
 from dsmoe_vl.planner.flops import Flops
 from dsmoe_vl.planner.parameters import PLACE_AND_TIME_FEATURES, experts_of_layers
 
@@ -121,14 +122,27 @@ class Traffic:
     operators: int  # started, those with products included
 
 
+def exchanged_rows(moe: MoEConfig, experts: int, ep_size: int) -> float:
+    """Rows of a token that a layer with E `experts` sends over ranks, those that stay included.
+
+    Dropless: one for each rank that has one of its K experts, `ep (1 - C(E - E / ep, K) / C(E, K))` on average if all
+    choices are equally likely. With capacity: one for each slot.
+    """
+    if ep_size == 1:
+        return 0.0
+    if moe.backend == "capacity":
+        return moe.top_k * (moe.capacity_factor if moe.drop_tokens else 1.0)
+    return ep_size * (1 - math.comb(experts - experts // ep_size, moe.top_k) / math.comb(experts, moe.top_k))
+
+
 def traffic(
     recipe: Recipe, shape: Shape, cuda: bool, parts: Collection[str] = ("experts", "decoder", "vision", "head")
 ) -> Traffic:
     """What the norms, rotations, activations, exchanges of rows and sums of one forward pass of some parts move.
 
     A norm reads and writes its width; an addition reads two and writes one. A sparse layer gathers its T K rows once,
-    and sums them once; over ranks they are gathered for the exchange, by expert, and back. Experts above one rank's
-    mean only delay; they move as much.
+    and sums them once; over ranks its rows are gathered for the exchange too, and summed on both sides. Experts above
+    one rank's mean only delay; they move as much.
     """
     model, vision, moe = recipe.model, recipe.model.vision, recipe.moe
     width, inner = model.width, (model.heads + 2 * model.kv_heads) * model.width_of_head
@@ -136,10 +150,10 @@ def traffic(
     attention = inner * 2 + (inner - model.kv_heads * model.width_of_head) * turns
     attention += 2 * model.heads * model.width_of_head  # the result
     token = model.layers * (attention + 4 * width + 6 * width) + moe.first_dense_layers * wide * model.ffn_width
-    copies = 3 if shape.ep_size > 1 else 1
-    sparse = moe.top_k * ((2 * copies + 1) * width + wide * moe.ffn_width) + width + wide * moe.shared_ffn_width
+    sparse = moe.top_k * (3 * width + wide * moe.ffn_width) + width + wide * moe.shared_ffn_width
     sparse += (wide * moe.ffn_width + 4 * width) * moe.residual
     layers = experts_of_layers(recipe)
+    exchanged = 4 * width * sum(exchanged_rows(moe, experts, shape.ep_size) for experts in layers)
     patch_inner = 3 * vision.width
     patch = patch_inner * 2 + 2 * vision.width * turns + 2 * patch_inner + 10 * vision.width
     patch += (wide if vision.ffn == "swiglu" else 2) * vision.ffn_width
@@ -149,7 +163,7 @@ def traffic(
         of_experts += sum(layers) // shape.ep_size * _OF_EXPERT_ON_CPU  # a product for each
     of_part = {
         "experts": Traffic(
-            shape.tokens * len(layers) * sparse, shape.tokens * sum(layers) * _ROUTER_PASSES, of_experts
+            shape.tokens * (len(layers) * sparse + exchanged), shape.tokens * sum(layers) * _ROUTER_PASSES, of_experts
         ),
         "decoder": Traffic(shape.tokens * (token + 8 * width), 0, _OF_MODEL + model.layers * of_layer),
         "vision": Traffic(

@@ -8,8 +8,9 @@ from dsmoe_vl.config.deepspeed_json import setting
 from dsmoe_vl.planner.activations import activations
 from dsmoe_vl.planner.cluster import Cluster
 from dsmoe_vl.planner.memory import memory_for
+from dsmoe_vl.planner.parameters import experts_of_layers
 from dsmoe_vl.planner.plan import RunPlan
-from dsmoe_vl.planner.products import Shape
+from dsmoe_vl.planner.products import Shape, exchanged_rows
 
 _BUCKET, _PREFETCH, _SUB_GROUP = 5e8, 5e7, 1e9  # numbers; DeepSpeed's defaults
 _CHECKPOINT_BYTES = 12  # of a trained parameter: fp32 weight and two moments
@@ -99,8 +100,9 @@ def _buffers(plan: RunPlan, cuda: bool) -> float:
     """The exchange's rows out and in, ZeRO's buckets and ZeRO-3's gathered parameters."""
     element = 2 if plan.precision == "bf16" else 4
     recipe, parameters = plan.recipe, plan.parameters
-    rows = plan.micro_batch * recipe.data.pack_length * recipe.moe.top_k * recipe.model.width * element
-    exchange = 2 * rows if plan.ep_size > 1 else 0
+    tokens, row = plan.micro_batch * recipe.data.pack_length, recipe.model.width * element
+    of_layers = (exchanged_rows(recipe.moe, experts, plan.ep_size) for experts in experts_of_layers(recipe))
+    exchange = 2 * tokens * row * max(of_layers, default=0.0)
     held = parameters.total - parameters.experts + parameters.experts / plan.ep_size
     if plan.zero_stage == 0:
         return exchange

@@ -23,9 +23,16 @@ from dsmoe_vl.planner.communication import (
     expert_group,
     gather,
 )
-from dsmoe_vl.planner.parameters import sparse_layers
+from dsmoe_vl.planner.parameters import experts_of_layers, sparse_layers
 from dsmoe_vl.planner.plan import RunPlan
-from dsmoe_vl.planner.products import PATCHES_SPREAD, Shape, attention_flops, products, traffic
+from dsmoe_vl.planner.products import (
+    PATCHES_SPREAD,
+    Shape,
+    attention_flops,
+    exchanged_rows,
+    products,
+    traffic,
+)
 
 # The busiest expert's load over the mean, less one: with a balancing loss, and with the aux-loss-free bias (Wang et al.
 # 2024, table 2, the model of 3 B).
@@ -178,11 +185,12 @@ def _exchange(plan: RunPlan, cluster: Cluster) -> float:
     if plan.ep_size == 1:
         return 0.0
     recipe = plan.recipe
-    rows = 1.0 * plan.micro_batch * recipe.data.pack_length * recipe.moe.top_k * recipe.model.width * _element(plan)
-    if recipe.moe.backend == "capacity" and recipe.moe.drop_tokens:
-        rows *= recipe.moe.capacity_factor
-    times = 4 + 2 * (plan.recompute != "none")
-    return times * sparse_layers(recipe) * all_to_all(rows, expert_group(plan.ep_size, cluster), cluster)
+    tokens, row = plan.micro_batch * recipe.data.pack_length, recipe.model.width * _element(plan)
+    times, group = 4 + 2 * (plan.recompute != "none"), expert_group(plan.ep_size, cluster)
+    return times * sum(
+        all_to_all(tokens * exchanged_rows(recipe.moe, experts, plan.ep_size) * row, group, cluster)
+        for experts in experts_of_layers(recipe)
+    )
 
 
 def _zero(plan: RunPlan, cluster: Cluster, computing: float) -> float:

@@ -7,7 +7,7 @@ import torch
 
 from dsmoe_vl.moe import expert_bank
 from dsmoe_vl.moe.experts import Experts
-from dsmoe_vl.moe.rows import by_expert
+from dsmoe_vl.moe.rows import Assignments
 
 EXPERTS, WIDTH, HIDDEN = 7, 12, 20
 
@@ -38,14 +38,14 @@ def choices(tokens, top_k):
 def test_values_and_gradients(monkeypatch, piece, tokens, top_k, trains):
     monkeypatch.setattr(expert_bank, "_PIECE", piece)
     modules = both()
-    order, places, counts = by_expert(choices(tokens, top_k), EXPERTS)
-    x, gates, direction = torch.randn(tokens, WIDTH), torch.rand(tokens, top_k), torch.randn(tokens, WIDTH)
-    gates[: tokens // 2, 0] = 0  # as of a dropped assignment
+    assignments = Assignments.of(choices(tokens, top_k), EXPERTS)
+    x, gates, direction = torch.randn(tokens, WIDTH), torch.rand(tokens * top_k), torch.randn(tokens, WIDTH)
+    gates[: tokens // 2 * top_k : top_k] = 0  # as of a dropped assignment
     x.requires_grad_(trains != "weights"), gates.requires_grad_("gates" in trains or trains == "everything")
     found = []
     for module in modules:
         module.requires_grad_(trains in ("everything", "weights"))
-        out = module(x, None if trains == "rows" else gates, order, places, counts)
+        out = module(x, gates, assignments)
         inputs = [value for value in (x, gates, *module.parameters()) if value.requires_grad]
         found.append([out, *torch.autograd.grad((out * direction).sum(), inputs)])
     for one, other in zip(*found, strict=True):
@@ -54,13 +54,13 @@ def test_values_and_gradients(monkeypatch, piece, tokens, top_k, trains):
 
 def test_bfloat16():
     whole, ours = both(), both(torch.bfloat16)[1]
-    order, places, counts = by_expert(choices(60, 3), EXPERTS)
-    x, gates = torch.randn(60, WIDTH), torch.rand(60, 3)
+    assignments = Assignments.of(choices(60, 3), EXPERTS)
+    x, gates = torch.randn(60, WIDTH), torch.rand(180)
     found = []
     for module in (whole[0], ours):
         dtype = module.w1.dtype
         inputs = [x.to(dtype).requires_grad_(), gates.to(dtype).requires_grad_()]
-        out = module(*inputs, order, places, counts)
+        out = module(*inputs, assignments)
         found.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])
     for one, other in zip(*found, strict=True):
         assert other.dtype == torch.bfloat16
@@ -78,10 +78,10 @@ def test_pieces_are_all_rows_once():
 def test_weights_that_were_emptied_between_forward_and_backward():
     """As ZeRO-3 does: what is kept is the parameter, whatever its data is by then."""
     module, found = both()[1], []
-    order, places, counts = by_expert(choices(20, 2), EXPERTS)
+    assignments = Assignments.of(choices(20, 2), EXPERTS)
     x = torch.randn(20, WIDTH)
     for empties in (False, True):
-        out = module(x, torch.ones(20, 2), order, places, counts)
+        out = module(x, torch.ones(40), assignments)
         full = [parameter.data for parameter in module.parameters()]
         for parameter, data in zip(module.parameters(), full, strict=True):
             parameter.data = data.new_empty(0) if empties else data

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dsmoe_vl.moe.experts import Experts
 from dsmoe_vl.moe.grouped_bank import ROWS_OF_A_GROUP, Groups, grouped_bank
-from dsmoe_vl.moe.rows import by_expert
+from dsmoe_vl.moe.rows import Assignments
 from dsmoe_vl.moe.swiglu import swiglu, swiglu_gradients
 from tests.distributed.ranks import cpu_environment
 from tests.parity.test_expert_bank import EXPERTS, WIDTH, ByOperator, both, choices
@@ -22,15 +22,15 @@ from tests.parity.test_expert_bank import EXPERTS, WIDTH, ByOperator, both, choi
 @pytest.mark.parametrize("trains", ["everything", "weights", "rows and gates", "rows"])
 def test_values_and_gradients(tokens, top_k, trains):
     module = both()[0]
-    order, places, counts = by_expert(choices(tokens, top_k), EXPERTS)
-    x, gates, direction = torch.randn(tokens, WIDTH), torch.rand(tokens, top_k), torch.randn(tokens, WIDTH)
-    gates[: tokens // 2, 0] = 0  # as of a dropped assignment
+    assignments = Assignments.of(choices(tokens, top_k), EXPERTS)
+    x, gates, direction = torch.randn(tokens, WIDTH), torch.rand(tokens * top_k), torch.randn(tokens, WIDTH)
+    gates[: tokens // 2 * top_k : top_k] = 0  # as of a dropped assignment
     x.requires_grad_(trains != "weights"), gates.requires_grad_("gates" in trains or trains == "everything")
     module.requires_grad_(trains in ("everything", "weights"))
-    given, found = None if trains == "rows" else gates, []
+    found = []
     for out in (
-        module(x, given, order, places, counts),
-        grouped_bank(x, given, (module.w1, module.w2, module.w3), order, places, counts),
+        module(x, gates, assignments),
+        grouped_bank(x, gates, (module.w1, module.w2, module.w3), assignments),
     ):
         inputs = [value for value in (x, gates, *module.parameters()) if value.requires_grad]
         found.append([out, *torch.autograd.grad((out * direction).sum(), inputs)])
@@ -44,11 +44,11 @@ def test_bfloat16():
     experts, found = ByOperator(EXPERTS, 16, 24), []  # the product wants rows of 16 bytes
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    order, places, counts = by_expert(choices(60, 3), EXPERTS)
-    x, gates = torch.randn(60, 16), torch.rand(60, 3)
+    assignments = Assignments.of(choices(60, 3), EXPERTS)
+    x, gates = torch.randn(60, 16), torch.rand(180)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [value.detach().to(dtype).requires_grad_() for value in (x, gates, *experts.parameters())]
-        out = grouped_bank(*inputs[:2], tuple(inputs[2:]), order, places, counts)
+        out = grouped_bank(*inputs[:2], tuple(inputs[2:]), assignments)
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for one, other in zip(*found, strict=True):
         assert other.dtype == torch.bfloat16
@@ -112,12 +112,12 @@ def test_cuda_matches_cpu():
     experts, found = Experts(EXPERTS, 64, 128), []
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    order, places, counts = by_expert(choices(200, 3), EXPERTS)
-    x, gates = torch.randn(200, 64), torch.rand(200, 3)
+    assignments = Assignments.of(choices(200, 3), EXPERTS)
+    x, gates = torch.randn(200, 64), torch.rand(600)
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         module = experts.to(device, dtype)
         inputs = [value.detach().to(device, dtype).requires_grad_() for value in (x, gates)]
-        out = module(*inputs, *(value.to(device) for value in (order, places, counts)))
+        out = module(*inputs, Assignments(*(value.to(device) for value in assignments)))
         grads = torch.autograd.grad(out.float().square().sum(), [*inputs, *module.parameters()])
         found.append([value.float().cpu() for value in (out, *grads)])
     for one, other in zip(*found, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from itertools import combinations
 
 import pytest
 
@@ -24,7 +25,7 @@ from dsmoe_vl.planner.communication import (
 )
 from dsmoe_vl.planner.flops import estimate_flops
 from dsmoe_vl.planner.forecast import describe_forecast, forecast
-from dsmoe_vl.planner.products import Shape, attention_flops, products
+from dsmoe_vl.planner.products import Shape, attention_flops, exchanged_rows, products
 from dsmoe_vl.planner.resolve import resolve
 from dsmoe_vl.planner.run_memory import checkpoint_bytes, run_memory
 from dsmoe_vl.planner.step_time import busiest_rank, step_time
@@ -166,11 +167,20 @@ def test_memory_by_hand():
     assert (found.weights, found.gradients, found.optimizer) == (states.weights, states.gradients, states.optimizer)
     kept = activations(TINY, replace(Shape.full(TINY, 1, 2), labels=32), bf16=True, cuda=True, recompute="none")
     assert found.activations + found.logits == kept.total
-    assert found.buffers == 2 * (32 * 2 * 8 * 2) + planned.parameters.total * 2
+    exchanged = exchanged_rows(TINY.moe, TINY.moe.experts, 2)
+    assert found.buffers == pytest.approx(2 * (32 * exchanged * 8 * 2) + planned.parameters.total * 2)
     assert found.fragmentation == pytest.approx(0.15 * (kept.total + found.buffers))
     assert found.host_snapshot == checkpoint_bytes(planned) / 4 == 14 * planned.parameters.total / 4
     assert not found.fits(replace(cluster, memory_bytes=found.device - 1))
     assert found.fits(replace(cluster, memory_bytes=found.device + 1))
+
+
+@pytest.mark.parametrize(("experts", "top_k", "ep_size"), [(4, 2, 2), (6, 3, 3), (8, 1, 4), (6, 5, 2), (6, 6, 3)])
+def test_exchanged_rows_against_all_choices(experts, top_k, ep_size):
+    moe = replace(TINY.moe, experts=experts, top_k=top_k)
+    choices = list(combinations(range(experts), top_k))
+    ranks = sum(len({expert * ep_size // experts for expert in choice}) for choice in choices)
+    assert exchanged_rows(moe, experts, ep_size) == pytest.approx(ranks / len(choices))
 
 
 def test_best_interval_against_a_fine_search():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsmoe_vl.moe.rows import by_expert, combine, dispatch
+from dsmoe_vl.moe.rows import Assignments, combine, dispatch
 
 
 def naive(x, factors, experts, gates):
@@ -17,8 +17,8 @@ def naive(x, factors, experts, gates):
 
 
 def ours(x, factors, experts, gates):
-    order, places, _ = by_expert(experts, 8)
-    return combine(dispatch(x, order, places) * factors, gates, order, places)
+    assignments = Assignments.of(experts, 8)
+    return combine(dispatch(x, assignments) * factors, gates.flatten(), assignments)
 
 
 @pytest.mark.parametrize(("tokens", "count", "top_k"), [(7, 4, 1), (33, 5, 2), (16, 8, 8), (1, 3, 2), (0, 4, 2)])
