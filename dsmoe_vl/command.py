@@ -43,11 +43,12 @@ def run(command: Callable[[], int], show: Callable[[str], None] = print_error) -
 
 
 def leave(status: int) -> NoReturn:
-    """End a program that was a rank, with what is registered for its end but without the interpreter's finalization.
+    """End a program that has imported torch, with what is registered for its end but without the interpreter's
+    finalization, which takes a second.
 
-    A thread of gloo frees the last collective's tensors when it gets to it. If that is during finalization, it cannot
-    have the interpreter's lock any more, and the process aborts: "terminate called without an active exception"
-    (https://github.com/pytorch/pytorch/pull/179291).
+    A rank could not end with it: a thread of gloo frees the last collective's tensors when it gets to it. If that is
+    during finalization, it cannot have the interpreter's lock any more, and the process aborts: "terminate called
+    without an active exception" (https://github.com/pytorch/pytorch/pull/179291).
     """
     open_standard_streams()
     atexit._run_exitfuncs()

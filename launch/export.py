@@ -13,11 +13,10 @@ that gensim's KeyedVectors opens.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from dsmoe_vl.checkpoint.export import export_run
-from dsmoe_vl.command import run
+from dsmoe_vl.command import leave, run
 from dsmoe_vl.inference.commands import print_error
 from dsmoe_vl.inference.keyed_vectors import describe_counts, export_keyed_vectors
 from dsmoe_vl.inference.load import load_run
@@ -95,4 +94,4 @@ def export_embeddings(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

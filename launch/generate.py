@@ -11,10 +11,9 @@ Exit status: 0; 1 if some files could not be used (their names are printed); 2 i
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from dsmoe_vl.command import positive, run
+from dsmoe_vl.command import leave, positive, run
 from dsmoe_vl.inference.commands import Question, caption_media, print_error, retrieve, summarize_videos, transcribe
 from dsmoe_vl.inference.generate import MAX_TOKENS
 from dsmoe_vl.inference.load import load_run
@@ -91,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

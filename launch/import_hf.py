@@ -8,11 +8,10 @@ follow from it.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 
-from dsmoe_vl.command import run
+from dsmoe_vl.command import leave, run
 from dsmoe_vl.pretrained.importing import import_models
 from dsmoe_vl.pretrained.upcycling import Upcycling
 
@@ -75,4 +74,4 @@ def import_and_show(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

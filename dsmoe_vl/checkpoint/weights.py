@@ -15,8 +15,10 @@ from dsmoe_vl.checkpoint.tensor_files import Share, Spec
 from dsmoe_vl.checkpoint.weights_file import WeightsFile
 from dsmoe_vl.config.recipe import Recipe
 from dsmoe_vl.errors import CheckpointError
+from dsmoe_vl.model.without_values import without_values
+from dsmoe_vl.moe.expert_names import expert_name
 from dsmoe_vl.moe.expert_parallel_capacity import one_process_name
-from dsmoe_vl.moe.placement import Placed, expert_name, placed
+from dsmoe_vl.moe.placement import Placed, placed
 from dsmoe_vl.tasks.registry import build_backbone
 
 
@@ -86,7 +88,7 @@ def load_buffers(model: nn.Module, folder: Path) -> None:
 
 def require_same_model(folder: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if the tensors of a checkpoint are not those of the recipe's model."""
-    with torch.device("meta"):
+    with without_values():
         model = build_backbone(recipe)
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
     if recipe.model.tied:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dsmoe_vl.checkpoint.tensor_files import FileEntry, Share, Spec, TensorFiles, write_tensors
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.files import write_json
-from dsmoe_vl.moe.placement import expert_name, is_of_experts
+from dsmoe_vl.moe.expert_names import expert_name, is_of_experts
 
 # Names as Hugging Face's tools have them: of all weights in one file, and of an index of several.
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"

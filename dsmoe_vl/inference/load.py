@@ -17,6 +17,7 @@ from dsmoe_vl.config.recipe import Recipe, learned_tasks
 from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.model.vlm import VisionLanguageModel
+from dsmoe_vl.model.without_values import without_values
 from dsmoe_vl.moe.experts import RemainingExperts
 from dsmoe_vl.planner.plan import recipe_from_json
 from dsmoe_vl.tasks.media import MediaReader
@@ -68,7 +69,7 @@ def load_run(run_dir: Path, device: str | None = "cpu") -> TrainedModel:
     # If experts drop tokens, a token's output depends on later tokens and on the rest of its batch: a picture's caption
     # would change with the batch, and keys could not be cached. At inference no token is dropped.
     computed = replace(recipe, moe=replace(recipe.moe, drop_tokens=False))
-    with torch.device("meta"):
+    with without_values():
         model = build_backbone(computed)
     file = WeightsFile(checkpoint)
     try:
@@ -116,5 +117,5 @@ def _shrink(model: VisionLanguageModel, weights: dict[str, Tensor]) -> None:
         if name.endswith(".experts.kept"):
             experts = name.removesuffix(".kept")
             _, hidden_width, width = weights[f"{experts}.w1"].shape
-            with torch.device("meta"):
+            with without_values():
                 model.set_submodule(experts, RemainingExperts(len(kept), width, hidden_width))

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dsmoe_vl.model.layers import IDENTITY
 from dsmoe_vl.model.vlm import VisionLanguageModel
-from dsmoe_vl.moe.placement import Placed, expert_name, placed
+from dsmoe_vl.moe.expert_names import expert_name
+from dsmoe_vl.moe.placement import Placed, placed
 from dsmoe_vl.moe.router import Router
 
 EMBEDDING_STD = 0.02
-IDENTITY = "identity"  # in OWN_START: of a square matrix
 _ROUTER_STD = 0.02  # near-even routing at the start
 _CONVOLUTIONS = ("speech.conv1.weight", "speech.conv2.weight")
 _FROM_PICTURES = ("connector.down.weight", "connector.place.weight", "connector.time.weight")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from dsmoe_vl.cpu_kernels.operators import has_kernels, rms_norm, swiglu
 
+IDENTITY = "identity"  # in a module's OWN_START, see `init.py`: of a square matrix
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019, eq. 4), with a weight."""

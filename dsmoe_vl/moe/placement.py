@@ -6,7 +6,6 @@ of it, flattened.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from dsmoe_vl.moe.expert_names import is_of_experts
 from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, one_process_name
 
 _MODULE = "backbone."  # of the module that the engine wraps
-_STACKED = re.compile(r"(.*\.experts)\.(w[123](?:_lora_[ab])?)")
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,6 @@ class Placed:
     def copy_number(self) -> int:
         """Which of them this rank is, from 0."""
         return dist.get_rank(self.copies)
-
-
-def is_of_experts(name: str) -> bool:
-    """Whether a tensor of the one-process model has weights of a layer's experts, or adapters, stacked: [E, ...]."""
-    return _STACKED.fullmatch(name) is not None
-
-
-def expert_name(stacked: str, number: int) -> str:
-    """`layers.1.feed_forward.experts.w1`, 3 -> `layers.1.feed_forward.experts.3.w1`."""
-    match = _STACKED.fullmatch(stacked)
-    assert match is not None, stacked
-    return f"{match[1]}.{number}.{match[2]}"
 
 
 def placed(model: nn.Module) -> Iterator[Placed]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.runtime import compiler
 
 from dsmoe_vl.planner.plan import RunPlan
 
@@ -28,17 +26,3 @@ def optimizer_builder(plan: RunPlan) -> Callable[[Any], torch.optim.Optimizer]:
         return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True, **parameters)
 
     return build
-
-
-def skip_compiling_muon() -> None:
-    """Import DeepSpeed's Muon without torch.compile.
-
-    Every engine imports it, only to ask whether it is the optimizer, and that alone imports the whole compiler: two
-    seconds of each rank's start. No plan has it.
-    """
-    usual = compiler.compile
-    compiler.compile = lambda: compiler.dummy_decorator
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = usual

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsmoe_vl.config.model import ModelConfig, MoEConfig
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.moe.placement import expert_name
+from dsmoe_vl.moe.expert_names import expert_name
 from dsmoe_vl.pretrained.mapping import (
     Target,
     expert_of,

@@ -34,7 +34,8 @@ from dsmoe_vl.config.load import recipe_from_table
 from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.errors import CheckpointError, ConfigError
 from dsmoe_vl.files import write_json, writing
-from dsmoe_vl.moe.placement import expert_name, is_of_experts
+from dsmoe_vl.model.without_values import without_values
+from dsmoe_vl.moe.expert_names import expert_name, is_of_experts
 from dsmoe_vl.pretrained.decoder import Decoder, read_decoder
 from dsmoe_vl.pretrained.doubts import reading_config, require_known_experts, require_pixels, with_tie
 from dsmoe_vl.pretrained.mapping import Target
@@ -273,7 +274,7 @@ def _take(
 
 def stored_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Of every stored tensor of the recipe's model; each expert is one."""
-    with torch.device("meta"):
+    with without_values():
         model = build_backbone(recipe)
     found: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():

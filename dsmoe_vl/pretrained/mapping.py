@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe_vl.moe.placement import expert_name
+from dsmoe_vl.moe.expert_names import expert_name
 
 Make = Callable[[Sequence[Tensor]], Tensor]
 Undo = Callable[[Tensor], Sequence[Tensor | None]]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsmoe_vl.config.model import MoEConfig
 from dsmoe_vl.errors import ConfigError
-from dsmoe_vl.moe.placement import expert_name
+from dsmoe_vl.moe.expert_names import expert_name
 from dsmoe_vl.pretrained.decoder import Decoder
 from dsmoe_vl.pretrained.mapping import Make, Target, only
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_vl.config.task_table import RetrievalConfig
-from dsmoe_vl.model.init import IDENTITY
+from dsmoe_vl.model.layers import IDENTITY
 
 _MAX_SCALE = 100.0  # CLIP's bound on 1 / temperature
 # Initial scale and bias, by loss.

@@ -22,12 +22,13 @@ from dsmoe_vl.data.tokenizer import Tokenizer
 from dsmoe_vl.data.word_start import read_word_start
 from dsmoe_vl.errors import CheckpointError
 from dsmoe_vl.model.init import first_values
+from dsmoe_vl.model.without_values import without_values
 from dsmoe_vl.model.word_rows import fill_words
 from dsmoe_vl.moe.expert_parallel import ExpertParallelMoE, spread_experts
 from dsmoe_vl.moe.expert_parallel_capacity import CapacityMoE, TokenCounts
 from dsmoe_vl.moe.placement import Placed, placed
 from dsmoe_vl.optim.l1 import add_proximal_step
-from dsmoe_vl.optim.optimizer import optimizer_builder, skip_compiling_muon
+from dsmoe_vl.optim.optimizer import optimizer_builder
 from dsmoe_vl.optim.overflow import add_overflow
 from dsmoe_vl.optim.parameter_groups import parameter_groups
 from dsmoe_vl.parallel.ranks import Ranks
@@ -37,6 +38,7 @@ from dsmoe_vl.planner.run_memory import reduce_bucket_size
 from dsmoe_vl.planner.trained import rules
 from dsmoe_vl.tasks.registry import build_backbone
 from dsmoe_vl.tasks.task import MultiTaskModel, Task
+from dsmoe_vl.training.compiler import leave_out_compiler
 
 _NEW: Mapping[str, int] = MappingProxyType({})
 
@@ -59,7 +61,7 @@ def build_model(plan: RunPlan, ranks: Ranks, tasks: tuple[Task, ...], imports: b
     freezes requires no gradient. Collective: it makes the groups of experts and warms all groups up. Raises
     NetworkError.
     """
-    with torch.device("meta"):
+    with without_values():
         backbone = build_backbone(plan.recipe, plan.recompute)
         model = MultiTaskModel(backbone, tasks)
         spread_experts(model, plan.ep_size, ranks.rank, _token_counts(plan))
@@ -181,7 +183,7 @@ def wrap(plan: RunPlan, model: nn.Module, updates: Mapping[str, int] = _NEW) -> 
     names = {own: where.name for (own, _), where in zip(model.named_parameters(), placed(model), strict=True)}
     found = parameter_groups(model, rate, lambda name: rule_of[names[name]], lambda name: updates.get(names[name], 0))
     trains_experts = any(group.get("moe") for group in found)
-    skip_compiling_muon()
+    leave_out_compiler()
     with nullcontext() if trains_experts else _without_expert_gradients():
         engine, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=found, optimizer=optimizer_builder(plan), config=_engine_config(plan)

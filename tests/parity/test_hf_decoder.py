@@ -17,7 +17,7 @@ from dsmoe_vl.data.pack import PackShape, assemble, collate
 from dsmoe_vl.data.segment import Segment
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.moe.placement import is_of_experts
+from dsmoe_vl.moe.expert_names import is_of_experts
 from dsmoe_vl.pretrained.decoder import read_decoder
 from dsmoe_vl.tasks.registry import build_backbone
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dsmoe_vl.config.recipe import Recipe, TokenizerConfig
 from dsmoe_vl.errors import ConfigError
 from dsmoe_vl.model.init import initialise
-from dsmoe_vl.moe.placement import is_of_experts
+from dsmoe_vl.moe.expert_names import is_of_experts
 from dsmoe_vl.pretrained.decoder import read_decoder
 from dsmoe_vl.pretrained.upcycling import Upcycling, upcycled
 from dsmoe_vl.tasks.registry import build_backbone
