@@ -91,7 +91,7 @@ POINTS = (
     Point("Qwen2-57B-A14B, FSDP + EP 8", _FOLDING, 251.3, QWEN2, 64, 4096, 256, ep=8, stage=3,
           recomputed=1.0, remark="whether layers are recomputed is not said; here they are"),
     Point("Qwen3-30B-A3B, FSDP, EP 8", "NeMo Automodel (01926a5), docs/performance-summary.md", 277.0, QWEN3, 8, 4096,
-          512, micro_batch=4, ep=8, stage=3, recomputed=1.0, remark=f"DeepEP's exchange; {_FUSED}"),
+          512, micro_batch=4, ep=8, stage=3, recomputed=1.0, remark=f"what DeepEP overlaps; {_FUSED}"),
     Point("Qwen3.6-35B-A3B, EP 8 PP 2, real routing", _BRIDGE, 135.6, QWEN36, 16, 4096, 512, ep=8, pp=2, patches=784,
           real_routing=True, remark="Gated DeltaNet in three of four layers; how uneven its routing was"),
     Point("Qwen3.6-35B-A3B, EP 8 PP 2, balanced", _BRIDGE, 185.15, QWEN36, 16, 4096, 512, ep=8, pp=2, patches=784,
