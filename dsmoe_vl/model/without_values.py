@@ -21,8 +21,8 @@ class _NothingRandom(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function in _RANDOM:
-            return args[0] if args else kwargs["tensor"]
+        if function in _RANDOM and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+            return tensor
         return function(*args, **kwargs)
 
 
