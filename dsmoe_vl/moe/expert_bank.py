@@ -11,13 +11,14 @@ Shapes: N tokens, D width, F hidden width, E experts, R rows, sorted by expert.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmoe_vl.cpu_kernels.operators import swiglu_rows, swiglu_rows_gradients
-from dsmoe_vl.moe.rows import Assignments, sum_of_rows
+from dsmoe_vl.moe.rows import Assignments, Early, sum_of_rows
 
 _PIECE = 1024  # rows; with 64 or 128 for an expert faster than 256 or 512, with 512 some percent slower
 
@@ -42,7 +43,8 @@ def _buffers(like: Tensor, pieces: list[tuple[slice, slice]], *widths: int) -> l
 class _ExpertBank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, assignments: Assignments
+        ctx: Any, x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, assignments: Assignments,
+        early: Early | None,
     ) -> Tensor:  # fmt: skip
         (hidden_width, width), count = w1.shape[1:], len(assignments.rows)
         counts: list[int] = assignments.counts.tolist()
@@ -66,7 +68,7 @@ class _ExpertBank(torch.autograd.Function):
         weights_train = any(ctx.needs_input_grad[2:5])
         # Parameters, not views of them: ZeRO-3 empties them after the forward pass and fills them for the backward.
         ctx.save_for_backward(x if weights_train else None, gates, w1, w2, w3, gate, up, *assignments)
-        ctx.counts, ctx.weights_train = counts, weights_train
+        ctx.counts, ctx.weights_train, ctx.early = counts, weights_train, early
         return sum_of_rows(out, assignments.rows, assignments.starts, gates)
 
     @staticmethod
@@ -78,43 +80,62 @@ class _ExpertBank(torch.autograd.Function):
         scale = gates.take(assignments.order)
         grad_scale = torch.empty_like(scale)
         grad_weights = [torch.empty_like(weight) for weight in (w1, w2, w3)] if weights_train else []
-        out_buffer, x_buffer, *hidden_buffers = _buffers(grad, pieces, width, width, *[hidden_width] * 3)
+        later = weights_train and ctx.early is not None
+        out_buffer, x_buffer = _buffers(grad, pieces, width, width)
+        whole = [(slice(0, len(counts)), slice(0, len(gate)))]
+        hidden_buffers = _buffers(grad, whole if later else pieces, *[hidden_width] * 3)
+
+        def hidden_parts(rows: slice) -> list[Tensor]:
+            """Room for hidden rows, and for the gradients of the products with w1 and w3."""
+            return [buffer[rows] if later else buffer[: rows.stop - rows.start] for buffer in hidden_buffers]
+
+        def gradients_of_outputs(rows: slice) -> Tensor:
+            return torch.index_select(grad, 0, assignments.tokens[rows], out=out_buffer[: rows.stop - rows.start])
+
+        def weights_of(experts: slice, rows: slice, grad_out: Tensor) -> Iterator[None]:
+            """Gradients of the weights of one expert after another, each when it is asked for."""
+            of_x = torch.index_select(x, 0, assignments.tokens[rows], out=x_buffer[: rows.stop - rows.start])
+            of_rows = (part.split(counts[experts]) for part in (of_x, grad_out, *hidden_parts(rows)))
+            for x_rows, out_rows, hidden, of_gate, of_up, first, second, third in zip(
+                *of_rows, *(weight[experts] for weight in grad_weights), strict=True
+            ):
+                torch.mm(of_gate.t(), x_rows, out=first)
+                torch.mm(out_rows.t(), hidden, out=second)
+                torch.mm(of_up.t(), x_rows, out=third)
+                yield
+
         for experts, rows in pieces:
-            split, size = counts[experts], rows.stop - rows.start
-            hidden, grad_gate, grad_up = (buffer[:size] for buffer in hidden_buffers)
-            grad_out = torch.index_select(grad, 0, assignments.tokens[rows], out=out_buffer[:size]).split(split)
-            for of_out, second, to in zip(grad_out, w2[experts], hidden.split(split), strict=True):
+            split, grad_out = counts[experts], gradients_of_outputs(rows)
+            hidden, grad_gate, grad_up = hidden_parts(rows)
+            for of_out, second, to in zip(grad_out.split(split), w2[experts], hidden.split(split), strict=True):
                 torch.mm(of_out, second, out=to)  # the gradient of the hidden rows, then they themselves
             swiglu_rows_gradients(hidden, gate[rows], up[rows], scale[rows], grad_gate, grad_up, grad_scale[rows])
-            if weights_train:
-                x_rows = torch.index_select(x, 0, assignments.tokens[rows], out=x_buffer[:size]).split(split)
-                hidden_rows = hidden.split(split)
-                to_first, to_second, to_third = (weight[experts] for weight in grad_weights)
+            of_weights = weights_of(experts, rows, grad_out) if weights_train and not later else iter(())
             # All products of an expert one after another, while its rows are in the nearest cache.
-            for index, (of_gate, of_up, first, third, to) in enumerate(
-                zip(
-                    grad_gate.split(split), grad_up.split(split), w1[experts], w3[experts],
-                    grad_rows[rows].split(split), strict=True,
-                )
+            for of_gate, of_up, first, third, to in zip(
+                grad_gate.split(split), grad_up.split(split), w1[experts], w3[experts], grad_rows[rows].split(split),
+                strict=True,
             ):  # fmt: skip
                 torch.mm(of_gate, first, out=to)
                 torch.addmm(to, of_up, third, out=to)
-                if weights_train:
-                    torch.mm(of_gate.t(), x_rows[index], out=to_first[index])
-                    torch.mm(grad_out[index].t(), hidden_rows[index], out=to_second[index])
-                    torch.mm(of_up.t(), x_rows[index], out=to_third[index])
-        return (
-            sum_of_rows(grad_rows, assignments.rows, assignments.starts),
-            grad_scale.take(assignments.rows),
-            *(grad_weights or (None, None, None)),
-            None,
-        )
+                next(of_weights, None)
+        grad_x = sum_of_rows(grad_rows, assignments.rows, assignments.starts)
+        grad_gates = grad_scale.take(assignments.rows)
+        if ctx.early is not None and any(ctx.needs_input_grad[:2]):
+            ctx.early(grad_x, grad_gates)
+        for experts, rows in pieces if later else ():
+            for _ in weights_of(experts, rows, gradients_of_outputs(rows)):
+                pass
+        return grad_x, grad_gates, *(grad_weights or (None, None, None)), None, None
 
 
-def expert_bank(x: Tensor, gates: Tensor, weights: tuple[Tensor, Tensor, Tensor], assignments: Assignments) -> Tensor:
+def expert_bank(
+    x: Tensor, gates: Tensor, weights: tuple[Tensor, Tensor, Tensor], assignments: Assignments,
+    early: Early | None = None,
+) -> Tensor:  # fmt: skip
     """Every token's experts `w2(silu(w1 x) * w3 x)` times their gates, summed: x [N, D] -> [N, D].
 
     gates [R] of the assignments, of the type of x. weights: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D].
     """
-    out: Tensor = _ExpertBank.apply(x, gates, *weights, assignments)
+    out: Tensor = _ExpertBank.apply(x, gates, *weights, assignments, early)
     return out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dsmoe_vl.cpu_kernels.operators import has_kernels, silu_product
 from dsmoe_vl.moe.expert_bank import expert_bank
 from dsmoe_vl.moe.grouped_bank import Groups, grouped_bank, grouped_product
-from dsmoe_vl.moe.rows import Assignments, combine, dispatch
+from dsmoe_vl.moe.rows import Assignments, Early, combine, dispatch
 
 
 class _GroupedLinearOnCPU(torch.autograd.Function):
@@ -91,15 +91,16 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(expert_count, width, hidden_width))
         self.w3 = nn.Parameter(torch.empty(expert_count, hidden_width, width))
 
-    def forward(self, x: Tensor, gates: Tensor, assignments: Assignments) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, assignments: Assignments, early: Early | None = None) -> Tensor:
         """Every token's experts times their gates, summed: x [N, D] -> [N, D].
 
-        gates [R] of the assignments, of the type of x.
+        gates [R] of the assignments, of the type of x. early: called in the backward pass, if the experts are computed
+        as one function.
         """
         if self.as_one_function:
             weights = self.w1, self.w2, self.w3
             bank = expert_bank if x.device.type == "cpu" else grouped_bank
-            return bank(x, gates, weights, assignments)
+            return bank(x, gates, weights, assignments, early)
         return combine(self.of_rows(dispatch(x, assignments), assignments.counts), gates, assignments)
 
     def of_rows(self, x: Tensor, counts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmoe_vl.moe.rows import Assignments, sum_of_rows
+from dsmoe_vl.moe.rows import Assignments, Early, sum_of_rows
 from dsmoe_vl.moe.swiglu import swiglu, swiglu_gradients
 
 ROWS_OF_A_GROUP = 8  # a group has a multiple: it starts at 16 bytes in bf16, as the weight gradient's kernel wants it
@@ -53,7 +53,8 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 class _GroupedBank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, assignments: Assignments
+        ctx: Any, x: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, assignments: Assignments,
+        early: Early | None,
     ) -> Tensor:  # fmt: skip
         tokens, order, starts = assignments.tokens, assignments.order, assignments.starts
         groups = Groups.of(assignments.counts, len(order))
@@ -64,7 +65,7 @@ class _GroupedBank(torch.autograd.Function):
         rows = x.index_select(0, source)
         gate, up = (grouped_product(rows, weight.transpose(1, 2), groups.ends) for weight in (w1, w3))
         out = grouped_product(swiglu(gate, up, scale), w2.transpose(1, 2), groups.ends)
-        ctx.weights_train = any(ctx.needs_input_grad[2:5])
+        ctx.weights_train, ctx.early = any(ctx.needs_input_grad[2:5]), early
         # Parameters, not views of them: ZeRO-3 empties them after the forward pass and fills them for the backward.
         ctx.save_for_backward(
             x if ctx.weights_train else None, w1, w2, w3, source, scale, back, starts, groups.ends, gate, up
@@ -77,6 +78,14 @@ class _GroupedBank(torch.autograd.Function):
         grad_out = grad.index_select(0, source)
         grad_hidden = grouped_product(grad_out, w2, ends)
         hidden, grad_gate, grad_up, grad_scale = swiglu_gradients(grad_hidden, gate, up, scale)
+        # Each summed over a token's rows first: there are K times fewer of its sums to add.
+        first, third = (
+            sum_of_rows(grouped_product(of_rows, weight, ends), back, starts)
+            for of_rows, weight in ((grad_gate, w1), (grad_up, w3))
+        )
+        grad_x, grad_gates = first.add_(third).type_as(grad), grad_scale.take(back).type_as(grad)
+        if ctx.early is not None and any(ctx.needs_input_grad[:2]):
+            ctx.early(grad_x, grad_gates)
         grad_weights: tuple[Tensor | None, ...] = (None, None, None)
         if ctx.weights_train:
             rows = x.index_select(0, source)
@@ -84,15 +93,13 @@ class _GroupedBank(torch.autograd.Function):
                 grouped_product(of_out.t(), of_in, ends).to(w1.dtype)
                 for of_out, of_in in ((grad_gate, rows), (grad_out, hidden), (grad_up, rows))
             )
-        # Each summed over a token's rows first: there are K times fewer of its sums to add.
-        first, third = (
-            sum_of_rows(grouped_product(of_rows, weight, ends), back, starts)
-            for of_rows, weight in ((grad_gate, w1), (grad_up, w3))
-        )
-        return first.add_(third).type_as(grad), grad_scale.take(back).type_as(grad), *grad_weights, None
+        return grad_x, grad_gates, *grad_weights, None, None
 
 
-def grouped_bank(x: Tensor, gates: Tensor, weights: tuple[Tensor, Tensor, Tensor], assignments: Assignments) -> Tensor:
+def grouped_bank(
+    x: Tensor, gates: Tensor, weights: tuple[Tensor, Tensor, Tensor], assignments: Assignments,
+    early: Early | None = None,
+) -> Tensor:  # fmt: skip
     """As `expert_bank`."""
-    out: Tensor = _GroupedBank.apply(x, gates, *weights, assignments)
+    out: Tensor = _GroupedBank.apply(x, gates, *weights, assignments, early)
     return out

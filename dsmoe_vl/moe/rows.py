@@ -8,11 +8,15 @@ Shapes: N tokens, D width, E experts, R rows: one for each assignment of a token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Takes the gradients of the experts' x [N, D] and gates [R] before those of their weights are computed.
+Early = Callable[[Tensor, Tensor], None]
 
 
 class Assignments(NamedTuple):

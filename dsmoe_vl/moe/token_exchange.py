@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_vl.moe.phases import phase
-from dsmoe_vl.moe.rows import Assignments, sum_of_rows
+from dsmoe_vl.moe.rows import Assignments, Early, sum_of_rows
 
 _AS_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers, by the size of a row's numbers
 
@@ -51,14 +51,17 @@ class TokenExchange(NamedTuple):
         starts = of_token.cumsum(0) - of_token
         return cls(group, local, tokens, tokens.argsort(stable=True), starts, sent, received, sum(assignments))
 
-    def send(self, x: Tensor, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Assignments]:
+    def send(self, x: Tensor, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Assignments, Early]:
         """x [T, D] and gates [T, K], of one type, and the experts int64 [T, K] -> of the rows that come, x [N, D] and
-        gates [R], and what this rank's experts compute of them. Collective, and so is its gradient."""
-        x, gates, experts = _Send.apply(x, gates, experts, self)
+        gates [R], and what this rank's experts compute of them. Collective, and so is its gradient, which the last of
+        what is returned may begin to send."""
+        gradient = _Gradient(self)
+        x, gates, experts = _Send.apply(x, gates, experts, gradient)
         experts = experts.long() - self.local.start
         chosen = (experts >= 0) & (experts < len(self.local))
         assignments, places = Assignments.of_chosen(experts, chosen, self.assignments, len(self.local))
-        return x, gates.flatten().index_select(0, places), assignments
+        gradient.places, gradient.top_k = places, chosen.shape[1]
+        return x, gates.flatten().index_select(0, places), assignments, gradient.begin
 
     def send_back(self, x: Tensor) -> Tensor:
         """x [N, D] -> [T, D], the sum of what the ranks computed of a token. Collective, and so is its gradient."""
@@ -67,16 +70,54 @@ class TokenExchange(NamedTuple):
 
     def forth(self, rows: Tensor) -> Tensor:
         """rows [S, C] -> [N, C]."""
-        return self._move(rows, self.sent, self.received)
+        return self._move(rows, self.sent, self.received).arrived()
 
-    def back(self, rows: Tensor) -> Tensor:
-        """rows [N, C] -> [T, C], the sum of a token's rows."""
-        return sum_of_rows(self._move(rows, self.received, self.sent), self.rows, self.starts)
+    def begin_back(self, rows: Tensor) -> _Moving:
+        """rows [N, C], to be summed by `summed`."""
+        return self._move(rows, self.received, self.sent)
 
-    def _move(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def summed(self, moving: _Moving) -> Tensor:
+        """The sum of a token's rows: [T, C]."""
+        return sum_of_rows(moving.arrived(), self.rows, self.starts)
+
+    def _move(self, rows: Tensor, sent: list[int], received: list[int]) -> _Moving:
         out = rows.new_empty(sum(received), rows.shape[1])
-        dist.all_to_all_single(out, rows, output_split_sizes=received, input_split_sizes=sent, group=self.group)
-        return out
+        work = dist.all_to_all_single(
+            out, rows, output_split_sizes=received, input_split_sizes=sent, group=self.group, async_op=True
+        )
+        return _Moving(rows, out, work)
+
+
+class _Moving(NamedTuple):
+    """Rows on their way."""
+
+    sent: Tensor  # until they have arrived
+    received: Tensor
+    work: Any
+
+    def arrived(self) -> Tensor:
+        """Waits for them; on a GPU the stream waits, not the host."""
+        with phase("all_to_all"):
+            self.work.wait()
+        return self.received
+
+
+class _Gradient:
+    """Of what was sent, on its way back. It may travel while the gradients of the experts' weights are computed."""
+
+    def __init__(self, exchange: TokenExchange) -> None:
+        self.exchange = exchange
+        self.places, self.top_k = torch.empty(0), 0  # int64 [R]: where the gates are in [N, K], flattened
+        self.moving: _Moving | None = None
+
+    def begin(self, x: Tensor, gates: Tensor) -> None:
+        """All of the gradients of x [N, D] and gates [R]. Collective."""
+        of_gates = gates.new_zeros(len(x) * self.top_k).index_copy_(0, self.places, gates)
+        self.send(x, of_gates.view(len(x), self.top_k))
+
+    def send(self, x: Tensor, gates: Tensor) -> None:
+        """x [N, D], gates [N, K]. Collective."""
+        self.moving = self.exchange.begin_back(torch.cat((x, gates), dim=1))
 
 
 class _Send(torch.autograd.Function):
@@ -84,10 +125,10 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, experts: Tensor, exchange: TokenExchange
+        ctx: Any, x: Tensor, gates: Tensor, experts: Tensor, gradient: _Gradient
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.exchange, widths = exchange, (x.shape[1], gates.shape[1], experts.shape[1])
-        bits = _AS_BITS[x.element_size()]
+        ctx.gradient, widths = gradient, (x.shape[1], gates.shape[1], experts.shape[1])
+        exchange, bits = gradient.exchange, _AS_BITS[x.element_size()]
         rows = x.new_empty(len(exchange.tokens), sum(widths))
         sources = x, gates, experts.to(bits).view(x.dtype)
         for source, part in zip(sources, rows.split(widths, dim=1), strict=True):
@@ -101,15 +142,18 @@ class _Send(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_x: Tensor, grad_gates: Tensor, _: None
     ) -> tuple[Tensor, Tensor, None, None]:
-        both = ctx.exchange.back(torch.cat((grad_x, grad_gates), dim=1))
-        return *both.split((grad_x.shape[1], grad_gates.shape[1]), dim=1), None, None
+        gradient, widths = ctx.gradient, (grad_x.shape[1], grad_gates.shape[1])
+        if gradient.moving is None:
+            gradient.send(grad_x, grad_gates)
+        moving, gradient.moving = gradient.moving, None
+        return *gradient.exchange.summed(moving).split(widths, dim=1), None, None
 
 
 class _SendBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: TokenExchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.back(x)
+        return exchange.summed(exchange.begin_back(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -7,6 +7,7 @@ import torch
 
 from dsmoe_vl.moe import expert_bank
 from dsmoe_vl.moe.experts import Experts
+from dsmoe_vl.moe.grouped_bank import grouped_bank
 from dsmoe_vl.moe.rows import Assignments
 
 EXPERTS, WIDTH, HIDDEN = 7, 12, 20
@@ -65,6 +66,24 @@ def test_bfloat16():
     for one, other in zip(*found, strict=True):
         assert other.dtype == torch.bfloat16
         torch.testing.assert_close(other.float(), one, rtol=0.05, atol=0.03 * float(one.detach().abs().max()))
+
+
+@pytest.mark.parametrize("bank", [expert_bank.expert_bank, grouped_bank])
+@pytest.mark.parametrize("trains", ["everything", "rows", "weights"])
+def test_the_gradients_of_rows_can_be_had_early(bank, trains):
+    """The same as without; for weights alone there are none to send."""
+    module, assignments = both()[1], Assignments.of(choices(33, 3), EXPERTS)
+    x, gates, direction = torch.randn(33, WIDTH), torch.rand(99), torch.randn(33, WIDTH)
+    module.requires_grad_(trains != "rows"), x.requires_grad_(trains != "weights")
+    gates.requires_grad_(trains != "weights")
+    inputs, found = [value for value in (x, gates, *module.parameters()) if value.requires_grad], []
+    seen: list[torch.Tensor] = []
+    for early in (None, lambda *gradients: seen.extend(gradients)):
+        out = bank(x, gates, (module.w1, module.w2, module.w3), assignments, early)
+        found.append(torch.autograd.grad((out * direction).sum(), inputs))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert len(seen) == (0 if trains == "weights" else 2)
+    assert all(torch.equal(one, other) for one, other in zip(seen, found[1], strict=False))
 
 
 def test_pieces_are_all_rows_once():
