@@ -4,7 +4,7 @@
 
 First the machine is measured, as by `launch/plan.py --calibrate`, or a file of that is taken. Times are the
 processor's, of one rank, so that other work on the machine counts less; of two ranks, memory is compared only. They are
-divided by how much slower a step of four packs has become since the calibration. That is timed anew before every
+divided by how much slower a step of one pack has become since the calibration. That is timed anew before every
 configuration, because the speed of a shared machine changes within minutes. FLOPs are compared with torch's own count
 in tests/parity/test_planner.py.
 """
@@ -25,7 +25,7 @@ from dsmoe_vl.planner.cluster import Cluster, load_cluster
 from dsmoe_vl.planner.run_memory import run_memory
 from dsmoe_vl.planner.step_time import step_time
 
-_REFERENCE = ([], 4)  # overrides of the recipe quickstart, packs
+_REFERENCE = ([], 1)  # overrides of the recipe quickstart, packs
 _RECOMPUTE: dict[str, Any] = {"activation_checkpointing": {}}
 _WIDE = ["model.width=512", "model.heads=8", "model.kv_heads=2", "moe.ffn_width=768", "model.ffn_width=2048"]
 # Overrides of the recipe quickstart, packs, ranks, settings of the DeepSpeed JSON.
