@@ -1,12 +1,10 @@
 """The planner beside this machine: step time and peak memory of configurations that the calibration has not seen.
 
-    python benchmarks/planning.py [--cluster FILE] [--json FILE]    (ten minutes on two idle cores; more beside others)
+    python benchmarks/planning.py [--cluster FILE] [--json FILE]    (six minutes on two idle cores; more beside others)
 
 First the machine is measured, as by `launch/plan.py --calibrate`, or a file of that is taken. Times are the
-processor's, of one rank, so that other work on the machine counts less; of two ranks, memory is compared only. They are
-divided by how much slower a step of one pack has become since the calibration. That is timed anew before every
-configuration, because the speed of a shared machine changes within minutes. FLOPs are compared with torch's own count
-in tests/parity/test_planner.py.
+processor's, of one rank, so that other work on the machine counts less; of two ranks, memory is compared only. FLOPs
+are compared with torch's own count in tests/parity/test_planner.py.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from dsmoe_vl.planner.cluster import Cluster, load_cluster
 from dsmoe_vl.planner.run_memory import run_memory
 from dsmoe_vl.planner.step_time import step_time
 
-_REFERENCE = ([], 1)  # overrides of the recipe quickstart, packs
 _RECOMPUTE: dict[str, Any] = {"activation_checkpointing": {}}
 _WIDE = ["model.width=512", "model.heads=8", "model.kv_heads=2", "moe.ffn_width=768", "model.ffn_width=2048"]
 # Overrides of the recipe quickstart, packs, ranks, settings of the DeepSpeed JSON.
@@ -45,22 +42,15 @@ CONFIGURATIONS: dict[str, tuple[list[str], int, int, dict[str, Any]]] = {
 }
 
 
-def reference(steps: int) -> float:
-    """Seconds of the processor for a step that says how fast the machine is now."""
-    return time_steps(small_plan(*_REFERENCE, 1), steps).processor_seconds
-
-
-def compared(name: str, cluster: Cluster, steps: int, usual: float) -> dict[str, float | None]:
-    """What is measured and what the planner says; None is not compared. `usual`: what `reference` was at first."""
+def compared(name: str, cluster: Cluster, steps: int) -> dict[str, float | None]:
+    """What is measured and what the planner says; None is not compared."""
     overrides, packs, ranks, deepspeed = CONFIGURATIONS[name]
     plan = small_plan(overrides, packs, ranks, **deepspeed)
-    alone = ranks == 1
-    slower = reference(steps) / usual if alone else None
     timed = time_steps(plan, steps)
     shape = shape_of(plan, timed)
+    alone = ranks == 1
     return {
-        "step_seconds": timed.processor_seconds / slower if slower else None,
-        "machine_slower": slower,
+        "step_seconds": timed.processor_seconds if alone else None,
         "wall_seconds": timed.seconds,
         "predicted_seconds": step_time(plan, cluster, 0.0, shape).total if alone else None,
         "peak_mib": timed.peak_bytes / 2**20,
@@ -83,9 +73,9 @@ def main() -> int:
         if not args.cluster:
             file.write_text(measure_cluster())
         cluster = load_cluster(file)
-    usual, found = reference(args.steps), {}
+    found = {}
     for name in args.configurations:
-        of = found[name] = compared(name, cluster, args.steps, usual)
+        of = found[name] = compared(name, cluster, args.steps)
         print(name, {key: value if value is None else round(value, 3) for key, value in of.items()}, flush=True)
     figures = {
         "device": "cpu",
