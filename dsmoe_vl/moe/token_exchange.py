@@ -129,6 +129,9 @@ class _Send(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.gradient, widths = gradient, (x.shape[1], gates.shape[1], experts.shape[1])
         exchange, bits = gradient.exchange, _AS_BITS[x.element_size()]
+        assert len(exchange.local) * len(exchange.sent) <= torch.iinfo(bits).max + 1, (
+            "too many experts for their numbers"
+        )
         rows = x.new_empty(len(exchange.tokens), sum(widths))
         sources = x, gates, experts.to(bits).view(x.dtype)
         for source, part in zip(sources, rows.split(widths, dim=1), strict=True):
